@@ -1,0 +1,83 @@
+//! Every way a packet or a socket call can leave Portal, each with a stable label.
+
+macro_rules! outcomes {
+    ($($(#[$doc:meta])+ $name:ident = $label:literal,)+) => {
+        /// What was done with a packet or a socket call. Counted by name in the map `outcomes`.
+        #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+        #[repr(u32)]
+        pub enum Outcome { $($(#[$doc])+ $name,)+ }
+
+        impl Outcome {
+            /// All outcomes, in the order of their numbers.
+            pub const ALL: &[Self] = &[$(Self::$name),+];
+
+            /// The name in metrics and listings. Never changes once released.
+            pub const fn label(self) -> &'static str {
+                match self { $(Self::$name => $label),+ }
+            }
+        }
+    };
+}
+
+outcomes! {
+    /// Neither IPv4 nor IPv6: not touched.
+    NotIp = "not_ip",
+    /// No Service's packet, or one whose flow is not known: not touched.
+    NotService = "not_service",
+    /// Shorter than its headers say, or with headers that no stack accepts: not touched.
+    Malformed = "malformed",
+    /// First packet of a new flow, rewritten toward a backend.
+    Opened = "opened",
+    /// Packet of a flow, rewritten toward its backend.
+    Forwarded = "forwarded",
+    /// First answer: the flow is established. Rewritten toward the client.
+    Established = "established",
+    /// Packet of a flow, rewritten toward its client.
+    Replied = "replied",
+    /// Packet of a pod that reaches itself, rewritten and sent back out of its link.
+    Hairpin = "hairpin",
+    /// ICMP error about a flow's packet, rewritten outside and in.
+    IcmpError = "icmp_error",
+    /// Later fragment of a rewritten datagram, rewritten alike.
+    Fragment = "fragment",
+    /// Later fragment to a VIP whose first fragment was not seen: dropped.
+    FragmentUnknown = "fragment_unknown",
+    /// TCP to a VIP with no endpoint or no such port: answered with a reset.
+    Reset = "reset",
+    /// Datagram to a VIP with no endpoint or no such port: answered with ICMP port unreachable.
+    Unreachable = "unreachable",
+    /// A packet to a VIP that gets no answer by rule (a reset, an ICMP message): dropped.
+    Silent = "silent",
+    /// No source port was free to keep two flows apart: dropped.
+    NoPort = "no_port",
+    /// The flow table is full, so a new flow is refused: dropped.
+    TableFull = "table_full",
+    /// The kernel refused to change the packet: dropped.
+    NotWritable = "not_writable",
+    /// A socket call whose address was translated to a backend.
+    SocketTranslated = "socket_translated",
+    /// A socket call to a VIP with no endpoint or no such port: refused.
+    SocketRefused = "socket_refused",
+    /// A socket was shown the VIP in place of the backend.
+    SocketRestored = "socket_restored",
+}
+
+impl Outcome {
+    /// The number under which the outcome is counted.
+    pub const fn index(self) -> u32 {
+        self as u32
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Outcome;
+
+    #[test]
+    fn numbers_are_positions_and_labels_differ() {
+        for (position, outcome) in Outcome::ALL.iter().enumerate() {
+            assert_eq!(outcome.index() as usize, position);
+            assert!(Outcome::ALL[..position].iter().all(|o| o.label() != outcome.label()));
+        }
+    }
+}

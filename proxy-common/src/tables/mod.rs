@@ -1,0 +1,27 @@
+//! The layout of every map, by topic.
+//!
+//! | map | kind | key → value | writer | reader |
+//! |---|---|---|---|---|
+//! | `services_v4/6` | hash | [`ServiceKey`] → [`ServiceValue`] | agent | datapath |
+//! | `slots` | array, memory-mapped | slot → backend number (`u64`) | agent | datapath |
+//! | `backends_v4/6` | array, memory-mapped | backend number → [`Backend`] | agent | datapath |
+//! | `flows_v4/6` | hash | [`FlowKey`] → [`FlowValue`] | datapath, agent's sweep | datapath |
+//! | `embryos_v4/6` | LRU hash | [`FlowKey`] → [`FlowValue`] | datapath | datapath |
+//! | `fragments_v4/6` | LRU hash | [`FragmentKey`] → [`FragmentValue`] | datapath | datapath |
+//! | `peers_v4/6` | LRU hash | [`PeerKey`] → [`PeerValue`] | socket hooks | socket hooks |
+//! | `names` | hash | service id → [`Name`] | agent | command line |
+//! | `outcomes` | per-CPU array | `Outcome` → count (`u64`) | datapath | agent, command line |
+//! | `config` | array | 0 → [`Config`] | agent | agent, command line |
+//! | `scratch_v4/6` | per-CPU array | 0 → [`Work`] | datapath | datapath |
+
+pub mod config;
+pub mod flow;
+pub mod fragment;
+pub mod peer;
+pub mod service;
+
+pub use config::{Config, Name};
+pub use flow::{FlowKey, FlowRecord, FlowValue, Packet, Part, Side, State, Work};
+pub use fragment::{FragmentKey, FragmentValue};
+pub use peer::{PeerKey, PeerValue};
+pub use service::{Backend, Range, ServiceKey, ServiceValue};

@@ -1,0 +1,31 @@
+//! Socket peers: which VIP a socket asked for, so that it can be shown as its peer.
+
+use crate::addr::Port;
+use crate::map_type;
+
+map_type! {
+    /// A socket and a backend it was sent to.
+    pub struct PeerKey<F> {
+        /// The socket's cookie in two halves, low first: a `u64` would ask for padding after an
+        /// IPv6 address.
+        pub cookie: [u32; 2],
+        /// The backend's address.
+        pub backend: F::Addr,
+        /// The backend's port.
+        pub port: Port,
+        /// Zero.
+        pub pad: [u8; 2],
+    }
+}
+
+map_type! {
+    /// The frontend that the socket asked for.
+    pub struct PeerValue<F> {
+        /// The virtual IP.
+        pub vip: F::Addr,
+        /// The Service's port.
+        pub port: Port,
+        /// Zero.
+        pub pad: [u8; 2],
+    }
+}

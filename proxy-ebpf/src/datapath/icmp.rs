@@ -1,0 +1,129 @@
+//! ICMP errors about a flow's packets (KP-46): rewritten outside and in, so that the one who sent the
+//! packet recognises it. Path MTU discovery through a VIP works by this.
+//!
+//! The error quotes a packet that went the other way. Its addresses, turned around, are the key of
+//! the direction in which the error itself travels; that record's other key is what the receiver of
+//! the error had sent.
+
+use proxy_common::checksum::Delta;
+use proxy_common::tables::{Packet, Part, Work};
+use proxy_common::{Address, Family, Outcome, Port, proto};
+
+use super::{Tables, rewrite};
+use crate::packet::{Frame, REACH, Wire, forget, has_ports, tcp};
+
+/// The length of ICMP's header, behind which the quoted packet begins.
+const HEADER: usize = 8;
+/// Where ICMP's checksum lies.
+const CHECKSUM: usize = 2;
+
+/// An ICMP packet: translated if it is an error about a flow, left alone otherwise.
+#[inline(always)]
+pub fn error<F: Wire, P: Frame, T: Tables<F>>(
+    frame: &mut P,
+    tables: &T,
+    work: &mut Work<F>,
+) -> Outcome {
+    if !work.packet.is(Part::Whole) {
+        return Outcome::NotService;
+    }
+    let Some([icmp_type, _]) = frame.load::<[u8; 2]>(work.packet.l4()) else {
+        return Outcome::Malformed;
+    };
+    if !F::is_error(icmp_type) {
+        return Outcome::NotService;
+    }
+    if read_quoted(frame, work).is_none() || !find(tables, work) {
+        return Outcome::NotService;
+    }
+    if translate(frame, work).is_none() {
+        return Outcome::NotWritable;
+    }
+    if work.other.side == work.key.side {
+        return match rewrite::turn_around(frame) {
+            Some(()) => Outcome::Hairpin,
+            None => Outcome::NotWritable,
+        };
+    }
+    Outcome::IcmpError
+}
+
+/// Reads the quoted packet and puts its addresses, turned around, into the work area. `None` if there
+/// are none.
+#[inline(always)]
+fn read_quoted<F: Wire, P: Frame>(frame: &mut P, work: &mut Work<F>) -> Option<()> {
+    frame.want(REACH);
+    let key = &mut work.quoted;
+    let headers = F::headers(frame, work.packet.l4() + HEADER, key)?;
+    forget(&mut work.inner, headers);
+    if work.inner.is(Part::Later) || !has_ports(work.inner.proto) {
+        return None;
+    }
+    [key.dport, key.sport] = frame.load::<[Port; 2]>(work.inner.l4())?;
+    core::mem::swap(&mut key.src, &mut key.dst);
+    (key.proto, key.side, key.pad) = (work.inner.proto, work.key.side, [0; 2]);
+    Some(())
+}
+
+/// Whether the quoted packet belongs to a flow. What the receiver of the error had sent is then in the
+/// work area.
+#[inline(always)]
+fn find<F: Family, T: Tables<F>>(tables: &T, work: &mut Work<F>) -> bool {
+    let record = match tables.flow(&work.quoted) {
+        Some(record) => record,
+        None => match tables.embryo(&work.quoted) {
+            Some(record) => record,
+            None => return false,
+        },
+    };
+    record.read_other(&mut work.other);
+    record.verified(&work.quoted)
+}
+
+/// Gives the quoted packet the addresses with which it was sent, and the error itself the addresses
+/// that go with it. An error from a router on the way keeps the router's address.
+#[inline(always)]
+fn translate<F: Wire, P: Frame>(frame: &mut P, work: &mut Work<F>) -> Option<()> {
+    let (turned, other) = (&work.quoted, &work.other);
+    let new_ports = [other.sport, other.dport];
+    let addresses = turned.dst.delta(other.src) + turned.src.delta(other.dst);
+    let ports = rewrite::ports_delta([turned.dport, turned.sport], new_ports);
+    let (old, new) = ((&turned.dst, &turned.src), (&other.src, &other.dst));
+    F::set_addresses(frame, work.packet.l4() + HEADER, old, new)?;
+    frame.store(work.inner.l4(), new_ports)?;
+    let quoted_sum = fix_quoted(frame, &work.inner, addresses + ports);
+    let body = covered::<F>(addresses) + ports + quoted_sum;
+
+    let key = &work.key;
+    let source = if key.src == turned.src { &other.dst } else { &key.src };
+    let pseudo = covered::<F>(key.src.delta(*source) + key.dst.delta(other.src));
+    F::set_addresses(frame, P::NETWORK, (&key.src, &key.dst), (source, &other.src))?;
+    frame.fix_l4(work.packet.l4() + CHECKSUM, pseudo, body, false)
+}
+
+/// What changed addresses mean for ICMP's checksum. `ICMPv6`'s covers them, in the pseudo header and
+/// in the quoted packet. ICMP's has no pseudo header, and in the quoted header the header's own sum
+/// takes up the change.
+#[inline(always)]
+fn covered<F: Wire>(addresses: Delta) -> Delta {
+    if F::ICMP == proto::ICMP { Delta::default() } else { addresses }
+}
+
+/// Mends the quoted transport checksum, if the quote reaches that far, and says what that changed.
+#[inline(always)]
+fn fix_quoted<P: Frame>(frame: &mut P, inner: &Packet, delta: Delta) -> Delta {
+    let offset = match inner.proto {
+        proto::TCP => tcp::CHECKSUM,
+        proto::UDP => tcp::UDP_CHECKSUM,
+        _ => return Delta::default(),
+    };
+    let Some(old) = frame.load::<u16>(inner.l4() + offset) else { return Delta::default() };
+    if old == 0 && inner.proto == proto::UDP {
+        return Delta::default();
+    }
+    let new = delta.apply(old);
+    match frame.store(inner.l4() + offset, new) {
+        Some(()) => Delta::default().half(old, new),
+        None => Delta::default(),
+    }
+}

@@ -1,0 +1,55 @@
+//! The only code that changes a packet that goes on.
+
+use proxy_common::checksum::Delta;
+use proxy_common::tables::{Part, Work};
+use proxy_common::{Address, Port, proto};
+
+use crate::packet::{Frame, Wire, tcp};
+
+/// Gives the packet the other direction's addresses, turned around, and mends all checksums.
+#[inline(always)]
+pub fn translate<F: Wire, P: Frame>(frame: &mut P, work: &Work<F>) -> Option<()> {
+    let (key, other) = (&work.key, &work.other);
+    F::set_addresses(frame, P::NETWORK, (&key.src, &key.dst), (&other.dst, &other.src))?;
+    if work.packet.is(Part::Later) {
+        return Some(());
+    }
+    let old = [key.sport, key.dport];
+    let new = [other.dport, other.sport];
+    frame.store(work.packet.l4(), new)?;
+    let addresses = key.src.delta(other.dst) + key.dst.delta(other.src);
+    fix_transport(frame, work.packet.l4(), work.packet.proto, addresses, ports_delta(old, new))
+}
+
+/// The change of a checksum when `new` ports take the place of `old` ones.
+#[inline(always)]
+pub fn ports_delta(old: [Port; 2], new: [Port; 2]) -> Delta {
+    Delta::default().half(old[0].word(), new[0].word()).half(old[1].word(), new[1].word())
+}
+
+/// Mends the transport checksum. SCTP's CRC does not cover addresses; its ports are not translated.
+#[inline(always)]
+fn fix_transport<P: Frame>(
+    frame: &mut P,
+    l4: usize,
+    number: u8,
+    addresses: Delta,
+    ports: Delta,
+) -> Option<()> {
+    match number {
+        proto::TCP => frame.fix_l4(l4 + tcp::CHECKSUM, addresses, ports, false),
+        proto::UDP => frame.fix_l4(l4 + tcp::UDP_CHECKSUM, addresses, ports, true),
+        _ => Some(()),
+    }
+}
+
+/// Turns the frame around, so that it goes back to where it came from: the two link-layer addresses
+/// change places. Links without such addresses need nothing.
+#[inline(always)]
+pub fn turn_around<P: Frame>(frame: &mut P) -> Option<()> {
+    if P::NETWORK < 12 {
+        return Some(());
+    }
+    let [to, from]: [[u8; 6]; 2] = frame.load(0)?;
+    frame.store(0, [from, to])
+}

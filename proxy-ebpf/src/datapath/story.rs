@@ -1,0 +1,116 @@
+//! The two stories of a packet.
+
+use proxy_common::Outcome;
+use proxy_common::tables::{FragmentValue, Part, ServiceKey, Side, Work};
+
+use super::{Tables, flow, icmp, open, refuse, rewrite};
+use crate::packet::{Frame, Wire, fragment_key, has_ports, parse};
+
+/// A packet that comes in from a client's link: toward a backend, if it is for a Service.
+#[inline(always)]
+pub fn ingress<F: Wire, P: Frame, T: Tables<F>>(
+    frame: &mut P,
+    tables: &T,
+    work: &mut Work<F>,
+) -> Outcome {
+    if let Err(outcome) = parse(frame, Side::Ingress, &mut work.packet, &mut work.key) {
+        return outcome;
+    }
+    if work.packet.proto == F::ICMP {
+        return icmp::error(frame, tables, work);
+    }
+    if !has_ports(work.packet.proto) {
+        return Outcome::NotService;
+    }
+    if work.packet.is(Part::Later) && !recall_ports(tables, work) {
+        return unknown_fragment(tables, work);
+    }
+    if flow::established(tables, work) {
+        return pass_on(frame, tables, work, Outcome::Forwarded);
+    }
+    if tables.service(&ServiceKey::vip(work.key.dst)).is_none() {
+        return Outcome::NotService;
+    }
+    if let Some(outcome) = open::promote(tables, work) {
+        return pass_on(frame, tables, work, outcome);
+    }
+    match open::open(tables, work) {
+        Ok(outcome) => pass_on(frame, tables, work, outcome),
+        Err(open::Failure::NoBackend) => refuse::refuse(frame, work),
+        Err(open::Failure::NoPort) => Outcome::NoPort,
+    }
+}
+
+/// A packet that goes out to a client's link: back from a backend, if it belongs to a flow.
+#[inline(always)]
+pub fn egress<F: Wire, P: Frame, T: Tables<F>>(
+    frame: &mut P,
+    tables: &T,
+    work: &mut Work<F>,
+) -> Outcome {
+    if let Err(outcome) = parse(frame, Side::Egress, &mut work.packet, &mut work.key) {
+        return outcome;
+    }
+    if work.packet.proto == F::ICMP {
+        return icmp::error(frame, tables, work);
+    }
+    if !has_ports(work.packet.proto) || work.packet.is(Part::Later) && !recall_ports(tables, work) {
+        return Outcome::NotService;
+    }
+    if flow::established(tables, work) {
+        return pass_on(frame, tables, work, Outcome::Replied);
+    }
+    match open::promote(tables, work) {
+        Some(outcome) => pass_on(frame, tables, work, outcome),
+        None => Outcome::NotService,
+    }
+}
+
+/// Translates the packet and says which way it goes: on, or, when the other direction is seen on the
+/// same side of the same link, back to the pod it came from.
+#[inline(always)]
+fn pass_on<F: Wire, P: Frame, T: Tables<F>>(
+    frame: &mut P,
+    tables: &T,
+    work: &Work<F>,
+    outcome: Outcome,
+) -> Outcome {
+    if outcome == Outcome::TableFull {
+        return outcome;
+    }
+    if work.packet.is(Part::First) {
+        let ports = FragmentValue { sport: work.key.sport, dport: work.key.dport };
+        tables.remember_fragment(&fragment_key(&work.packet, &work.key), ports);
+    }
+    if rewrite::translate(frame, work).is_none() {
+        return Outcome::NotWritable;
+    }
+    if work.other.side == work.key.side {
+        return match rewrite::turn_around(frame) {
+            Some(()) => Outcome::Hairpin,
+            None => Outcome::NotWritable,
+        };
+    }
+    if work.packet.is(Part::Later) { Outcome::Fragment } else { outcome }
+}
+
+/// Gives a later fragment the ports of its datagram. False if they are not known.
+#[inline(always)]
+fn recall_ports<F: Wire, T: Tables<F>>(tables: &T, work: &mut Work<F>) -> bool {
+    match tables.fragment(&fragment_key(&work.packet, &work.key)) {
+        Some(FragmentValue { sport, dport }) => {
+            (work.key.sport, work.key.dport) = (sport, dport);
+            true
+        }
+        None => false,
+    }
+}
+
+/// A fragment whose first was not seen. To a VIP it can go nowhere: no backend knows its datagram.
+#[inline(always)]
+fn unknown_fragment<F: Wire, T: Tables<F>>(tables: &T, work: &Work<F>) -> Outcome {
+    match tables.service(&ServiceKey::vip(work.key.dst)) {
+        Some(_) => Outcome::FragmentUnknown,
+        None => Outcome::NotService,
+    }
+}

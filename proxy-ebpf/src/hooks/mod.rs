@@ -1,0 +1,15 @@
+//! The hooks: each turns a context into a view, calls one story, and turns the named outcome into the
+//! kernel's code in one exhaustive match. They decide nothing.
+//!
+//! | program | attach point | story |
+//! |---|---|---|
+//! | `portal_ingress` | tc ingress of a pod's host-side link | `datapath::ingress` |
+//! | `portal_egress` | tc egress of the same link | `datapath::egress` |
+//! | `portal_connect4/6` | cgroup connect | `datapath::socket::send` |
+//! | `portal_sendmsg4/6` | cgroup sendmsg (UDP) | `datapath::socket::send` |
+//! | `portal_recvmsg4/6` | cgroup recvmsg (UDP) | `datapath::socket::restore` |
+//! | `portal_getpeer4/6` | cgroup getpeername | `datapath::socket::restore` |
+
+mod skb;
+mod sockets;
+mod traffic;

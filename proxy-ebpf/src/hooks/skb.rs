@@ -1,0 +1,109 @@
+//! A socket buffer as a [`Frame`].
+
+use aya_ebpf::bindings::{BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR};
+use aya_ebpf::helpers::{bpf_l4_csum_replace, bpf_skb_change_tail};
+use aya_ebpf::programs::TcContext;
+use bytemuck::Pod;
+use proxy_common::Family;
+use proxy_common::V6;
+use proxy_common::checksum::Delta;
+use proxy_ebpf::packet::Frame;
+
+/// Offsets above this are refused, so that the verifier knows a bound.
+const MAX_OFFSET: usize = 0x7ff;
+/// `BPF_F_IPV6`, which aya's bindings do not name: the address of an IPv6 packet changes, where no
+/// header checksum makes up for it in a sum that hardware took of the whole packet.
+const BPF_F_IPV6: u64 = 1 << 7;
+
+/// A socket buffer at tc. Its packet pointers are read from the context at each access: any helper
+/// that may change the packet makes older ones invalid.
+pub struct Skb<'a> {
+    ctx: &'a TcContext,
+}
+
+impl<'a> Skb<'a> {
+    #[inline(always)]
+    pub const fn new(ctx: &'a TcContext) -> Self {
+        Self { ctx }
+    }
+
+    /// The `EtherType` in host byte order. The kernel keeps VLAN tags aside, so it is the inner one.
+    #[inline(always)]
+    pub fn ethertype(&self) -> u16 {
+        // SAFETY: the context is the kernel's and outlives the program.
+        u16::from_be(unsafe { (*self.ctx.skb.skb).protocol } as u16)
+    }
+
+    #[inline(always)]
+    fn pointer<T>(&self, offset: usize) -> Option<*mut T> {
+        if offset > MAX_OFFSET {
+            return None;
+        }
+        let start = self.ctx.data() + offset;
+        if start + size_of::<T>() > self.ctx.data_end() {
+            return None;
+        }
+        Some(start as *mut T)
+    }
+}
+
+impl Frame for Skb<'_> {
+    /// Pods' links have Ethernet headers.
+    const NETWORK: usize = 14;
+
+    #[inline(always)]
+    fn want(&mut self, length: usize) {
+        let reachable = self.ctx.data_end() - self.ctx.data();
+        let packet = self.ctx.len() as usize;
+        if reachable < length && reachable < packet {
+            // A failure shows as loads that fail.
+            let _ = self.ctx.pull_data(length.min(packet) as u32);
+        }
+    }
+
+    #[inline(always)]
+    fn load<T: Pod>(&self, offset: usize) -> Option<T> {
+        // SAFETY: `pointer` checked the bounds; a Pod type is valid for any bytes. The address may be
+        // misaligned, which eBPF allows in packet memory (not on the stack).
+        self.pointer::<T>(offset).map(|pointer| unsafe { *pointer })
+    }
+
+    #[inline(always)]
+    fn store<T: Pod>(&mut self, offset: usize, value: T) -> Option<()> {
+        // SAFETY: as for `load`; the program owns the packet while it runs.
+        self.pointer::<T>(offset).map(|pointer| unsafe { *pointer = value })
+    }
+
+    #[inline(always)]
+    fn resize(&mut self, length: usize) -> Option<()> {
+        // SAFETY: the helper checks the length; packet pointers are read anew afterwards.
+        let result = unsafe { bpf_skb_change_tail(self.ctx.skb.skb, length as u32, 0) };
+        self.want(length);
+        (result == 0).then_some(())
+    }
+
+    #[inline(always)]
+    fn fix_l4(&mut self, offset: usize, pseudo: Delta, body: Delta, optional: bool) -> Option<()> {
+        let keep_zero = if optional { u64::from(BPF_F_MARK_MANGLED_0) } else { 0 };
+        if pseudo != Delta::default() {
+            let flags = keep_zero | u64::from(BPF_F_PSEUDO_HDR);
+            let ipv6 = if self.ethertype() == V6::ETHERTYPE { BPF_F_IPV6 } else { 0 };
+            // A kernel that does not know the flag answers EINVAL, and does without.
+            if self.replace_sum(offset, pseudo, flags | ipv6).is_none() {
+                self.replace_sum(offset, pseudo, flags)?;
+            }
+        }
+        self.replace_sum(offset, body, keep_zero)
+    }
+}
+
+impl Skb<'_> {
+    #[inline(always)]
+    fn replace_sum(&mut self, offset: usize, delta: Delta, flags: u64) -> Option<()> {
+        // SAFETY: the helper checks the offset; packet pointers are read anew afterwards.
+        let result = unsafe {
+            bpf_l4_csum_replace(self.ctx.skb.skb, offset as u32, 0, u64::from(delta.sum()), flags)
+        };
+        (result == 0).then_some(())
+    }
+}

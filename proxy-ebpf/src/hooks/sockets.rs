@@ -1,0 +1,222 @@
+//! cgroup socket hooks: connect, sendmsg, recvmsg and getpeername, for both families.
+//!
+//! An IPv6 socket that talks to a v4-mapped address (`::ffff:10.96.0.1`) comes to the IPv6 hook and
+//! is led to the IPv4 tables.
+
+use aya_ebpf::bindings::bpf_sock_addr;
+use aya_ebpf::helpers::{bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_set_retval};
+use aya_ebpf::macros::cgroup_sock_addr;
+use aya_ebpf::programs::SockAddrContext;
+use proxy_common::{Addr4, Addr6, Family, Outcome, Port, V4, V6};
+use proxy_ebpf::datapath::Tables;
+use proxy_ebpf::datapath::socket::{Socket, restore, send};
+
+use crate::maps::{self, Tables4, Tables6};
+
+const ECONNREFUSED: i32 = 111;
+
+/// The first three words of a v4-mapped IPv6 address.
+const MAPPED: [u32; 3] = [0, 0, 0xffff_u32.to_be()];
+
+macro_rules! hooks {
+    ($($(#[$doc:meta])+ $name:ident($attach:ident): $run:ident -> $verdict:ident;)+) => {$(
+        $(#[$doc])+
+        #[cgroup_sock_addr($attach)]
+        pub fn $name(ctx: SockAddrContext) -> i32 {
+            $verdict($run(ctx.sock_addr))
+        }
+    )+};
+}
+
+hooks! {
+    /// An IPv4 socket connects.
+    portal_connect4(connect4): send4 -> sent;
+    /// An IPv6 socket connects.
+    portal_connect6(connect6): send6 -> sent;
+    /// An IPv4 UDP socket sends to an address.
+    portal_sendmsg4(sendmsg4): send4 -> sent;
+    /// An IPv6 UDP socket sends to an address.
+    portal_sendmsg6(sendmsg6): send6 -> sent;
+    /// An IPv4 UDP socket is told a datagram's source.
+    portal_recvmsg4(recvmsg4): restore4 -> restored;
+    /// An IPv6 UDP socket is told a datagram's source.
+    portal_recvmsg6(recvmsg6): restore6 -> restored;
+    /// An IPv4 socket asks for its peer.
+    portal_getpeer4(getpeername4): restore4 -> restored;
+    /// An IPv6 socket asks for its peer.
+    portal_getpeer6(getpeername6): restore6 -> restored;
+}
+
+#[inline(always)]
+fn send4(ctx: *mut bpf_sock_addr) -> Outcome {
+    send(&mut Ipv4 { ctx }, &Tables4)
+}
+
+#[inline(always)]
+fn send6(ctx: *mut bpf_sock_addr) -> Outcome {
+    if is_mapped(ctx) {
+        send(&mut Mapped { ctx }, &Tables4)
+    } else {
+        send(&mut Ipv6 { ctx }, &Tables6)
+    }
+}
+
+#[inline(always)]
+fn restore4(ctx: *mut bpf_sock_addr) -> Outcome {
+    restore(&mut Ipv4 { ctx }, &Tables4)
+}
+
+#[inline(always)]
+fn restore6(ctx: *mut bpf_sock_addr) -> Outcome {
+    if is_mapped(ctx) {
+        restore(&mut Mapped { ctx }, &Tables4)
+    } else {
+        restore(&mut Ipv6 { ctx }, &Tables6)
+    }
+}
+
+/// 1 lets the call go on, 0 makes it fail.
+#[inline(always)]
+fn sent(outcome: Outcome) -> i32 {
+    if outcome == Outcome::NotService {
+        return 1;
+    }
+    maps::count(outcome);
+    if outcome != Outcome::SocketRefused {
+        return 1;
+    }
+    if Tables::<V4>::setting(&Tables4, |s| &s.socket_errno) != 0 {
+        // SAFETY: the helper only sets the call's result; without it the result is EPERM.
+        unsafe { bpf_set_retval(-ECONNREFUSED) };
+    }
+    0
+}
+
+/// These hooks may not refuse: the kernel demands a 1.
+#[inline(always)]
+fn restored(outcome: Outcome) -> i32 {
+    if outcome == Outcome::SocketRestored {
+        maps::count(outcome);
+    }
+    1
+}
+
+#[inline(always)]
+fn is_mapped(ctx: *mut bpf_sock_addr) -> bool {
+    // SAFETY: the context is the kernel's and outlives the program; words are read one by one, as the
+    // verifier demands.
+    unsafe {
+        (*ctx).user_ip6[0] == MAPPED[0]
+            && (*ctx).user_ip6[1] == MAPPED[1]
+            && (*ctx).user_ip6[2] == MAPPED[2]
+    }
+}
+
+/// An IPv4 socket's address.
+struct Ipv4 {
+    ctx: *mut bpf_sock_addr,
+}
+
+/// A v4-mapped address of an IPv6 socket.
+struct Mapped {
+    ctx: *mut bpf_sock_addr,
+}
+
+/// An IPv6 socket's address.
+struct Ipv6 {
+    ctx: *mut bpf_sock_addr,
+}
+
+impl Ipv4 {
+    #[inline(always)]
+    fn read(ctx: *mut bpf_sock_addr) -> Addr4 {
+        // SAFETY: the context is the kernel's and outlives the program.
+        Addr4 { octets: unsafe { (*ctx).user_ip4 }.to_ne_bytes() }
+    }
+
+    #[inline(always)]
+    fn write(ctx: *mut bpf_sock_addr, address: Addr4) {
+        // SAFETY: the hook may change the address.
+        unsafe { (*ctx).user_ip4 = u32::from_ne_bytes(address.octets) };
+    }
+}
+
+impl Mapped {
+    #[inline(always)]
+    fn read(ctx: *mut bpf_sock_addr) -> Addr4 {
+        // SAFETY: the context is the kernel's and outlives the program.
+        Addr4 { octets: unsafe { (*ctx).user_ip6[3] }.to_ne_bytes() }
+    }
+
+    #[inline(always)]
+    fn write(ctx: *mut bpf_sock_addr, address: Addr4) {
+        // SAFETY: the hook may change the address. The other words stay those of a mapped address.
+        unsafe { (*ctx).user_ip6[3] = u32::from_ne_bytes(address.octets) };
+    }
+}
+
+impl Ipv6 {
+    #[inline(always)]
+    fn read(ctx: *mut bpf_sock_addr) -> Addr6 {
+        // SAFETY: the context is the kernel's and outlives the program; words are read one by one, as
+        // the verifier demands.
+        let words = unsafe {
+            [(*ctx).user_ip6[0], (*ctx).user_ip6[1], (*ctx).user_ip6[2], (*ctx).user_ip6[3]]
+        };
+        bytemuck::cast(words)
+    }
+
+    #[inline(always)]
+    fn write(ctx: *mut bpf_sock_addr, address: Addr6) {
+        let words: [u32; 4] = bytemuck::cast(address);
+        // SAFETY: the hook may change the address, word by word.
+        unsafe {
+            (*ctx).user_ip6[0] = words[0];
+            (*ctx).user_ip6[1] = words[1];
+            (*ctx).user_ip6[2] = words[2];
+            (*ctx).user_ip6[3] = words[3];
+        }
+    }
+}
+
+macro_rules! socket {
+    ($view:ident, $family:ty) => {
+        impl Socket<$family> for $view {
+            #[inline(always)]
+            fn address(&self) -> (<$family as Family>::Addr, Port) {
+                // SAFETY: the context is the kernel's; the port is in the low half, in network order.
+                let port = unsafe { (*self.ctx).user_port } as u16;
+                (Self::read(self.ctx), Port { octets: port.to_ne_bytes() })
+            }
+
+            #[inline(always)]
+            fn set_address(&mut self, address: <$family as Family>::Addr, port: Port) {
+                Self::write(self.ctx, address);
+                // SAFETY: the hook may change the port.
+                unsafe { (*self.ctx).user_port = u32::from(port.word()) };
+            }
+
+            #[inline(always)]
+            fn protocol(&self) -> u8 {
+                // SAFETY: the context is the kernel's and outlives the program.
+                unsafe { (*self.ctx).protocol as u8 }
+            }
+
+            #[inline(always)]
+            fn cookie(&self) -> u64 {
+                // SAFETY: the helper only reads, and makes up the cookie at first use.
+                unsafe { bpf_get_socket_cookie(self.ctx.cast()) }
+            }
+
+            #[inline(always)]
+            fn netns_cookie(&self) -> u64 {
+                // SAFETY: the helper only reads.
+                unsafe { bpf_get_netns_cookie(self.ctx.cast()) }
+            }
+        }
+    };
+}
+
+socket!(Ipv4, V4);
+socket!(Mapped, V4);
+socket!(Ipv6, V6);

@@ -1,0 +1,35 @@
+//! Portal's eBPF object: the hooks and the maps, around the datapath of this package's library.
+//!
+//! Built for `target_arch = "bpf"` only. On the host it is an empty program, so that plain `cargo`
+//! commands work without an eBPF toolchain; feature `lint` shows its modules to clippy there.
+#![cfg_attr(target_arch = "bpf", no_std, no_main)]
+#![cfg_attr(
+    all(feature = "lint", not(target_arch = "bpf")),
+    allow(dead_code, reason = "on the host nothing calls the hooks")
+)]
+#![allow(
+    clippy::cast_possible_truncation,
+    reason = "offsets, lengths and ports are small; a checked cast would be a branch to verify"
+)]
+
+#[cfg(any(target_arch = "bpf", feature = "lint"))]
+mod hooks;
+#[cfg(any(target_arch = "bpf", feature = "lint"))]
+mod maps;
+
+#[cfg(not(target_arch = "bpf"))]
+fn main() {}
+
+/// Never reached: a panic that is reachable makes the object unloadable, and `cargo xtask build`
+/// looks for one.
+#[cfg(target_arch = "bpf")]
+#[panic_handler]
+fn panic(_info: &core::panic::PanicInfo) -> ! {
+    loop {}
+}
+
+/// What the kernel is told: many helpers are for GPL-compatible programs only.
+#[cfg(target_arch = "bpf")]
+#[unsafe(link_section = "license")]
+#[unsafe(no_mangle)]
+static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";

@@ -1,0 +1,247 @@
+//! The maps, and the datapath's [`Tables`] over them. The only statics of the datapath.
+//!
+//! Names and layouts are the contract of `proxy_common::tables`; sizes are defaults that the agent
+//! may override when it loads the object.
+
+use core::ptr::NonNull;
+
+use aya_ebpf::Global;
+use aya_ebpf::bindings::{BPF_ANY, BPF_F_MMAPABLE, BPF_F_NO_PREALLOC, BPF_NOEXIST};
+use aya_ebpf::btf_maps::{Array, HashMap, LruHashMap, PerCpuArray};
+use aya_ebpf::helpers::{bpf_ktime_get_coarse_ns, bpf_ktime_get_ns};
+use aya_ebpf::macros::btf_map;
+use proxy_common::settings::{Settings, TICK_SHIFT};
+use proxy_common::tables::{
+    Backend, Config, FlowKey, FlowRecord, FlowValue, FragmentKey, FragmentValue, Name, PeerKey,
+    PeerValue, ServiceKey, ServiceValue, Work,
+};
+use proxy_common::{Outcome, V4, V6};
+use proxy_ebpf::datapath::{Refused, Service, Tables};
+
+const ON_DEMAND: usize = BPF_F_NO_PREALLOC as usize;
+const MAPPED: usize = BPF_F_MMAPABLE as usize;
+
+const SERVICES: usize = 131_072;
+const SLOTS: usize = 524_288;
+const BACKENDS: usize = 262_144;
+const FLOWS: usize = 524_288;
+const EMBRYOS: usize = 32_768;
+const FRAGMENTS: usize = 8_192;
+const PEERS: usize = 65_536;
+const OUTCOMES: usize = 64;
+
+const _: () = assert!(Outcome::ALL.len() <= OUTCOMES);
+
+/// The agent's settings, frozen at load.
+#[unsafe(no_mangle)]
+static SETTINGS: Global<Settings> = Global::new(Settings::DEFAULT);
+
+#[btf_map(name = "config")]
+static CONFIG: Array<Config, 1> = Array::new();
+#[btf_map(name = "names")]
+static NAMES: HashMap<u32, Name, SERVICES, ON_DEMAND> = HashMap::new();
+#[btf_map(name = "outcomes")]
+static OUTCOME_COUNTS: PerCpuArray<u64, OUTCOMES> = PerCpuArray::new();
+#[btf_map(name = "slots")]
+static SLOT_NUMBERS: Array<u64, SLOTS, MAPPED> = Array::new();
+
+/// Counts an outcome.
+#[inline(always)]
+pub fn count(outcome: Outcome) {
+    if let Some(count) = OUTCOME_COUNTS.get_ptr_mut(outcome.index()) {
+        // SAFETY: the pointer is to this CPU's own element. A count that another program on this CPU
+        // interrupts may lose one; counters are not worth a lock.
+        unsafe { *count += 1 };
+    }
+}
+
+/// What one family needs of the kernel's maps.
+macro_rules! tables {
+    (
+        $tables:ident, $family:ty,
+        $services:ident = $services_name:literal, $backends:ident = $backends_name:literal,
+        $flows:ident = $flows_name:literal, $embryos:ident = $embryos_name:literal,
+        $fragments:ident = $fragments_name:literal, $peers:ident = $peers_name:literal,
+        $scratch:ident = $scratch_name:literal
+    ) => {
+        #[btf_map(name = $services_name)]
+        static $services: HashMap<ServiceKey<$family>, ServiceValue, SERVICES, ON_DEMAND> =
+            HashMap::new();
+        #[btf_map(name = $backends_name)]
+        static $backends: Array<Backend<$family>, BACKENDS, MAPPED> = Array::new();
+        #[btf_map(name = $flows_name)]
+        static $flows: HashMap<FlowKey<$family>, FlowValue<$family>, FLOWS, ON_DEMAND> =
+            HashMap::new();
+        #[btf_map(name = $embryos_name)]
+        static $embryos: LruHashMap<FlowKey<$family>, FlowValue<$family>, EMBRYOS> =
+            LruHashMap::new();
+        #[btf_map(name = $fragments_name)]
+        static $fragments: LruHashMap<FragmentKey<$family>, FragmentValue, FRAGMENTS> =
+            LruHashMap::new();
+        #[btf_map(name = $peers_name)]
+        static $peers: LruHashMap<PeerKey<$family>, PeerValue<$family>, PEERS> = LruHashMap::new();
+        #[btf_map(name = $scratch_name)]
+        static $scratch: PerCpuArray<Work<$family>, 1> = PerCpuArray::new();
+
+        /// The kernel's maps of one family.
+        pub struct $tables;
+
+        impl $tables {
+            /// This CPU's work area. Of use at tc only, where programs run with softirqs off and so do
+            /// not interrupt each other; socket hooks can be preempted and must not ask for it.
+            #[inline(always)]
+            pub fn work(&self) -> Option<&'static mut Work<$family>> {
+                // SAFETY: the element is this CPU's own, and the hook that asks is the only program
+                // that runs on this CPU until it ends.
+                $scratch.get_ptr_mut(0).map(|work| unsafe { &mut *work })
+            }
+        }
+
+        impl Tables<$family> for $tables {
+            #[inline(always)]
+            fn setting<T: Copy>(&self, field: impl Fn(&Settings) -> &T) -> T {
+                let settings = (&raw const SETTINGS).cast::<Settings>();
+                // SAFETY: `Global` is a transparent wrapper, and the loader filled it with a value of
+                // this Pod type. Volatile, or the compiler would fold the initial value.
+                unsafe { core::ptr::from_ref(field(&*settings)).read_volatile() }
+            }
+
+            #[inline(always)]
+            fn now(&self) -> u32 {
+                let coarse = Tables::<$family>::setting(self, |s| &s.coarse_clock) != 0;
+                // SAFETY: both helpers only read a clock.
+                let time =
+                    unsafe { if coarse { bpf_ktime_get_coarse_ns() } else { bpf_ktime_get_ns() } };
+                (time >> TICK_SHIFT) as u32
+            }
+
+            #[inline(always)]
+            fn count(&self, outcome: Outcome) {
+                count(outcome);
+            }
+
+            #[inline(always)]
+            fn service(&self, key: &ServiceKey<$family>) -> Option<Service> {
+                let value = $services.get_ptr(key)?;
+                // SAFETY: the lookup's pointer stays readable while the program runs. The element may
+                // be reused meanwhile, so each field is read once and the tag, which the kernel writes
+                // first, is compared afterwards.
+                unsafe {
+                    let range = (&raw const (*value).cluster).read_volatile();
+                    let id = (&raw const (*value).id).read_volatile();
+                    let tag = (&raw const (*value).tag).read_volatile();
+                    (tag == key.tag()).then_some(Service { id, range })
+                }
+            }
+
+            #[inline(always)]
+            fn slot(&self, index: u32) -> Option<u32> {
+                SLOT_NUMBERS.get(index).map(|number| *number as u32)
+            }
+
+            #[inline(always)]
+            fn backend(&self, number: u32) -> Option<Backend<$family>> {
+                $backends.get(number).copied()
+            }
+
+            #[inline(always)]
+            fn flow(&self, key: &FlowKey<$family>) -> Option<FlowRecord<'_, $family>> {
+                record($flows.get_ptr_mut(key)?)
+            }
+
+            #[inline(always)]
+            fn embryo(&self, key: &FlowKey<$family>) -> Option<FlowRecord<'_, $family>> {
+                record($embryos.get_ptr_mut(key)?)
+            }
+
+            #[inline(always)]
+            fn insert_flow(
+                &self,
+                key: &FlowKey<$family>,
+                value: &FlowValue<$family>,
+            ) -> Result<(), Refused> {
+                $flows.insert(key, value, u64::from(BPF_NOEXIST)).map_err(refused)
+            }
+
+            #[inline(always)]
+            fn insert_embryo(
+                &self,
+                key: &FlowKey<$family>,
+                value: &FlowValue<$family>,
+            ) -> Result<(), Refused> {
+                $embryos.insert(key, value, u64::from(BPF_NOEXIST)).map_err(refused)
+            }
+
+            #[inline(always)]
+            fn remove(&self, key: &FlowKey<$family>) {
+                let _ = $flows.remove(key);
+                let _ = $embryos.remove(key);
+            }
+
+            #[inline(always)]
+            fn remove_embryo(&self, key: &FlowKey<$family>) {
+                let _ = $embryos.remove(key);
+            }
+
+            #[inline(always)]
+            fn fragment(&self, key: &FragmentKey<$family>) -> Option<FragmentValue> {
+                // SAFETY: four bytes that are written once; an element reused meanwhile belongs to a
+                // datagram that is lost anyway.
+                unsafe { $fragments.get(key).copied() }
+            }
+
+            #[inline(always)]
+            fn remember_fragment(&self, key: &FragmentKey<$family>, value: FragmentValue) {
+                let _ = $fragments.insert(key, value, u64::from(BPF_ANY));
+            }
+
+            #[inline(always)]
+            fn peer(&self, key: &PeerKey<$family>) -> Option<PeerValue<$family>> {
+                // SAFETY: an element is only ever written by its own socket's calls and evicted when it
+                // is the oldest of all.
+                unsafe { $peers.get(key).copied() }
+            }
+
+            #[inline(always)]
+            fn remember_peer(&self, key: &PeerKey<$family>, value: &PeerValue<$family>) {
+                let _ = $peers.insert(key, value, u64::from(BPF_ANY));
+            }
+        }
+    };
+}
+
+tables!(
+    Tables4,
+    V4,
+    SERVICES_V4 = "services_v4",
+    BACKENDS_V4 = "backends_v4",
+    FLOWS_V4 = "flows_v4",
+    EMBRYOS_V4 = "embryos_v4",
+    FRAGMENTS_V4 = "fragments_v4",
+    PEERS_V4 = "peers_v4",
+    SCRATCH_V4 = "scratch_v4"
+);
+tables!(
+    Tables6,
+    V6,
+    SERVICES_V6 = "services_v6",
+    BACKENDS_V6 = "backends_v6",
+    FLOWS_V6 = "flows_v6",
+    EMBRYOS_V6 = "embryos_v6",
+    FRAGMENTS_V6 = "fragments_v6",
+    PEERS_V6 = "peers_v6",
+    SCRATCH_V6 = "scratch_v6"
+);
+
+#[inline(always)]
+fn record<F: proxy_common::Family>(value: *mut FlowValue<F>) -> Option<FlowRecord<'static, F>> {
+    // SAFETY: a map element stays mapped while the program runs, and the datapath reaches it through
+    // records only.
+    NonNull::new(value).map(|value| unsafe { FlowRecord::new(value) })
+}
+
+#[inline(always)]
+fn refused(errno: i32) -> Refused {
+    const EEXIST: i32 = -17;
+    if errno == EEXIST { Refused::Exists } else { Refused::Full }
+}

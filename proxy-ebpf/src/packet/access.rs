@@ -1,0 +1,32 @@
+//! The one door to packet memory.
+
+use bytemuck::Pod;
+use proxy_common::checksum::Delta;
+
+/// A packet's bytes, from its link-layer header on: a socket buffer in the kernel, a vector in tests.
+///
+/// Values are copied in and out, never referenced: the kernel may move a packet's memory with any
+/// change, and on the host its bytes have no alignment.
+pub trait Frame {
+    /// Where the network header begins: the length of the link-layer header.
+    const NETWORK: usize;
+
+    /// Makes the first `length` bytes reachable, if the packet is that long. A packet's end may lie in
+    /// other memory than its start; loads and stores beyond what is reachable fail.
+    fn want(&mut self, length: usize);
+
+    /// The value at `offset`; `None` if the reachable part ends before it does.
+    fn load<T: Pod>(&self, offset: usize) -> Option<T>;
+
+    /// Stores `value` at `offset`; `None` if the reachable part ends before it does.
+    fn store<T: Pod>(&mut self, offset: usize, value: T) -> Option<()>;
+
+    /// Changes the packet's length, cutting off its end or adding zeros there, and makes all of it
+    /// reachable.
+    fn resize(&mut self, length: usize) -> Option<()>;
+
+    /// Mends the transport checksum at `offset`: `pseudo` is the change of the addresses, which a
+    /// checksum that hardware has yet to finish covers; `body` that of the bytes behind it, which it
+    /// does not. With `optional` a zero means "no checksum" and stays (UDP, RFC 768).
+    fn fix_l4(&mut self, offset: usize, pseudo: Delta, body: Delta, optional: bool) -> Option<()>;
+}

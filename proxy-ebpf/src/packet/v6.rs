@@ -1,0 +1,149 @@
+//! IPv6 (RFC 8200).
+
+use bytemuck::{Pod, Zeroable};
+use proxy_common::tables::{FlowKey, Packet, Part};
+use proxy_common::{Addr6, V6};
+
+use super::{Frame, REACH, Wire};
+
+/// The fixed header.
+#[derive(Clone, Copy, Pod, Zeroable)]
+#[repr(C)]
+struct Header {
+    version: u8,
+    class_and_label: [u8; 3],
+    payload_length: [u8; 2],
+    next: u8,
+    hop_limit: u8,
+    src: Addr6,
+    dst: Addr6,
+}
+
+/// The first eight bytes of an extension header, which all of them have. Offset and identification
+/// are the fragment header's, where the length is reserved.
+#[derive(Clone, Copy, Pod, Zeroable)]
+#[repr(C)]
+struct ExtensionHeader {
+    next: u8,
+    length: u8,
+    offset: [u8; 2],
+    id: [u8; 4],
+}
+
+const HOP_BY_HOP: u8 = 0;
+const ROUTING: u8 = 43;
+const FRAGMENT: u8 = 44;
+const AUTHENTICATION: u8 = 51;
+const DESTINATION: u8 = 60;
+const MOBILITY: u8 = 135;
+
+/// How many extension headers are passed over. Linux has no limit, but nobody sends more.
+const MAX_EXTENSIONS: usize = 6;
+
+/// Whether another header follows that is passed over.
+#[inline(always)]
+fn is_extension(number: u8) -> bool {
+    matches!(number, HOP_BY_HOP | ROUTING | FRAGMENT | AUTHENTICATION | DESTINATION | MOBILITY)
+}
+
+/// Passes over the extension headers from `packet.l4` on. A later fragment ends the walk: what follows
+/// its fragment header is payload.
+#[inline(always)]
+fn skip_extensions<P: Frame>(frame: &P, mut packet: Packet) -> Option<Packet> {
+    for _ in 0..MAX_EXTENSIONS {
+        if !is_extension(packet.proto) || packet.is(Part::Later) {
+            break;
+        }
+        let header: ExtensionHeader = frame.load(packet.l4())?;
+        let length = match packet.proto {
+            FRAGMENT => 8,
+            AUTHENTICATION => (u32::from(header.length) + 2) * 4,
+            _ => (u32::from(header.length) + 1) * 8,
+        };
+        if packet.proto == FRAGMENT {
+            packet.id = u32::from_ne_bytes(header.id);
+            packet.part = part_of(u16::from_be_bytes(header.offset));
+        }
+        packet.l4 += length;
+        packet.proto = header.next;
+    }
+    Some(packet)
+}
+
+/// The part that a fragment header's offset and flag tell of. An "atomic" fragment (RFC 6946) is whole.
+#[inline(always)]
+fn part_of(bits: u16) -> u8 {
+    let part = match (bits & 0xfff8 != 0, bits & 1 != 0) {
+        (true, _) => Part::Later,
+        (false, true) => Part::First,
+        (false, false) => Part::Whole,
+    };
+    part as u8
+}
+
+impl Wire for V6 {
+    const HEADER: usize = 40;
+    const SOURCE: usize = 8;
+    const MAX_QUOTE: usize = 40 + 48 + 8;
+    const PORT_UNREACHABLE: [u8; 2] = [1, 4];
+
+    #[inline(always)]
+    fn headers<P: Frame>(frame: &mut P, l3: usize, key: &mut FlowKey<Self>) -> Option<Packet> {
+        let header: Header = frame.load(l3)?;
+        (key.src, key.dst) = (header.src, header.dst);
+        if header.version >> 4 != 6 {
+            return None;
+        }
+        if is_extension(header.next) {
+            frame.want(REACH);
+        }
+        let l4 = (l3 + Self::HEADER) as u32;
+        let start = Packet { l4, id: 0, proto: header.next, flags: 0, part: 0, pad: 0 };
+        skip_extensions(frame, start)
+    }
+
+    /// Types below 128 are errors; the four that RFC 4443 defines quote a packet.
+    #[inline(always)]
+    fn is_error(icmp_type: u8) -> bool {
+        matches!(icmp_type, 1..=4)
+    }
+
+    #[inline(always)]
+    fn set_addresses<P: Frame>(
+        frame: &mut P,
+        l3: usize,
+        _old: (&Addr6, &Addr6),
+        new: (&Addr6, &Addr6),
+    ) -> Option<()> {
+        frame.store(l3 + Self::SOURCE, *new.0)?;
+        frame.store(l3 + Self::SOURCE + size_of::<Addr6>(), *new.1)
+    }
+
+    #[inline(always)]
+    fn write_header<P: Frame>(
+        frame: &mut P,
+        l3: usize,
+        (src, dst): (&Addr6, &Addr6),
+        proto: u8,
+        length: u16,
+    ) -> Option<()> {
+        frame.store(
+            l3,
+            Header {
+                version: 0x60,
+                class_and_label: [0; 3],
+                payload_length: length.to_be_bytes(),
+                next: proto,
+                hop_limit: 64,
+                src: *src,
+                dst: *dst,
+            },
+        )
+    }
+
+    #[inline(always)]
+    fn total_length<P: Frame>(frame: &P, l3: usize) -> Option<usize> {
+        let header: Header = frame.load(l3)?;
+        Some(usize::from(u16::from_be_bytes(header.payload_length)) + Self::HEADER)
+    }
+}

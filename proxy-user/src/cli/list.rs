@@ -1,0 +1,166 @@
+//! `portal services`, `backends` and `flows`: the pinned maps as kubectl would show them.
+
+use std::collections::HashMap;
+
+use anyhow::Result;
+use proxy_common::settings::seconds;
+
+use super::Place;
+use super::table::{Column, Output, Table};
+use crate::desired::PortId;
+use crate::kernel::read;
+use crate::model::IpFamily;
+use crate::plan::{Actual, ActualService, BackendEntry};
+
+/// The flags of listings.
+#[derive(clap::Args)]
+pub struct Args {
+    /// Only those of this namespace
+    #[arg(short, long, value_name = "NAMESPACE")]
+    namespace: Option<String>,
+
+    /// How to print
+    #[arg(short, long, value_enum, default_value = "table")]
+    output: Output,
+
+    #[command(flatten)]
+    place: Place,
+}
+
+impl Args {
+    fn wants(&self, port: Option<&PortId>) -> bool {
+        self.namespace.is_none() || self.namespace.as_ref() == port.map(|p| &p.service.namespace)
+    }
+}
+
+/// Lists Service ports, a row per frontend.
+pub fn services(args: &Args) -> Result<()> {
+    let actual = read::services(&args.place.bpffs_root)?;
+    let mut table = Table::new(&[
+        Column::always("NAMESPACE"),
+        Column::always("NAME"),
+        Column::always("PORT-NAME"),
+        Column::always("VIP"),
+        Column::always("PORT"),
+        Column::always("PROTOCOL"),
+        Column::always("BACKENDS"),
+        Column::wide("ID"),
+        Column::wide("SLOTS"),
+    ]);
+    for service in sorted(&actual) {
+        let port = actual.names.get(&service.id);
+        if args.wants(port) {
+            let range = service.range;
+            table.row(names(port).into_iter().chain([
+                service.frontend.vip.to_string(),
+                service.frontend.port.to_string(),
+                read::protocol(service.frontend.protocol.number()).to_owned(),
+                range.count.to_string(),
+                service.id.to_string(),
+                format!("{}+{}", range.first, range.count),
+            ]));
+        }
+    }
+    table.print(args.output)
+}
+
+fn sorted(actual: &Actual) -> Vec<&ActualService> {
+    let mut services: Vec<&ActualService> = actual.services.iter().collect();
+    services.sort_by_key(|service| (actual.names.get(&service.id), service.frontend));
+    services
+}
+
+/// Namespace, name and port name.
+fn names(port: Option<&PortId>) -> [String; 3] {
+    let Some(port) = port else { return ["?".to_owned(), "?".to_owned(), String::new()] };
+    [port.service.namespace.clone(), port.service.name.clone(), port.port.clone()]
+}
+
+/// Lists backends, a row per endpoint of a Service port.
+pub fn backends(args: &Args) -> Result<()> {
+    let actual = read::services(&args.place.bpffs_root)?;
+    let mut table = Table::new(&[
+        Column::always("NAMESPACE"),
+        Column::always("NAME"),
+        Column::always("PORT-NAME"),
+        Column::always("BACKEND"),
+        Column::always("PROTOCOL"),
+        Column::always("STATE"),
+        Column::always("NODE"),
+        Column::wide("NUMBER"),
+        Column::wide("GENERATION"),
+    ]);
+    let in_use = slots_by_family(&actual);
+    let mut backends: Vec<_> = actual.backends.iter().filter(|b| b.entry.serving).collect();
+    backends.sort_by_key(|b| (actual.names.get(&b.entry.service), b.entry.address));
+    for backend in backends {
+        let port = actual.names.get(&backend.entry.service);
+        if args.wants(port) {
+            let usable = in_use.contains_key(&(backend.family, backend.number));
+            table.row(names(port).into_iter().chain([
+                backend.entry.address.to_string(),
+                port.map_or("?", |p| read::protocol(p.protocol.number())).to_owned(),
+                state(usable).to_owned(),
+                place(backend.entry).to_owned(),
+                backend.number.to_string(),
+                backend.entry.generation.to_string(),
+            ]));
+        }
+    }
+    table.print(args.output)
+}
+
+/// The backends that slots lead to.
+fn slots_by_family(actual: &Actual) -> HashMap<(IpFamily, u32), u32> {
+    let mut found = HashMap::new();
+    for service in &actual.services {
+        let family = IpFamily::of(service.frontend.vip);
+        for slot in service.range.first..service.range.first + service.range.count {
+            if let Some(number) = actual.slots.get(&slot) {
+                found.insert((family, *number), slot);
+            }
+        }
+    }
+    found
+}
+
+const fn state(usable: bool) -> &'static str {
+    if usable { "ready" } else { "draining" }
+}
+
+const fn place(entry: BackendEntry) -> &'static str {
+    if entry.local { "local" } else { "remote" }
+}
+
+/// Lists flows, a row each.
+pub fn flows(args: &Args) -> Result<()> {
+    let actual = read::services(&args.place.bpffs_root)?;
+    let labels = read::names(&actual);
+    let mut table = Table::new(&[
+        Column::always("PROTOCOL"),
+        Column::always("CLIENT"),
+        Column::always("VIP"),
+        Column::always("BACKEND"),
+        Column::always("STATE"),
+        Column::always("EXPIRES"),
+        Column::always("SERVICE"),
+        Column::wide("SEEN-AS"),
+    ]);
+    let mut flows = read::flows(&args.place.bpffs_root)?;
+    flows.sort_by_key(|flow| (flow.service, flow.client, flow.frontend));
+    for flow in flows {
+        if args.wants(actual.names.get(&flow.service)) {
+            table.row([
+                read::protocol(flow.proto).to_owned(),
+                flow.client.to_string(),
+                flow.frontend.to_string(),
+                flow.backend.to_string(),
+                flow.state.to_owned(),
+                format!("{}s", seconds(flow.expires)),
+                labels.get(&flow.service).cloned().unwrap_or_else(|| "(deleted)".to_owned()),
+                flow.seen_as.to_string(),
+            ]);
+        }
+    }
+    table.print(args.output)
+}

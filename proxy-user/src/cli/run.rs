@@ -1,0 +1,165 @@
+//! The flags of `portal run`, named as kube-proxy names them, resolved once.
+
+use std::fs;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use anyhow::{Context, Result};
+use tracing_subscriber::EnvFilter;
+
+use super::Place;
+use crate::kernel::{Options, SocketLb, TcMode, probe};
+use crate::netlink::Rule;
+use crate::run::{Settings, run};
+use crate::watch::{ApiServer, Source};
+
+/// The flags of `portal run`.
+#[derive(clap::Args)]
+pub struct Args {
+    /// A kubeconfig; without it the in-cluster configuration, then the default kubeconfig
+    #[arg(long, value_name = "FILE")]
+    kubeconfig: Option<PathBuf>,
+
+    /// Overrides the API server's URL. In a cluster, give its real address: the configured one is a
+    /// VIP, which Portal must program first
+    #[arg(long, value_name = "URL")]
+    master: Option<String>,
+
+    /// Follow Services and `EndpointSlices` from a folder of YAML files instead of an API server
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["kubeconfig", "master"])]
+    manifests: Option<PathBuf>,
+
+    /// This node's name, by which endpoints are known as local. Default: the host's name
+    #[arg(long, value_name = "NAME")]
+    hostname_override: Option<String>,
+
+    /// The pods' address ranges, one per family. (Not needed for `ClusterIPs`)
+    #[arg(long, value_name = "CIDR", value_delimiter = ',')]
+    cluster_cidr: Vec<String>,
+
+    /// Which of the node's addresses take `NodePorts`. (They are not served yet)
+    #[arg(long, value_name = "CIDR|primary", value_delimiter = ',')]
+    nodeport_addresses: Vec<String>,
+
+    /// Where to serve metrics; empty for nowhere
+    #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:10249")]
+    metrics_bind_address: String,
+
+    /// Where to serve health; empty for nowhere
+    #[arg(long, value_name = "ADDRESS", default_value = "0.0.0.0:10256")]
+    healthz_bind_address: String,
+
+    /// The cgroup2 directory whose sockets are translated. Default: the cgroup2 mount
+    #[arg(long, value_name = "DIR")]
+    cgroup_root: Option<PathBuf>,
+
+    #[command(flatten)]
+    place: Place,
+
+    /// Which sockets are translated when they connect, so that their traffic costs nothing
+    #[arg(long, value_enum, default_value = "host")]
+    socket_lb: SocketLb,
+
+    /// How programs are attached to uplinks by XDP. (Uplinks are not served yet)
+    #[arg(long, value_enum, default_value = "auto")]
+    xdp: Xdp,
+
+    /// How programs are attached to pods' links
+    #[arg(long, value_enum, default_value = "auto")]
+    tc: TcMode,
+
+    /// How a new flow's backend is chosen
+    #[arg(long, value_enum, default_value = "hash")]
+    lb_algorithm: Algorithm,
+
+    /// What links are for, as in pod=cali*,ignore=veth0. Default: found out
+    #[arg(long, value_name = "ROLE=PATTERN", value_delimiter = ',')]
+    interfaces: Vec<Rule>,
+
+    /// How many flow records each address family's table holds, two per flow; counts when the
+    /// table is made
+    #[arg(long, value_name = "NUMBER", default_value_t = 524_288)]
+    max_flows: u32,
+}
+
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+enum Xdp {
+    Off,
+    Auto,
+    Native,
+    Generic,
+}
+
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+enum Algorithm {
+    /// By a hash of the flow's addresses and ports
+    Hash,
+}
+
+impl Args {
+    /// Runs the agent.
+    pub fn run(self) -> Result<()> {
+        let filter = EnvFilter::try_from_env("PORTAL_LOG").unwrap_or_else(|_| "info".into());
+        tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+        let settings = self.resolve()?;
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        runtime.block_on(run(settings))
+    }
+
+    fn resolve(self) -> Result<Settings> {
+        for (flag, given) in [
+            ("--cluster-cidr", !self.cluster_cidr.is_empty()),
+            ("--nodeport-addresses", !self.nodeport_addresses.is_empty()),
+        ] {
+            if given {
+                tracing::info!("{flag} has no effect yet: only ClusterIPs are served");
+            }
+        }
+        if !matches!(self.xdp, Xdp::Off | Xdp::Auto) {
+            tracing::info!("--xdp has no effect yet: only pods' links are served, by tc");
+        }
+        let Algorithm::Hash = self.lb_algorithm;
+        let cgroup_root = match self.cgroup_root {
+            Some(root) => Some(root),
+            None if self.socket_lb.is_on() => Some(probe::cgroup2_mount()?),
+            None => None,
+        };
+        Ok(Settings {
+            node: node_name(self.hostname_override)?,
+            source: match self.manifests {
+                Some(folder) => Source::Manifests(folder),
+                None => Source::Api(ApiServer { kubeconfig: self.kubeconfig, url: self.master }),
+            },
+            kernel: Options {
+                bpffs_root: self.place.bpffs_root,
+                cgroup_root,
+                socket_lb: self.socket_lb,
+                tc: self.tc,
+                max_flows: self.max_flows,
+            },
+            interfaces: self.interfaces,
+            healthz: address("--healthz-bind-address", &self.healthz_bind_address)?,
+            metrics: address("--metrics-bind-address", &self.metrics_bind_address)?,
+        })
+    }
+}
+
+/// The node's name, trimmed and in lower case (KP-139).
+fn node_name(given: Option<String>) -> Result<String> {
+    let name = match given {
+        Some(name) => name,
+        None => fs::read_to_string("/proc/sys/kernel/hostname")
+            .context("cannot read the host's name; give the node's with --hostname-override")?,
+    };
+    Ok(name.trim().to_lowercase())
+}
+
+fn address(flag: &str, text: &str) -> Result<Option<SocketAddr>> {
+    if text.is_empty() {
+        return Ok(None);
+    }
+    let address = text.parse().with_context(|| {
+        format!("{flag}: \"{text}\" is no address with a port, such as 127.0.0.1:10249")
+    })?;
+    Ok(Some(address))
+}

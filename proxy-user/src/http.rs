@@ -1,0 +1,118 @@
+//! Health and metrics over HTTP, at kube-proxy's addresses and paths (KP-117 to 122).
+
+use std::fmt::Write;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::Duration;
+
+use anyhow::Result;
+use axum::Router;
+use axum::extract::State;
+use axum::http::StatusCode;
+use axum::http::header::CONTENT_TYPE;
+use axum::response::{IntoResponse, Response};
+use axum::routing::get;
+
+use crate::kernel::{Swept, read};
+
+/// How long to wait before an address that is taken is tried again (KP-124).
+const RETRY: Duration = Duration::from_secs(5);
+
+/// What the agent tells of itself.
+pub struct Status {
+    bpffs_root: PathBuf,
+    ready: AtomicBool,
+    services: AtomicUsize,
+    flow_records: AtomicUsize,
+    swept_records: AtomicUsize,
+}
+
+impl Status {
+    /// The status of an agent that has just started.
+    pub fn new(bpffs_root: PathBuf) -> Self {
+        Self {
+            bpffs_root,
+            ready: AtomicBool::new(false),
+            services: AtomicUsize::new(0),
+            flow_records: AtomicUsize::new(0),
+            swept_records: AtomicUsize::new(0),
+        }
+    }
+
+    /// Whether the kernel follows the cluster.
+    pub fn is_ready(&self) -> bool {
+        self.ready.load(Ordering::Relaxed)
+    }
+
+    /// Notes that the kernel holds what it should.
+    pub fn synced(&self, services: usize) {
+        self.services.store(services, Ordering::Relaxed);
+        self.ready.store(true, Ordering::Relaxed);
+    }
+
+    /// Notes what a sweep has found.
+    pub fn swept(&self, swept: Swept) {
+        self.flow_records.store(swept.records - swept.removed, Ordering::Relaxed);
+        self.swept_records.fetch_add(swept.removed, Ordering::Relaxed);
+    }
+
+    /// The metrics in Prometheus' text format.
+    fn metrics(&self) -> String {
+        let mut text = String::new();
+        let mut metric = |name: &str, kind: &str, help: &str, value: usize| {
+            let _ = writeln!(text, "# HELP {name} {help}\n# TYPE {name} {kind}\n{name} {value}");
+        };
+        let load = |value: &AtomicUsize| value.load(Ordering::Relaxed);
+        metric("portal_ready", "gauge", "The kernel follows the cluster.", self.is_ready().into());
+        metric("portal_services", "gauge", "Services that are proxied.", load(&self.services));
+        let help = "Records of answered flows at the last sweep, two per flow.";
+        metric("portal_flow_records", "gauge", help, load(&self.flow_records));
+        let help = "Records of ended flows removed by sweeps.";
+        metric("portal_swept_records_total", "counter", help, load(&self.swept_records));
+        text.push_str("# HELP portal_outcomes_total Packets and socket calls by what was done.\n");
+        text.push_str("# TYPE portal_outcomes_total counter\n");
+        for (outcome, count) in read::outcomes(&self.bpffs_root).unwrap_or_default() {
+            let _ =
+                writeln!(text, "portal_outcomes_total{{outcome=\"{}\"}} {count}", outcome.label());
+        }
+        text
+    }
+}
+
+/// Serves health and metrics at an address, for ever. An address that is taken is tried again.
+///
+/// # Errors
+/// None at present.
+pub async fn serve(address: SocketAddr, status: Arc<Status>) -> Result<()> {
+    let routes = Router::new()
+        .route("/healthz", get(health))
+        .route("/livez", get(|| async { "ok" }))
+        .route("/metrics", get(metrics))
+        .route("/proxyMode", get(|| async { "portal" }))
+        .with_state(status);
+    loop {
+        let error = match tokio::net::TcpListener::bind(address).await {
+            Ok(listener) => axum::serve(listener, routes.clone()).await.err(),
+            Err(error) => Some(error),
+        };
+        if let Some(error) = error {
+            tracing::warn!("cannot serve at {address}: {error}; trying again in {RETRY:?}");
+        }
+        tokio::time::sleep(RETRY).await;
+    }
+}
+
+async fn health(State(status): State<Arc<Status>>) -> (StatusCode, &'static str) {
+    if status.is_ready() {
+        (StatusCode::OK, "ok")
+    } else {
+        (StatusCode::SERVICE_UNAVAILABLE, "not yet in step with the cluster")
+    }
+}
+
+async fn metrics(State(status): State<Arc<Status>>) -> Response {
+    let headers = [(CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")];
+    (headers, status.metrics()).into_response()
+}

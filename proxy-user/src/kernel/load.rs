@@ -1,0 +1,148 @@
+//! Loads the programs, on the maps that are pinned or on fresh ones.
+
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Context, Result, bail, ensure};
+use aya::maps::{Array, Map, MapData, MapInfo};
+use aya::programs::Program;
+use aya::{Ebpf, EbpfLoader};
+use proxy_common::abi::ABI;
+use proxy_common::settings::Settings;
+use proxy_common::tables::Config;
+
+use super::contract::shapes;
+use super::{Options, SocketLb, probe};
+
+static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/portal-ebpf.o"));
+
+/// How many lines of a verifier's log are shown.
+const LOG_LINES: usize = 20;
+
+/// Whether this binary carries an eBPF object.
+pub fn has_object() -> bool {
+    !OBJECT.is_empty()
+}
+
+/// Loads all programs. `maps` is the folder of the pinned maps.
+pub fn load(options: &Options, maps: &Path) -> Result<Ebpf> {
+    ensure!(
+        has_object(),
+        "this portal was built without its eBPF object. Build it with `cargo xtask build`, which \
+         sees to the eBPF toolchain"
+    );
+    let seed = check_pinned(maps)?.unwrap_or_else(fresh_seed);
+    let settings = settings(options, seed);
+    let paths: Vec<_> = shapes().map(|shape| (shape.name, maps.join(shape.name))).collect();
+    let mut loader = EbpfLoader::new();
+    loader.override_global("SETTINGS", &settings, true);
+    for (name, path) in &paths {
+        loader.map_pin_path(name, path);
+        let size = match MapInfo::from_pin(path) {
+            Ok(info) => Some(info.max_entries()),
+            Err(_) => name.starts_with("flows_").then_some(options.max_flows),
+        };
+        if let Some(size) = size {
+            loader.map_max_entries(name, size);
+        }
+    }
+    let mut ebpf = loader.load(OBJECT).map_err(shortened).context(
+        "the kernel does not take Portal's eBPF object (it needs Linux 5.10 or later with BTF)",
+    )?;
+    write_config(&mut ebpf, seed)?;
+    for (name, program) in ebpf.programs_mut() {
+        load_program(program).map_err(shortened).with_context(|| format!("program {name}"))?;
+    }
+    Ok(ebpf)
+}
+
+fn load_program(program: &mut Program) -> Result<(), aya::programs::ProgramError> {
+    match program {
+        Program::SchedClassifier(program) => program.load(),
+        Program::CgroupSockAddr(program) => program.load(),
+        // The object has no others.
+        _ => Ok(()),
+    }
+}
+
+/// Compares the pinned maps with the contract: aya would take a map of any shape. Returns the seed
+/// that they were used with, or nothing if there are none.
+fn check_pinned(maps: &Path) -> Result<Option<u32>> {
+    for shape in shapes() {
+        let path = maps.join(shape.name);
+        let Ok(info) = MapInfo::from_pin(&path) else { continue };
+        let actual = (info.key_size() as usize, info.value_size() as usize);
+        if actual != (shape.key, shape.value) {
+            bail!(other_contract(&path, "another layout"));
+        }
+    }
+    let path = maps.join("config");
+    if !path.exists() {
+        return Ok(None);
+    }
+    let map = Map::Array(MapData::from_pin(&path)?);
+    let config: Config = Array::<_, Config>::try_from(map)?.get(&0, 0)?;
+    match config.abi {
+        // Made, but not yet filled in when its agent was killed.
+        0 => Ok(None),
+        ABI => Ok(Some(config.seed)),
+        other => bail!(other_contract(&path, &format!("contract {other}, not {ABI}"))),
+    }
+}
+
+fn other_contract(path: &Path, what: &str) -> String {
+    format!(
+        "{} was made by another version of portal ({what}). Remove what it left with \
+         `portal cleanup` and start again; connections through Services are then set up anew",
+        path.display()
+    )
+}
+
+fn write_config(ebpf: &mut Ebpf, seed: u32) -> Result<()> {
+    let map = ebpf.map_mut("config").context("the object has no map config")?;
+    Array::try_from(map)?.set(0, Config { abi: ABI, seed }, 0).context("cannot write map config")
+}
+
+/// A seed that clients can't guess, so that they can't choose their backend.
+fn fresh_seed() -> u32 {
+    let mut bytes = [0; 4];
+    match fs::File::open("/dev/urandom")
+        .and_then(|mut file| std::io::Read::read_exact(&mut file, &mut bytes))
+    {
+        Ok(()) => u32::from_ne_bytes(bytes),
+        Err(_) => std::process::id(),
+    }
+}
+
+fn settings(options: &Options, seed: u32) -> Settings {
+    let cookie = match options.socket_lb {
+        SocketLb::Host => probe::netns_cookie().unwrap_or_else(|error| {
+            tracing::warn!(
+                "this kernel does not name network namespaces ({error}; 5.14 does): the sockets of \
+                 all of them are translated, as with --socket-lb=all"
+            );
+            0
+        }),
+        SocketLb::All | SocketLb::Off => 0,
+    };
+    Settings {
+        seed,
+        coarse_clock: probe::coarse_clock().into(),
+        socket_errno: probe::socket_errno().into(),
+        netns_cookie: bytemuck::cast(cookie),
+        ..Settings::DEFAULT
+    }
+}
+
+/// A verifier's error holds its whole log: its end says what is wrong.
+fn shortened(error: impl std::error::Error) -> anyhow::Error {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text = format!("{text}: {cause}");
+        source = cause.source();
+    }
+    let lines: Vec<&str> = text.lines().collect();
+    let end = lines.len().saturating_sub(LOG_LINES);
+    anyhow::anyhow!("{}", lines[end..].join("\n"))
+}

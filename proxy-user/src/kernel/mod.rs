@@ -1,0 +1,180 @@
+//! The kernel side: the only code that loads programs, attaches them and writes maps.
+//!
+//! ```text
+//! <bpffs root>/maps/<map>              every map of the contract
+//! <bpffs root>/links/tc-<ifindex>-<direction>, cgroup-<hook>
+//! ```
+//!
+//! All of it is pinned, so it outlives the agent; a new agent finds it, puts its own programs into the
+//! links (between one packet and the next) and goes on with the maps.
+
+mod contract;
+mod links;
+mod load;
+mod mapped;
+pub mod probe;
+pub mod read;
+mod sockets;
+mod sweep;
+mod sys;
+mod tc;
+mod writer;
+
+use std::fs;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use aya::Ebpf;
+use nix::fcntl::{Flock, FlockArg};
+
+use crate::plan::{Capacity, Op, Planner};
+pub use contract::{Shape, name_of, shapes};
+use links::PinnedLinks;
+pub use load::has_object;
+pub use sockets::SocketLb;
+pub use sweep::Swept;
+pub use tc::TcMode;
+use writer::Writer;
+
+/// Where and how the datapath is installed.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// The folder for pins, on a bpffs.
+    pub bpffs_root: PathBuf,
+    /// The cgroup whose sockets are translated.
+    pub cgroup_root: Option<PathBuf>,
+    /// Which sockets are translated.
+    pub socket_lb: SocketLb,
+    /// How programs are attached to network links.
+    pub tc: TcMode,
+    /// How many flows each family's table holds; fixed when the maps are made.
+    pub max_flows: u32,
+}
+
+/// The installed datapath.
+pub struct Datapath {
+    ebpf: Ebpf,
+    links: PinnedLinks,
+    writer: Writer,
+    tc: TcMode,
+    maps: PathBuf,
+    /// Held while this agent runs.
+    _lock: Flock<OwnedFd>,
+}
+
+/// The folder of the pinned maps.
+pub fn maps_folder(bpffs_root: &Path) -> PathBuf {
+    bpffs_root.join("maps")
+}
+
+fn links_folder(bpffs_root: &Path) -> PathBuf {
+    bpffs_root.join("links")
+}
+
+impl Datapath {
+    /// Loads the programs and attaches the socket hooks, taking over what an earlier agent left.
+    /// Returns the planner for what the maps hold.
+    ///
+    /// # Errors
+    /// Says what is missing and what to do. Nothing is attached then that was not before.
+    pub fn install(options: &Options) -> Result<(Self, Planner)> {
+        probe::preconditions(options)?;
+        let maps = maps_folder(&options.bpffs_root);
+        fs::create_dir_all(&maps).with_context(|| format!("cannot make {}", maps.display()))?;
+        let lock = lock(&options.bpffs_root)?;
+        let mut ebpf = load::load(options, &maps)?;
+        let mut links = PinnedLinks::new(links_folder(&options.bpffs_root))?;
+        let writer = Writer::open(&maps)?;
+        sockets::attach(&mut ebpf, &mut links, options)?;
+        let tc = tc::resolve(options.tc, &ebpf)?;
+        let (planner, repairs) = Planner::recover(writer.capacity(), &writer.actual()?);
+        let mut datapath = Self { ebpf, links, writer, tc, maps, _lock: lock };
+        datapath.apply(&repairs)?;
+        Ok((datapath, planner))
+    }
+
+    /// How much the tables hold.
+    pub fn capacity(&self) -> Capacity {
+        self.writer.capacity()
+    }
+
+    /// Carries out planned writes, in their order.
+    ///
+    /// # Errors
+    /// If the kernel refuses one; those before it were carried out.
+    pub fn apply(&mut self, ops: &[Op]) -> Result<()> {
+        ops.iter().try_for_each(|op| self.writer.apply(op))
+    }
+
+    /// Attaches the datapath to a pod's link, or renews it there.
+    ///
+    /// # Errors
+    /// If the kernel refuses, most often because the link has just gone.
+    pub fn attach_pod(&mut self, ifindex: u32, name: &str) -> Result<()> {
+        tc::attach(&mut self.ebpf, &mut self.links, self.tc, ifindex, name)
+    }
+
+    /// Detaches the datapath from a link that is gone or no pod's any more.
+    pub fn detach_pod(&mut self, ifindex: u32, name: &str) {
+        tc::detach(&mut self.links, self.tc, ifindex, name);
+    }
+
+    /// The links that an earlier agent has left programs on.
+    pub fn attached_pods(&self) -> Vec<u32> {
+        tc::attached(&self.links)
+    }
+
+    /// Removes flows that have ended from the tables.
+    ///
+    /// # Errors
+    /// If a table can't be read.
+    pub fn sweep(&self) -> Result<Swept> {
+        sweep::sweep(&self.maps)
+    }
+}
+
+/// Refuses a second agent with the same pins.
+fn lock(root: &Path) -> Result<Flock<OwnedFd>> {
+    let directory =
+        fs::File::open(root).with_context(|| format!("cannot open {}", root.display()))?;
+    Flock::lock(OwnedFd::from(directory), FlockArg::LockExclusiveNonblock).map_err(|_| {
+        anyhow::anyhow!(
+            "another portal is running with the pins under {}. Stop it first, or give this one \
+             a --bpffs-root of its own",
+            root.display()
+        )
+    })
+}
+
+/// Removes every trace of the datapath: links, maps, folders.
+///
+/// # Errors
+/// All of what could not be removed, in one error.
+pub fn cleanup(bpffs_root: &Path) -> Result<()> {
+    if !bpffs_root.exists() {
+        return Ok(());
+    }
+    let _lock = lock(bpffs_root)?;
+    tc::remove_filters(&links_folder(bpffs_root));
+    let mut problems = Vec::new();
+    for folder in [links_folder(bpffs_root), maps_folder(bpffs_root)] {
+        let Ok(entries) = fs::read_dir(&folder) else { continue };
+        for entry in entries.filter_map(Result::ok) {
+            if let Err(error) = fs::remove_file(entry.path()) {
+                problems.push(format!("{}: {error}", entry.path().display()));
+            }
+        }
+        if let Err(error) = fs::remove_dir(&folder) {
+            problems.push(format!("{}: {error}", folder.display()));
+        }
+    }
+    if let Err(error) = fs::remove_dir(bpffs_root) {
+        // The root of a bpffs of its own can't be removed, and need not be.
+        if error.raw_os_error() != Some(libc::EBUSY) {
+            problems.push(format!("{}: {error}", bpffs_root.display()));
+        }
+    }
+    anyhow::ensure!(problems.is_empty(), "could not be removed:\n  {}", problems.join("\n  "));
+    Ok(())
+}

@@ -1,0 +1,112 @@
+//! What this machine offers: asked, not guessed from version numbers.
+
+use std::fs;
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail, ensure};
+use aya::programs::ProgramType;
+use aya::sys::is_helper_supported;
+use aya_obj::generated::bpf_func_id;
+use nix::sys::statfs::{FsType, fstatfs};
+
+use super::Options;
+
+const BPF_FS_MAGIC: i64 = 0xcafe_4a11;
+const CGROUP2_MAGIC: i64 = 0x6367_7270;
+
+/// Checks what the datapath needs before anything is touched.
+///
+/// # Errors
+/// Says what is missing and what to do.
+pub fn preconditions(options: &Options) -> Result<()> {
+    ensure!(
+        nix::unistd::geteuid().is_root(),
+        "portal needs root: it loads eBPF programs. Run it with sudo, or as a privileged pod"
+    );
+    let root = existing_parent(&options.bpffs_root);
+    ensure!(
+        file_system(&root)? == BPF_FS_MAGIC,
+        "{} is not on a BPF file system, which keeps the datapath alive between agents. \
+         Mount one: mount -t bpf bpf /sys/fs/bpf (or choose another place with --bpffs-root)",
+        options.bpffs_root.display()
+    );
+    let Some(cgroup) = options.cgroup_root.as_ref().filter(|_| options.socket_lb.is_on()) else {
+        return Ok(());
+    };
+    ensure!(
+        file_system(cgroup)? == CGROUP2_MAGIC,
+        "{} is not a cgroup2 directory, which the node's own sockets are translated by. Name one \
+         with --cgroup-root, or do without: --socket-lb=off",
+        cgroup.display()
+    );
+    Ok(())
+}
+
+fn existing_parent(path: &Path) -> PathBuf {
+    path.ancestors().find(|path| path.exists()).unwrap_or(Path::new("/")).to_owned()
+}
+
+fn file_system(path: &Path) -> Result<i64> {
+    let directory =
+        fs::File::open(path).with_context(|| format!("cannot open {}", path.display()))?;
+    let FsType(magic) = fstatfs(directory.as_fd())
+        .with_context(|| format!("cannot ask for the file system of {}", path.display()))?
+        .filesystem_type();
+    Ok(magic)
+}
+
+/// Where the cgroup2 hierarchy is mounted.
+///
+/// # Errors
+/// If it is nowhere.
+pub fn cgroup2_mount() -> Result<PathBuf> {
+    let mounts = fs::read_to_string("/proc/self/mounts").context("cannot read the mount table")?;
+    let mount = mounts.lines().find_map(|line| {
+        let mut fields = line.split(' ');
+        let (_, place, kind) = (fields.next()?, fields.next()?, fields.next()?);
+        (kind == "cgroup2").then(|| PathBuf::from(place))
+    });
+    match mount {
+        Some(mount) => Ok(mount),
+        None => bail!(
+            "cgroup2 is not mounted, which the node's own sockets are translated by. Mount it: \
+             mount -t cgroup2 none /sys/fs/cgroup (or do without: --socket-lb=off)"
+        ),
+    }
+}
+
+/// Whether tc programs may use `bpf_ktime_get_coarse_ns` (5.11).
+pub fn coarse_clock() -> bool {
+    let helper = bpf_func_id::BPF_FUNC_ktime_get_coarse_ns;
+    is_helper_supported(ProgramType::SchedClassifier, helper).unwrap_or(false)
+}
+
+/// Whether socket hooks may use `bpf_set_retval` (5.18), so that a refusal is "connection refused".
+pub fn socket_errno() -> bool {
+    let helper = bpf_func_id::BPF_FUNC_set_retval;
+    is_helper_supported(ProgramType::CgroupSockAddr, helper).unwrap_or(false)
+}
+
+/// The cookie of our network namespace (5.14), by which socket hooks know the node's own sockets.
+///
+/// # Errors
+/// If the kernel does not tell.
+pub fn netns_cookie() -> std::io::Result<u64> {
+    const SO_NETNS_COOKIE: libc::c_int = 71;
+    let socket = std::net::UdpSocket::bind(("127.0.0.1", 0))
+        .or_else(|_| std::net::UdpSocket::bind(("::1", 0)))?;
+    let mut cookie = 0_u64;
+    let mut length = libc::socklen_t::try_from(size_of::<u64>()).expect("eight");
+    // SAFETY: the pointers are to live variables of the option's type and size.
+    let result = unsafe {
+        libc::getsockopt(
+            std::os::fd::AsRawFd::as_raw_fd(&socket),
+            libc::SOL_SOCKET,
+            SO_NETNS_COOKIE,
+            (&raw mut cookie).cast(),
+            &raw mut length,
+        )
+    };
+    if result == 0 { Ok(cookie) } else { Err(std::io::Error::last_os_error()) }
+}

@@ -1,0 +1,218 @@
+//! The few bpf(2) commands that aya 0.14 does not offer: links by interface index, link updates for
+//! all kinds, and batched look-ups (docs/decisions/0004).
+
+use std::ffi::CString;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+
+const BPF_OBJ_PIN: libc::c_int = 6;
+const BPF_OBJ_GET: libc::c_int = 7;
+const BPF_OBJ_GET_INFO_BY_FD: libc::c_int = 15;
+const BPF_MAP_LOOKUP_BATCH: libc::c_int = 24;
+const BPF_LINK_CREATE: libc::c_int = 28;
+const BPF_LINK_UPDATE: libc::c_int = 29;
+
+/// Puts a link before all others on its hook.
+const BPF_F_BEFORE: u32 = 1 << 3;
+
+/// Runs a bpf(2) command whose attributes are `attributes`.
+fn bpf<T>(command: libc::c_int, attributes: &mut T) -> io::Result<libc::c_long> {
+    let size = u32::try_from(size_of::<T>()).expect("attributes are small");
+    // SAFETY: the pointer and the size are those of a live struct of the command's layout; the kernel
+    // reads no further and refuses what it does not know.
+    let result = unsafe { libc::syscall(libc::SYS_bpf, command, &raw mut *attributes, size) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
+}
+
+fn owned(result: libc::c_long) -> OwnedFd {
+    let fd = RawFd::try_from(result).expect("a descriptor is a small number");
+    // SAFETY: the kernel has just made this descriptor for us.
+    unsafe { OwnedFd::from_raw_fd(fd) }
+}
+
+#[repr(C)]
+struct ObjAttributes {
+    path: u64,
+    fd: u32,
+    flags: u32,
+}
+
+fn c_path(path: &Path) -> io::Result<CString> {
+    CString::new(path.as_os_str().as_bytes()).map_err(io::Error::other)
+}
+
+/// Opens a pinned object.
+pub fn get(path: &Path) -> io::Result<OwnedFd> {
+    let path = c_path(path)?;
+    let mut attributes = ObjAttributes { path: path.as_ptr() as u64, fd: 0, flags: 0 };
+    bpf(BPF_OBJ_GET, &mut attributes).map(owned)
+}
+
+/// Pins an object.
+pub fn pin(object: impl AsFd, path: &Path) -> io::Result<()> {
+    let path = c_path(path)?;
+    let fd = raw(&object);
+    let mut attributes = ObjAttributes { path: path.as_ptr() as u64, fd, flags: 0 };
+    bpf(BPF_OBJ_PIN, &mut attributes).map(drop)
+}
+
+fn raw(object: &impl AsFd) -> u32 {
+    u32::try_from(object.as_fd().as_raw_fd()).expect("an open descriptor is not negative")
+}
+
+/// Where a program is attached.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum AttachPoint {
+    /// tcx of a network link.
+    Tcx {
+        /// The link.
+        ifindex: u32,
+        /// 46 for ingress, 47 for egress.
+        attach_type: u32,
+    },
+    /// A cgroup.
+    Cgroup {
+        /// The cgroup's directory, open.
+        directory: RawFd,
+        /// The cgroup's id, which is its inode number.
+        id: u64,
+        /// The hook.
+        attach_type: u32,
+    },
+}
+
+#[repr(C)]
+struct LinkCreateAttributes {
+    program: u32,
+    target: u32,
+    attach_type: u32,
+    flags: u32,
+    relative: u32,
+    pad: u32,
+    revision: u64,
+}
+
+/// Attaches a program by a link, which holds as long as the descriptor or a pin of it lives. At tcx
+/// it goes before all others.
+pub fn link_create(program: impl AsFd, at: AttachPoint) -> io::Result<OwnedFd> {
+    let (target, attach_type, flags) = match at {
+        AttachPoint::Tcx { ifindex, attach_type } => (ifindex, attach_type, BPF_F_BEFORE),
+        AttachPoint::Cgroup { directory, attach_type, .. } => {
+            (u32::try_from(directory).map_err(io::Error::other)?, attach_type, 0)
+        }
+    };
+    let program = raw(&program);
+    let mut attributes = LinkCreateAttributes {
+        program,
+        target,
+        attach_type,
+        flags,
+        relative: 0,
+        pad: 0,
+        revision: 0,
+    };
+    bpf(BPF_LINK_CREATE, &mut attributes).map(owned)
+}
+
+#[repr(C)]
+struct LinkUpdateAttributes {
+    link: u32,
+    program: u32,
+    flags: u32,
+    old_program: u32,
+}
+
+/// Replaces a link's program, between one packet and the next. ENOLINK if what it was attached to is
+/// gone.
+pub fn link_update(link: impl AsFd, program: impl AsFd) -> io::Result<()> {
+    let (link, program) = (raw(&link), raw(&program));
+    let mut attributes = LinkUpdateAttributes { link, program, flags: 0, old_program: 0 };
+    bpf(BPF_LINK_UPDATE, &mut attributes).map(drop)
+}
+
+#[repr(C)]
+struct InfoAttributes {
+    fd: u32,
+    length: u32,
+    info: u64,
+}
+
+/// The head of `struct bpf_link_info`; what a link is attached to comes first in its union.
+#[repr(C)]
+#[derive(Default)]
+struct LinkInfo {
+    kind: u32,
+    id: u32,
+    program: u32,
+    pad: u32,
+    target: u64,
+    rest: [u64; 8],
+}
+
+/// Whether a link is attached to `at`.
+pub fn link_is_at(link: impl AsFd, at: AttachPoint) -> io::Result<bool> {
+    let mut info = LinkInfo::default();
+    let length = u32::try_from(size_of::<LinkInfo>()).expect("it is small");
+    let fd = raw(&link);
+    let mut attributes = InfoAttributes { fd, length, info: (&raw mut info) as u64 };
+    bpf(BPF_OBJ_GET_INFO_BY_FD, &mut attributes)?;
+    Ok(match at {
+        // The upper half is the attach type.
+        AttachPoint::Tcx { ifindex, .. } => info.target & 0xffff_ffff == u64::from(ifindex),
+        AttachPoint::Cgroup { id, .. } => info.target == id,
+    })
+}
+
+#[repr(C)]
+struct BatchAttributes {
+    in_token: u64,
+    out_token: u64,
+    keys: u64,
+    values: u64,
+    count: u32,
+    map: u32,
+    flags: u64,
+    more_flags: u64,
+}
+
+/// Elements read in one go.
+const BATCH: u32 = 1024;
+
+/// Reads a hash map in batches (kernel 5.6) and hands each element to `each`. Elements that are
+/// inserted or removed meanwhile may or may not be among them.
+pub fn for_each<K: bytemuck::Pod, V: bytemuck::Pod>(
+    map: impl AsFd,
+    mut each: impl FnMut(&K, &V),
+) -> io::Result<()> {
+    let mut keys: Vec<K> = vec![K::zeroed(); BATCH as usize];
+    let mut values: Vec<V> = vec![V::zeroed(); BATCH as usize];
+    let (mut token, mut next) = (0_u32, 0_u32);
+    let mut first = true;
+    loop {
+        let mut attributes = BatchAttributes {
+            in_token: if first { 0 } else { (&raw const token) as u64 },
+            out_token: (&raw mut next) as u64,
+            keys: keys.as_mut_ptr() as u64,
+            values: values.as_mut_ptr() as u64,
+            count: BATCH,
+            map: raw(&map),
+            flags: 0,
+            more_flags: 0,
+        };
+        let result = bpf(BPF_MAP_LOOKUP_BATCH, &mut attributes);
+        let end = match result {
+            Ok(_) => false,
+            // The last batch, which counts all the same.
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => true,
+            Err(error) => return Err(error),
+        };
+        let count = attributes.count as usize;
+        keys[..count].iter().zip(&values[..count]).for_each(|(key, value)| each(key, value));
+        if end {
+            return Ok(());
+        }
+        (token, first) = (next, false);
+    }
+}

@@ -1,0 +1,140 @@
+//! The programs of a network link: tcx where the kernel has it (6.6), clsact before.
+
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use aya::Ebpf;
+use aya::programs::tc::{
+    NlOptions, SchedClassifier, SchedClassifierLink, TcAttachOptions, TcAttachType, TcHandle,
+    qdisc_add_clsact,
+};
+use aya::programs::{ProgramError, tc};
+
+use super::links::PinnedLinks;
+use super::sys::{self, AttachPoint};
+
+/// How programs are attached to network links.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, clap::ValueEnum)]
+pub enum TcMode {
+    /// tcx where the kernel has it, clsact otherwise
+    Auto,
+    /// tcx links (Linux 6.6)
+    Tcx,
+    /// Filters of a clsact qdisc
+    Clsact,
+}
+
+/// Program, direction, pin and the kernel's number of the tcx hook (`enum bpf_attach_type`).
+const HOOKS: [(&str, TcAttachType, &str, u32); 2] = [
+    ("portal_ingress", TcAttachType::Ingress, "ingress", 46),
+    ("portal_egress", TcAttachType::Egress, "egress", 47),
+];
+
+/// Our place among clsact filters. Fixed, so that a later agent finds its filters again, and early,
+/// so that we see a packet before a CNI's filters redirect it.
+const PRIORITY: u16 = 1;
+const HANDLE: TcHandle = TcHandle::new(0, 0x706f);
+
+/// Decides how to attach, by trying on nothing: a link index that does not exist.
+pub fn resolve(mode: TcMode, ebpf: &Ebpf) -> Result<TcMode> {
+    if mode != TcMode::Auto {
+        return Ok(mode);
+    }
+    let program = ebpf.program("portal_ingress").context("the object has no portal_ingress")?;
+    let program: &SchedClassifier = program.try_into()?;
+    let at = AttachPoint::Tcx { ifindex: u32::MAX >> 1, attach_type: HOOKS[0].3 };
+    // A kernel with tcx looks for the link; one without does not know the attach type.
+    let has_tcx = match sys::link_create(program.fd()?, at) {
+        Err(error) => error.raw_os_error() == Some(libc::ENODEV),
+        Ok(_) => true,
+    };
+    Ok(if has_tcx { TcMode::Tcx } else { TcMode::Clsact })
+}
+
+/// Attaches both programs to a link, or renews them there.
+pub fn attach(
+    ebpf: &mut Ebpf,
+    links: &mut PinnedLinks,
+    mode: TcMode,
+    ifindex: u32,
+    name: &str,
+) -> Result<()> {
+    for (program, direction, side, attach_type) in HOOKS {
+        let program: &mut SchedClassifier = ebpf
+            .program_mut(program)
+            .with_context(|| format!("the object has no program {program}"))?
+            .try_into()?;
+        if mode == TcMode::Tcx {
+            let at = AttachPoint::Tcx { ifindex, attach_type };
+            links.ensure(&pin(ifindex, side), program.fd()?, at)
+        } else {
+            attach_filter(program, name, direction)
+        }
+        .with_context(|| format!("cannot attach to {side} of link {name} ({ifindex})"))?;
+    }
+    Ok(())
+}
+
+/// The name of a pin. By index and not by name: a link's name may hold a dot, which bpffs refuses, and
+/// is often changed right after the link was made.
+fn pin(ifindex: u32, side: &str) -> String {
+    format!("tc-{ifindex}-{side}")
+}
+
+/// The links that have pins.
+pub fn attached(links: &PinnedLinks) -> Vec<u32> {
+    let names = links.names();
+    let mut found: Vec<u32> = names
+        .iter()
+        .filter_map(|name| name.strip_prefix("tc-")?.split('-').next()?.parse().ok())
+        .collect();
+    found.sort_unstable();
+    found.dedup();
+    found
+}
+
+/// Takes both programs off a link.
+pub fn detach(links: &mut PinnedLinks, mode: TcMode, ifindex: u32, name: &str) {
+    for (_, direction, side, _) in HOOKS {
+        if mode == TcMode::Tcx {
+            links.remove(&pin(ifindex, side));
+        } else {
+            remove_filter(name, direction);
+        }
+    }
+}
+
+fn attach_filter(program: &mut SchedClassifier, name: &str, direction: TcAttachType) -> Result<()> {
+    match qdisc_add_clsact(name) {
+        // Another's clsact serves as well.
+        Ok(()) | Err(tc::TcError::AlreadyAttached) => {}
+        Err(error) => return Err(error).context("cannot add a clsact qdisc"),
+    }
+    let options = NlOptions { priority: PRIORITY, handle: HANDLE, ..NlOptions::default() };
+    let id = match program.attach_with_options(name, direction, TcAttachOptions::Netlink(options)) {
+        Ok(id) => id,
+        Err(ProgramError::TcError(_)) => {
+            // An earlier agent's filter: only its program is replaced.
+            let link = SchedClassifierLink::attached(name, direction, PRIORITY, HANDLE, None)?;
+            program.attach_to_link(link)?
+        }
+        Err(error) => return Err(error.into()),
+    };
+    // Dropping the link would take the filter off.
+    std::mem::forget(program.take_link(id)?);
+    Ok(())
+}
+
+fn remove_filter(name: &str, direction: TcAttachType) {
+    // Dropping a link takes its filter off. A link that is gone has taken it along.
+    drop(SchedClassifierLink::attached(name, direction, PRIORITY, HANDLE, None));
+}
+
+/// Removes our clsact filters from all links of this network namespace.
+pub fn remove_filters(_links: &Path) {
+    let Ok(interfaces) = nix::net::if_::if_nameindex() else { return };
+    for interface in &interfaces {
+        let name = interface.name().to_string_lossy();
+        HOOKS.iter().for_each(|(_, direction, _, _)| remove_filter(&name, *direction));
+    }
+}

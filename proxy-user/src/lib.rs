@@ -1,0 +1,18 @@
+//! Portal's agent, in the order in which a Service change travels:
+//!
+//! [`watch`] (objects come in) → [`model`] (plain facts) → [`desired`] (what the kernel should hold) →
+//! [`plan`] (the writes that make it so) → [`kernel`] (the one writer).
+//!
+//! [`run`] wires them together and is the only place that spawns. [`model`], [`desired`] and [`plan`]
+//! are pure: no I/O, no clock, no await.
+
+pub mod agent;
+pub mod cli;
+pub mod desired;
+pub mod http;
+pub mod kernel;
+pub mod model;
+pub mod netlink;
+pub mod plan;
+pub mod run;
+pub mod watch;

@@ -1,0 +1,217 @@
+//! The cluster as plain facts: what the objects say, checked, with every default decided.
+//!
+//! Kubernetes types end in [`from_k8s`]; everything behind it works on these structs. No I/O, no
+//! clock, no client.
+
+pub mod from_k8s;
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::net::IpAddr;
+
+use proxy_common::proto;
+
+/// An object's namespace and name.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct ObjectName {
+    /// The namespace.
+    pub namespace: String,
+    /// The name.
+    pub name: String,
+}
+
+impl ObjectName {
+    /// The name of an object in a namespace.
+    pub fn new(namespace: &str, name: &str) -> Self {
+        Self { namespace: namespace.to_owned(), name: name.to_owned() }
+    }
+}
+
+impl fmt::Display for ObjectName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.namespace, self.name)
+    }
+}
+
+/// An address family.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub enum IpFamily {
+    /// IPv4.
+    V4,
+    /// IPv6.
+    V6,
+}
+
+impl IpFamily {
+    /// The family of an address.
+    pub const fn of(address: IpAddr) -> Self {
+        match address {
+            IpAddr::V4(_) => Self::V4,
+            IpAddr::V6(_) => Self::V6,
+        }
+    }
+}
+
+/// A transport protocol that Services know.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub enum Protocol {
+    /// TCP.
+    Tcp,
+    /// UDP.
+    Udp,
+    /// SCTP.
+    Sctp,
+}
+
+impl Protocol {
+    /// The protocol's number in packets and maps.
+    pub const fn number(self) -> u8 {
+        match self {
+            Self::Tcp => proto::TCP,
+            Self::Udp => proto::UDP,
+            Self::Sctp => proto::SCTP,
+        }
+    }
+
+    /// The protocol of a number in packets and maps.
+    pub const fn from_number(number: u8) -> Option<Self> {
+        match number {
+            proto::TCP => Some(Self::Tcp),
+            proto::UDP => Some(Self::Udp),
+            proto::SCTP => Some(Self::Sctp),
+            _ => None,
+        }
+    }
+}
+
+/// A Service that is proxied.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Service {
+    /// When it was created (RFC 3339 sorts as text); of two that claim one frontend the older wins.
+    pub created: String,
+    /// Its cluster IPs, at most one per family (KP-19).
+    pub cluster_ips: Vec<IpAddr>,
+    /// Its ports.
+    pub ports: Vec<ServicePort>,
+}
+
+/// A Service's port.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct ServicePort {
+    /// Its name; empty if it has none.
+    pub name: String,
+    /// Its protocol.
+    pub protocol: Protocol,
+    /// Its number.
+    pub port: u16,
+}
+
+/// An `EndpointSlice` of a family that is proxied.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Slice {
+    /// The Service that it belongs to (KP-7).
+    pub service: ObjectName,
+    /// The family of its addresses.
+    pub family: IpFamily,
+    /// Its ports; those without a number are left out (KP-9).
+    pub ports: Vec<ServicePort>,
+    /// Its endpoints.
+    pub endpoints: Vec<Endpoint>,
+}
+
+/// An endpoint, its conditions resolved (KP-11).
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Endpoint {
+    /// Its address.
+    pub address: IpAddr,
+    /// Accepts new flows.
+    pub ready: bool,
+    /// Answers.
+    pub serving: bool,
+    /// Is going away.
+    pub terminating: bool,
+    /// The node that it runs on, if known.
+    pub node: Option<String>,
+}
+
+/// Everything known of the cluster.
+#[derive(Clone, Default, Debug)]
+pub struct Cluster {
+    services: BTreeMap<ObjectName, Service>,
+    /// By Service, then by the slice's name (KP-13).
+    slices: BTreeMap<ObjectName, BTreeMap<String, Slice>>,
+    /// The Service that each slice belongs to, for slices that change their label or are deleted.
+    owners: BTreeMap<ObjectName, ObjectName>,
+}
+
+impl Cluster {
+    /// Puts a Service in the place of the one of that name; `None` removes it. Says whether anything
+    /// changed (KP-22).
+    pub fn set_service(&mut self, name: &ObjectName, service: Option<Service>) -> bool {
+        if self.services.get(name) == service.as_ref() {
+            return false;
+        }
+        match service {
+            Some(service) => self.services.insert(name.clone(), service),
+            None => self.services.remove(name),
+        };
+        true
+    }
+
+    /// Puts a slice in the place of the one of that name; `None` removes it. Returns the Services that
+    /// this concerns: one, or two if the slice has moved.
+    pub fn set_slice(&mut self, name: &ObjectName, slice: Option<Slice>) -> Vec<ObjectName> {
+        let mut concerned = Vec::new();
+        let owner = slice.as_ref().map(|slice| slice.service.clone());
+        let before = self.owners.get(name).cloned();
+        if before.is_some() && before != owner {
+            concerned.extend(self.take_slice(name));
+        }
+        if let (Some(owner), Some(slice)) = (owner, slice) {
+            let slices = self.slices.entry(owner.clone()).or_default();
+            if slices.get(&name.name) != Some(&slice) {
+                slices.insert(name.name.clone(), slice);
+                concerned.push(owner.clone());
+            }
+            self.owners.insert(name.clone(), owner);
+        }
+        concerned
+    }
+
+    fn take_slice(&mut self, name: &ObjectName) -> Option<ObjectName> {
+        let owner = self.owners.remove(name)?;
+        let slices = self.slices.get_mut(&owner)?;
+        slices.remove(&name.name);
+        if slices.is_empty() {
+            self.slices.remove(&owner);
+        }
+        Some(owner)
+    }
+
+    /// The Service of that name.
+    pub fn service(&self, name: &ObjectName) -> Option<&Service> {
+        self.services.get(name)
+    }
+
+    /// The slices of the Service of that name, in the order of their names.
+    pub fn slices(&self, service: &ObjectName) -> impl Iterator<Item = &Slice> {
+        self.slices.get(service).into_iter().flat_map(BTreeMap::values)
+    }
+
+    /// The names of all Services.
+    pub fn service_names(&self) -> impl Iterator<Item = &ObjectName> {
+        self.services.keys()
+    }
+
+    /// The names of all slices.
+    pub fn slice_names(&self) -> impl Iterator<Item = &ObjectName> {
+        self.owners.keys()
+    }
+}
+
+/// What the agent knows of its own node.
+#[derive(Clone, PartialEq, Eq, Default, Debug)]
+pub struct Node {
+    /// The node's name, as endpoints carry it (KP-139).
+    pub name: String,
+}

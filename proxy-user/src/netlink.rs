@@ -1,0 +1,265 @@
+//! The node's network links, followed by netlink: which are pods', and when they come and go.
+
+use std::collections::HashMap;
+use std::net::IpAddr;
+
+use anyhow::{Context, Result};
+use futures::{StreamExt, TryStreamExt};
+use rtnetlink::packet_core::{NetlinkMessage, NetlinkPayload};
+use rtnetlink::packet_route::RouteNetlinkMessage;
+use rtnetlink::packet_route::address::{AddressAttribute, AddressMessage, AddressScope};
+use rtnetlink::packet_route::link::{
+    InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkMessage,
+};
+use rtnetlink::{Handle, MulticastGroup, new_multicast_connection};
+use tokio::sync::mpsc;
+
+/// What links are for, where the operator says so.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Rule {
+    /// The role.
+    pub role: Role,
+    /// A link's name; `*` at the end stands for any rest.
+    pub pattern: String,
+}
+
+/// What a link is for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Role {
+    /// The host side of a pod's link: its client's packets are translated here.
+    Pod,
+    /// Leads to other machines.
+    Uplink,
+    /// Not to be touched.
+    Ignore,
+}
+
+impl std::str::FromStr for Rule {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let (role, pattern) =
+            text.split_once('=').ok_or("expected ROLE=PATTERN, as in pod=cali*")?;
+        let role = match role {
+            "pod" => Role::Pod,
+            "uplink" => Role::Uplink,
+            "ignore" => Role::Ignore,
+            other => return Err(format!("role \"{other}\" is not one of pod, uplink and ignore")),
+        };
+        Ok(Self { role, pattern: pattern.to_owned() })
+    }
+}
+
+impl Rule {
+    fn matches(&self, name: &str) -> bool {
+        match self.pattern.strip_suffix('*') {
+            Some(prefix) => name.starts_with(prefix),
+            None => self.pattern == name,
+        }
+    }
+}
+
+/// A link as netlink tells of it.
+#[derive(Clone, PartialEq, Eq, Default, Debug)]
+pub struct Link {
+    /// Its name.
+    pub name: String,
+    /// It has Ethernet headers.
+    pub ethernet: bool,
+    /// It is up.
+    pub up: bool,
+    /// It is a veth or netkit pair whose other end is in another network namespace.
+    pub leads_into_namespace: bool,
+    /// Its own subnets: an address with a prefix shorter than the address.
+    pub subnets: Vec<IpAddr>,
+}
+
+impl Link {
+    /// What the link is for: what the first matching rule says, or else what it looks like. A pod's
+    /// link leads into another namespace and is at most given an address of its own, as a gateway;
+    /// a subnet on it means that it connects machines (a node that is itself a container).
+    pub fn role(&self, rules: &[Rule]) -> Role {
+        if let Some(rule) = rules.iter().find(|rule| rule.matches(&self.name)) {
+            return rule.role;
+        }
+        if !self.leads_into_namespace {
+            return Role::Ignore;
+        }
+        if self.subnets.is_empty() { Role::Pod } else { Role::Uplink }
+    }
+}
+
+/// A pod's link came or went.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Change {
+    /// Attach to it. Told once for each link.
+    Came {
+        /// Its index.
+        ifindex: u32,
+        /// Its name.
+        name: String,
+    },
+    /// It is gone, or no pod's any more.
+    Went {
+        /// Its index.
+        ifindex: u32,
+        /// Its last name.
+        name: String,
+    },
+    /// All links that were there at the start have been told of.
+    Listed,
+}
+
+/// Tells of pods' links, first of all that are there, then of each change.
+///
+/// # Errors
+/// If netlink can't be used.
+pub async fn follow(rules: Vec<Rule>, changes: mpsc::Sender<Change>) -> Result<()> {
+    let groups = [MulticastGroup::Link, MulticastGroup::Ipv4Ifaddr, MulticastGroup::Ipv6Ifaddr];
+    let (connection, handle, mut messages) =
+        new_multicast_connection(&groups).context("cannot follow the network links by netlink")?;
+    let connection = tokio::spawn(connection);
+    let mut links = Links { rules, known: HashMap::new(), told: HashMap::new() };
+    list(&handle, &mut links).await.context("cannot list the network links")?;
+    for change in links.changes() {
+        let _ = changes.send(change).await;
+    }
+    let _ = changes.send(Change::Listed).await;
+    while let Some((message, _)) = messages.next().await {
+        if lost_messages(&message) {
+            links.known.clear();
+            list(&handle, &mut links).await.context("cannot list the network links")?;
+        } else {
+            links.hear(message);
+        }
+        for change in links.changes() {
+            if changes.send(change).await.is_err() {
+                connection.abort();
+                return Ok(());
+            }
+        }
+    }
+    anyhow::bail!("netlink has gone silent")
+}
+
+/// The socket's buffer ran over: what we know may be wrong.
+fn lost_messages(message: &NetlinkMessage<RouteNetlinkMessage>) -> bool {
+    matches!(message.payload, NetlinkPayload::Overrun(_))
+}
+
+async fn list(handle: &Handle, links: &mut Links) -> Result<()> {
+    let mut all = handle.link().get().execute();
+    while let Some(message) = all.try_next().await? {
+        links.set(&message);
+    }
+    let mut all = handle.address().get().execute();
+    while let Some(message) = all.try_next().await? {
+        links.set_address(&message, true);
+    }
+    Ok(())
+}
+
+struct Links {
+    rules: Vec<Rule>,
+    known: HashMap<u32, Link>,
+    /// Pods' links that were told of, with their names.
+    told: HashMap<u32, String>,
+}
+
+impl Links {
+    fn hear(&mut self, message: NetlinkMessage<RouteNetlinkMessage>) {
+        let NetlinkPayload::InnerMessage(message) = message.payload else { return };
+        match message {
+            RouteNetlinkMessage::NewLink(link) => self.set(&link),
+            RouteNetlinkMessage::DelLink(link) => {
+                self.known.remove(&link.header.index);
+            }
+            RouteNetlinkMessage::NewAddress(address) => self.set_address(&address, true),
+            RouteNetlinkMessage::DelAddress(address) => self.set_address(&address, false),
+            _ => {}
+        }
+    }
+
+    fn set(&mut self, message: &LinkMessage) {
+        let link = self.known.entry(message.header.index).or_default();
+        link.up = message.header.flags.contains(LinkFlags::Up);
+        link.ethernet = message.header.link_layer_type == LinkLayerType::Ether;
+        let (mut is_pair, mut elsewhere) = (false, false);
+        for attribute in &message.attributes {
+            match attribute {
+                LinkAttribute::IfName(name) => link.name.clone_from(name),
+                LinkAttribute::LinkNetNsId(_) => elsewhere = true,
+                LinkAttribute::LinkInfo(infos) => is_pair = infos.iter().any(is_pair_kind),
+                _ => {}
+            }
+        }
+        link.leads_into_namespace = is_pair && elsewhere;
+    }
+
+    fn set_address(&mut self, message: &AddressMessage, present: bool) {
+        let header = &message.header;
+        let Some(link) = self.known.get_mut(&header.index) else { return };
+        let address = message.attributes.iter().find_map(|attribute| match attribute {
+            AddressAttribute::Address(address) => Some(*address),
+            _ => None,
+        });
+        let Some(address) = address else { return };
+        let bits = if address.is_ipv4() { 32 } else { 128 };
+        if header.scope != AddressScope::Universe || header.prefix_len == bits {
+            return;
+        }
+        link.subnets.retain(|known| *known != address);
+        if present {
+            link.subnets.push(address);
+        }
+    }
+
+    /// What has changed since the last call.
+    fn changes(&mut self) -> Vec<Change> {
+        let mut changes = Vec::new();
+        let pods = self
+            .known
+            .iter()
+            .filter(|(_, link)| link.up && link.ethernet && link.role(&self.rules) == Role::Pod);
+        let pods: HashMap<u32, String> =
+            pods.map(|(ifindex, link)| (*ifindex, link.name.clone())).collect();
+        for (ifindex, name) in self.told.iter().filter(|(ifindex, _)| !pods.contains_key(ifindex)) {
+            changes.push(Change::Went { ifindex: *ifindex, name: name.clone() });
+        }
+        for (ifindex, name) in pods.iter().filter(|(ifindex, _)| !self.told.contains_key(ifindex)) {
+            changes.push(Change::Came { ifindex: *ifindex, name: name.clone() });
+        }
+        self.told = pods;
+        changes
+    }
+}
+
+fn is_pair_kind(info: &LinkInfo) -> bool {
+    matches!(info, LinkInfo::Kind(InfoKind::Veth | InfoKind::Netkit))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn veth(name: &str) -> Link {
+        Link { name: name.to_owned(), leads_into_namespace: true, ..Link::default() }
+    }
+
+    #[test]
+    fn a_pair_into_another_namespace_is_a_pods_unless_it_has_a_subnet() {
+        let subnets = vec!["192.0.2.1".parse().unwrap()];
+        assert_eq!(veth("veth1").role(&[]), Role::Pod);
+        assert_eq!(Link { subnets, ..veth("eth0") }.role(&[]), Role::Uplink);
+        assert_eq!(Link { name: "lo".to_owned(), ..Link::default() }.role(&[]), Role::Ignore);
+    }
+
+    #[test]
+    fn the_first_matching_rule_decides() {
+        let rules: Vec<Rule> =
+            ["ignore=veth9", "pod=veth*"].iter().map(|rule| rule.parse().unwrap()).collect();
+        assert_eq!(veth("veth9").role(&rules), Role::Ignore);
+        assert_eq!(Link { leads_into_namespace: false, ..veth("veth1") }.role(&rules), Role::Pod);
+        assert!("pods=x".parse::<Rule>().is_err());
+    }
+}

@@ -1,0 +1,173 @@
+//! Follows a folder of YAML files: Services and `EndpointSlices` without an API server.
+//!
+//! Files may hold several documents, and Lists. What can't be read is reported by its file; the rest
+//! counts, and of a file that can't be read at all what it last said.
+
+use std::collections::{BTreeMap, HashSet};
+use std::path::{Path, PathBuf};
+use std::{fs, io};
+
+use anyhow::{Context, Result};
+use notify::{RecursiveMode, Watcher};
+use serde::Deserialize;
+use serde_json::Value;
+use tokio::sync::mpsc;
+
+use super::{KINDS, Kind, Update, raw};
+use crate::model::ObjectName;
+
+/// Follows the folder until nobody listens any more.
+///
+/// # Errors
+/// If there is no such folder, or it can't be watched.
+pub async fn follow(folder: PathBuf, node: String, updates: mpsc::Sender<Update>) -> Result<()> {
+    // One slot: a change during a reading causes one more, and more changes no more than that.
+    let (wake, mut changes) = mpsc::channel::<()>(1);
+    let mut watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
+        if event.is_ok_and(|event| !event.kind.is_access()) {
+            let _ = wake.try_send(());
+        }
+    })?;
+    let unwatchable = || format!("cannot watch the manifests in {}", folder.display());
+    watcher.watch(&folder, RecursiveMode::NonRecursive).with_context(unwatchable)?;
+    let mut files = BTreeMap::new();
+    loop {
+        read_all(&folder, &mut files).with_context(unwatchable)?;
+        if tell(&files, &node, &updates).await.is_err() || changes.recv().await.is_none() {
+            return Ok(());
+        }
+    }
+}
+
+/// The objects of each file.
+type Files = BTreeMap<PathBuf, Vec<Value>>;
+
+fn read_all(folder: &Path, files: &mut Files) -> io::Result<()> {
+    let mut found = HashSet::new();
+    for entry in fs::read_dir(folder)? {
+        let path = entry?.path();
+        let extension = path.extension().and_then(|extension| extension.to_str());
+        if matches!(extension, Some("yaml" | "yml" | "json")) {
+            found.insert(path);
+        }
+    }
+    files.retain(|path, _| found.contains(path));
+    for path in found {
+        match fs::read_to_string(&path) {
+            Ok(text) => {
+                let known = files.entry(path.clone()).or_default();
+                *known = documents(&path, &text, known);
+            }
+            Err(error) => tracing::warn!("{}: {error}; what it last said counts", path.display()),
+        }
+    }
+    Ok(())
+}
+
+/// The objects in a file, Lists opened. If a document can't be read, the file's earlier objects that
+/// the others do not replace are kept: half-written YAML must not delete a Service.
+fn documents(path: &Path, text: &str, known: &[Value]) -> Vec<Value> {
+    let mut objects = Vec::new();
+    let mut broken = false;
+    for (position, document) in text.split("\n---").enumerate() {
+        // The rest of a separator's line, such as a comment.
+        let document = if position == 0 { document } else { after_line(document) };
+        match serde_saphyr::from_str::<Value>(document) {
+            Ok(value) => open_lists(value, &mut objects),
+            Err(error) => {
+                broken = true;
+                let (path, number) = (path.display(), position + 1);
+                tracing::warn!("{path}: document {number} is no YAML and is left out: {error}");
+            }
+        }
+    }
+    if broken {
+        let kept =
+            known.iter().filter(|old| objects.iter().all(|new| identity(new) != identity(old)));
+        let kept: Vec<Value> = kept.cloned().collect();
+        objects.extend(kept);
+    }
+    objects
+}
+
+fn after_line(document: &str) -> &str {
+    document.split_once('\n').map_or("", |(_, rest)| rest)
+}
+
+fn open_lists(value: Value, objects: &mut Vec<Value>) {
+    let is_list = kind(&value).is_some_and(|kind| kind.ends_with("List"));
+    match value {
+        Value::Object(mut list) if is_list => {
+            if let Some(Value::Array(items)) = list.remove("items") {
+                objects.extend(items);
+            }
+        }
+        Value::Object(_) => objects.push(value),
+        _ => {}
+    }
+}
+
+fn kind(value: &Value) -> Option<&str> {
+    value.get("kind")?.as_str()
+}
+
+fn identity(value: &Value) -> (Option<&Value>, Option<&Value>, Option<&Value>) {
+    let meta = |field| value.get("metadata").and_then(|meta| meta.get(field));
+    (value.get("kind"), meta("namespace"), meta("name"))
+}
+
+/// Tells of all objects, as a list of each kind. The node needs no manifest.
+async fn tell(
+    files: &Files,
+    node: &str,
+    updates: &mpsc::Sender<Update>,
+) -> Result<(), mpsc::error::SendError<Update>> {
+    let mut seen: BTreeMap<&str, HashSet<ObjectName>> = BTreeMap::new();
+    for (path, objects) in files {
+        for object in objects {
+            let Some((kind, name, update)) = update(path, object) else { continue };
+            if seen.entry(kind).or_default().insert(name) {
+                updates.send(update).await?;
+            }
+        }
+    }
+    for kind in KINDS {
+        let listed = match kind {
+            Kind::Services => seen.remove("Service"),
+            Kind::Slices => seen.remove("EndpointSlice"),
+            Kind::Nodes => Some(HashSet::from([ObjectName::new("", node)])),
+        };
+        updates.send(Update::Listed(kind, listed.unwrap_or_default())).await?;
+    }
+    Ok(())
+}
+
+fn update<'a>(path: &Path, object: &'a Value) -> Option<(&'a str, ObjectName, Update)> {
+    let kind = kind(object)?;
+    let mut object = object.clone();
+    let meta = object.get_mut("metadata").and_then(Value::as_object_mut);
+    let meta = meta.map(|meta| {
+        meta.entry("namespace").or_insert_with(|| "default".into());
+        raw::Meta::deserialize(&*meta).unwrap_or_default()
+    });
+    let read = || match kind {
+        "Service" => Some(serde_json::from_value(object).map(Update::Service)),
+        "EndpointSlice" => Some(serde_json::from_value(object).map(Update::Slice)),
+        _ => None,
+    };
+    let (update, meta) = (read()?, meta.unwrap_or_default());
+    let path = path.display();
+    match update {
+        Ok(update) if !meta.name.is_empty() => {
+            Some((kind, ObjectName::new(&meta.namespace, &meta.name), update))
+        }
+        Ok(_) => {
+            tracing::warn!("{path}: a {kind} without a name is ignored");
+            None
+        }
+        Err(error) => {
+            tracing::warn!("{path}: {kind} {} can't be read: {error}", meta.name);
+            None
+        }
+    }
+}

@@ -1,0 +1,84 @@
+//! Objects come in: from an API server or from a folder of manifests, as the same stream of updates.
+
+mod client;
+mod follow;
+mod manifests;
+pub mod raw;
+
+use std::collections::HashSet;
+use std::path::PathBuf;
+
+use anyhow::Result;
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+
+use crate::model::ObjectName;
+pub use client::ApiServer;
+
+/// A kind of object that is watched.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Kind {
+    /// Services.
+    Services,
+    /// `EndpointSlices`.
+    Slices,
+    /// The agent's own Node.
+    Nodes,
+}
+
+/// All kinds that must be known before anything is written (KP-126).
+pub const KINDS: [Kind; 3] = [Kind::Services, Kind::Slices, Kind::Nodes];
+
+/// What was heard of the cluster.
+#[derive(Debug)]
+pub enum Update {
+    /// A Service is as given.
+    Service(raw::Service),
+    /// A slice is as given.
+    Slice(raw::EndpointSlice),
+    /// The node is as given.
+    Node(raw::Node),
+    /// An object is gone.
+    Gone(Kind, ObjectName),
+    /// A list is complete: of that kind there is nothing else.
+    Listed(Kind, HashSet<ObjectName>),
+}
+
+/// Where objects come from.
+#[derive(Clone, Debug)]
+pub enum Source {
+    /// An API server.
+    Api(ApiServer),
+    /// A folder of YAML files.
+    Manifests(PathBuf),
+}
+
+/// How many updates may wait before the sources do.
+const QUEUE: usize = 4096;
+
+/// Starts to follow the source. The tasks run for as long as the agent does.
+///
+/// # Errors
+/// If the source is unusable: no credentials, no such folder.
+pub async fn start(
+    source: Source,
+    node: &str,
+    tasks: &mut JoinSet<Result<()>>,
+) -> Result<mpsc::Receiver<Update>> {
+    let (updates, receiver) = mpsc::channel(QUEUE);
+    match source {
+        Source::Api(server) => {
+            let client = server.connect().await?;
+            let services = follow::services(client.clone(), updates.clone());
+            let slices = follow::slices(client.clone(), updates.clone());
+            let nodes = follow::node(client, node, updates);
+            tasks.spawn(services.run());
+            tasks.spawn(slices.run());
+            tasks.spawn(nodes.run());
+        }
+        Source::Manifests(folder) => {
+            tasks.spawn(manifests::follow(folder, node.to_owned(), updates));
+        }
+    }
+    Ok(receiver)
+}

@@ -1,0 +1,70 @@
+//! The tiers of tests.
+
+use anyhow::Result;
+use clap::ValueEnum;
+
+use crate::build::{self, OBJECT_VARIABLE};
+use crate::steps::{cargo, openly};
+
+#[derive(clap::Args)]
+pub struct Args {
+    /// Which tier; all of them if not given
+    tier: Option<Tier>,
+
+    /// Only tests whose name contains this
+    #[arg(long)]
+    filter: Option<String>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Tier {
+    /// Everything that needs neither root nor an eBPF toolchain
+    Pure,
+    /// The packet cases in the kernel, maps, links and their pins (root)
+    Kernel,
+    /// Real sockets across network namespaces (root)
+    Network,
+    /// The agent against the API server stand-in (root)
+    Control,
+}
+
+pub fn run(args: &Args) -> Result<()> {
+    if args.tier.is_none_or(|tier| tier == Tier::Pure) {
+        let mut pure = cargo();
+        pure.args(["test", "--workspace", "--quiet"]);
+        openly(filtered(&mut pure, args))?;
+    }
+    let with_root: &[Tier] = match args.tier {
+        None => &[Tier::Kernel, Tier::Network, Tier::Control],
+        Some(Tier::Pure) => return Ok(()),
+        Some(_) => args.tier.as_slice(),
+    };
+    // The agent that the tests start, and the object that they load.
+    build::binary(false)?;
+    let object = build::ebpf_object()?;
+    let mut tests = cargo();
+    tests.args(["test", "--package", "proxy-user", "--features", "testing", "--quiet"]);
+    for tier in with_root {
+        tests.args(["--test", file_of(*tier)]);
+    }
+    openly(filtered(tests.env(OBJECT_VARIABLE, object), args))
+}
+
+fn file_of(tier: Tier) -> &'static str {
+    match tier {
+        Tier::Pure => "pure",
+        Tier::Kernel => "kernel",
+        Tier::Network => "network",
+        Tier::Control => "control",
+    }
+}
+
+fn filtered<'a>(
+    command: &'a mut std::process::Command,
+    args: &Args,
+) -> &'a mut std::process::Command {
+    match &args.filter {
+        Some(filter) => command.arg(filter),
+        None => command,
+    }
+}
