@@ -15,4 +15,6 @@ pub mod model;
 pub mod netlink;
 pub mod plan;
 pub mod run;
+#[cfg(feature = "testing")]
+pub mod testing;
 pub mod watch;

@@ -6,11 +6,11 @@ use std::net::IpAddr;
 use anyhow::{Context, Result};
 use futures::{StreamExt, TryStreamExt};
 use rtnetlink::packet_core::{NetlinkMessage, NetlinkPayload};
-use rtnetlink::packet_route::RouteNetlinkMessage;
 use rtnetlink::packet_route::address::{AddressAttribute, AddressMessage, AddressScope};
 use rtnetlink::packet_route::link::{
     InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkMessage,
 };
+use rtnetlink::packet_route::{AddressFamily, RouteNetlinkMessage};
 use rtnetlink::{Handle, MulticastGroup, new_multicast_connection};
 use tokio::sync::mpsc;
 
@@ -170,6 +170,10 @@ impl Links {
     fn hear(&mut self, message: NetlinkMessage<RouteNetlinkMessage>) {
         let NetlinkPayload::InnerMessage(message) = message.payload else { return };
         match message {
+            // A bridge tells of its ports by messages of another family, without what we ask for; one
+            // that a port has left its bridge is no news that it is gone.
+            RouteNetlinkMessage::NewLink(link) | RouteNetlinkMessage::DelLink(link)
+                if link.header.interface_family != AddressFamily::Unspec => {}
             RouteNetlinkMessage::NewLink(link) => self.set(&link),
             RouteNetlinkMessage::DelLink(link) => {
                 self.known.remove(&link.header.index);

@@ -1,1 +1,217 @@
-fn main() {}
+//! Real sockets through real agents, over both shapes of CNI and both families.
+//!
+//! Each test has a cluster of its own: two nodes, an agent on each, an API server stand-in.
+
+use std::collections::BTreeSet;
+use std::io::ErrorKind;
+use std::net::{IpAddr, SocketAddr};
+use std::path::Path;
+
+use portal::testing::client::{exchange, tcp, tcp_from_port, udp, udp_socket};
+use portal::testing::cluster::{Cluster, PORT, at};
+use portal::testing::world::{CNIS, Cni, Pod};
+use portal::testing::{capture::Capture, eventually};
+
+fn start(cni: Cni) -> Cluster {
+    Cluster::start(cni, Path::new(env!("CARGO_BIN_EXE_portal")), &[])
+}
+
+fn vips() -> [IpAddr; 2] {
+    ["10.96.0.10".parse().unwrap(), "fd00:96::10".parse().unwrap()]
+}
+
+fn other_vips() -> [IpAddr; 2] {
+    ["10.96.0.20".parse().unwrap(), "fd00:96::20".parse().unwrap()]
+}
+
+/// Runs a test over both shapes of CNI, on one server and one client, both families.
+fn over_both_cnis(test: impl Fn(&Cluster, &Pod, &Pod, IpAddr)) {
+    for cni in CNIS {
+        let cluster = start(cni);
+        let (client, server) = (cluster.pod(0, "client"), cluster.server(1, "server"));
+        cluster.expose("web", &vips(), &[&server]);
+        for vip in vips() {
+            cluster.wait_backends(vip, 1);
+            test(&cluster, &client, &server, vip);
+        }
+    }
+}
+
+#[test]
+fn a_pod_reaches_a_pod_of_the_other_node_and_is_seen_with_its_own_address() {
+    over_both_cnis(|_, client, server, vip| {
+        let own = client.address(vip.is_ipv6());
+        let mut connection = tcp(&client.namespace, at(vip)).unwrap();
+        assert_eq!((connection.server.as_str(), connection.seen_as.ip()), ("server", own));
+        assert_eq!(connection.echo(b"hello").unwrap(), b"hello");
+        let peer = connection.stream.get_ref().peer_addr().unwrap();
+        assert_eq!(peer, at(vip));
+
+        let answer = udp(&client.namespace, at(vip), b"hello").unwrap();
+        assert_eq!((answer.server, answer.seen_as.ip()), (server.name.clone(), own));
+        assert_eq!(answer.bytes, b"hello");
+    });
+}
+
+#[test]
+fn the_client_sees_the_vip_and_the_wire_carries_the_pods_address() {
+    over_both_cnis(|cluster, client, server, vip| {
+        let node = &cluster.world.nodes[0];
+        let at_client = Capture::start(&client.namespace, "eth0");
+        let at_wire = Capture::start(&node.namespace, "eth0");
+        tcp(&client.namespace, at(vip)).unwrap();
+        let backend = server.address(vip.is_ipv6());
+        let syn = |capture: &Capture| {
+            eventually("a SYN passes", || capture.seen().into_iter().find(|packet| packet.syn))
+        };
+        assert_eq!(syn(&at_client).dst, vip);
+        assert_eq!(syn(&at_wire).dst, backend);
+        assert!(at_client.seen().iter().all(|p| p.src != backend && p.dst != backend));
+        assert!(at_wire.seen().iter().all(|p| p.src != vip && p.dst != vip));
+    });
+}
+
+#[test]
+fn pods_of_one_node_reach_each_other_and_themselves() {
+    for cni in CNIS {
+        let cluster = start(cni);
+        let (one, two) = (cluster.server(0, "one"), cluster.server(0, "two"));
+        cluster.expose("one", &vips(), &[&one]);
+        cluster.expose("two", &other_vips(), &[&two]);
+        for (vip, other) in vips().into_iter().zip(other_vips()) {
+            cluster.wait_backends(vip, 1);
+            cluster.wait_backends(other, 1);
+            // A reply that a bridge delivers without the host's stack.
+            let mut connection = tcp(&one.namespace, at(other)).unwrap();
+            assert_eq!(connection.server, "two");
+            assert_eq!(connection.echo(b"same node").unwrap(), b"same node");
+            assert_eq!(udp(&one.namespace, at(other), b"u").unwrap().server, "two");
+            // Hairpin: the pod must not see itself as the client.
+            let mut connection = tcp(&one.namespace, at(vip)).unwrap();
+            assert_eq!(connection.server, "one");
+            assert_ne!(connection.seen_as.ip(), one.address(vip.is_ipv6()));
+            assert_eq!(connection.echo(b"myself").unwrap(), b"myself");
+            assert_eq!(udp(&one.namespace, at(vip), b"u").unwrap().bytes, b"u");
+        }
+    }
+}
+
+#[test]
+fn connections_spread_over_all_backends() {
+    let cluster = start(Cni::Bridge);
+    let client = cluster.pod(0, "client");
+    let servers: Vec<Pod> =
+        (0..4).map(|number| cluster.server(number % 2, &format!("server-{number}"))).collect();
+    cluster.expose("web", &vips(), &servers.iter().collect::<Vec<_>>());
+    for vip in vips() {
+        cluster.wait_backends(vip, 4);
+        let seen: BTreeSet<String> =
+            (0..100).map(|_| tcp(&client.namespace, at(vip)).unwrap().server).collect();
+        assert_eq!(seen.len(), 4, "{seen:?}");
+    }
+}
+
+#[test]
+fn what_has_no_endpoint_or_no_such_port_is_refused_at_once() {
+    over_both_cnis(|cluster, client, server, vip| {
+        let refused = |to: SocketAddr| {
+            let refusal = tcp(&client.namespace, to).err().map(|error| error.kind());
+            assert_eq!(refusal, Some(ErrorKind::ConnectionRefused), "TCP to {to}");
+            let refusal = udp(&client.namespace, to, b"anyone?").err().map(|error| error.kind());
+            assert_eq!(refusal, Some(ErrorKind::ConnectionRefused), "UDP to {to}");
+        };
+        refused(SocketAddr::new(vip, PORT + 1));
+        cluster.endpoints("web", &[]);
+        cluster.wait_backends(vip, 0);
+        refused(at(vip));
+        cluster.endpoints("web", &[server]);
+        cluster.wait_backends(vip, 1);
+        assert_eq!(tcp(&client.namespace, at(vip)).unwrap().server, "server");
+    });
+}
+
+#[test]
+fn twenty_megabytes_pass_each_way_intact() {
+    over_both_cnis(|_, client, _, vip| {
+        let mut connection = tcp(&client.namespace, at(vip)).unwrap();
+        let pattern: Vec<u8> = (0..1024 * 1024_u32).map(|i| (i % 251) as u8).collect();
+        let mut writer = connection.stream.get_ref().try_clone().unwrap();
+        let sent = pattern.clone();
+        let sending = std::thread::spawn(move || {
+            for _ in 0..20 {
+                std::io::Write::write_all(&mut writer, &sent).unwrap();
+            }
+        });
+        let mut received = vec![0; pattern.len()];
+        for _ in 0..20 {
+            std::io::Read::read_exact(&mut connection.stream, &mut received).unwrap();
+            assert!(received == pattern);
+        }
+        sending.join().unwrap();
+    });
+}
+
+#[test]
+fn a_datagram_larger_than_the_mtu_passes_both_ways() {
+    over_both_cnis(|_, client, _, vip| {
+        let datagram: Vec<u8> = (0..4000_u32).map(|i| (i % 251) as u8).collect();
+        let socket = udp_socket(&client.namespace, vip.is_ipv6(), 0).unwrap();
+        let answer = exchange(&socket, at(vip), &datagram).unwrap();
+        assert_eq!(answer.from, at(vip));
+        assert!(answer.bytes == datagram);
+    });
+}
+
+#[test]
+fn a_smaller_mtu_on_the_way_is_discovered_through_the_vip() {
+    over_both_cnis(|cluster, client, _, vip| {
+        let mut connection = tcp(&client.namespace, at(vip)).unwrap();
+        let before = vec![7; 200_000];
+        assert!(connection.echo(&before[..1000]).unwrap() == before[..1000]);
+        let node = &cluster.world.nodes[0].namespace;
+        node.netlink(async |net| net.mtu("eth0", 1300).await);
+        // The node answers "too big" about packets to the pod; the client must know them as the VIP's.
+        let mut writer = connection.stream.get_ref().try_clone().unwrap();
+        let sent = before.clone();
+        let sending =
+            std::thread::spawn(move || std::io::Write::write_all(&mut writer, &sent).unwrap());
+        let mut received = vec![0; before.len()];
+        std::io::Read::read_exact(&mut connection.stream, &mut received).unwrap();
+        sending.join().unwrap();
+        assert!(received == before);
+        node.netlink(async |net| net.mtu("eth0", 1500).await);
+    });
+}
+
+#[test]
+fn one_source_port_through_two_vips_to_one_pod_stays_two_connections() {
+    for cni in CNIS {
+        let cluster = start(cni);
+        let (client, server) = (cluster.pod(0, "client"), cluster.server(1, "server"));
+        cluster.expose("one", &vips(), &[&server]);
+        cluster.expose("two", &other_vips(), &[&server]);
+        for (vip, other) in vips().into_iter().zip(other_vips()) {
+            cluster.wait_backends(vip, 1);
+            cluster.wait_backends(other, 1);
+            let mut first = tcp_from_port(&client.namespace, at(vip), 40_000).unwrap();
+            let mut second = tcp_from_port(&client.namespace, at(other), 40_000).unwrap();
+            assert_eq!(first.seen_as.port(), 40_000);
+            assert_ne!(second.seen_as.port(), 40_000);
+            for round in 0..3_u8 {
+                assert_eq!(first.echo(&[round; 100]).unwrap(), [round; 100]);
+                assert_eq!(second.echo(&[!round; 100]).unwrap(), [!round; 100]);
+            }
+        }
+    }
+}
+
+#[test]
+fn other_traffic_is_not_touched() {
+    over_both_cnis(|_, client, server, vip| {
+        let own = client.address(vip.is_ipv6());
+        let to = SocketAddr::new(server.address(vip.is_ipv6()), 8080);
+        let direct = tcp(&client.namespace, to).unwrap();
+        assert_eq!(direct.seen_as.ip(), own);
+        assert_eq!(direct.stream.get_ref().peer_addr().unwrap(), to);
+    });
+}

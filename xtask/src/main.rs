@@ -2,7 +2,6 @@
 
 mod build;
 mod check;
-mod lab;
 mod node;
 mod object;
 mod steps;
@@ -22,8 +21,6 @@ struct Args {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Show Portal at work: two nodes, pods and agents in network namespaces (needs root)
-    Lab(lab::Args),
     /// Run all tests, or one tier of them
     Test(test::Args),
     /// Run the agent on this node, as `portal run` with the arguments given (needs root)
@@ -36,7 +33,6 @@ enum Command {
 
 fn main() -> Result<()> {
     match Args::parse().command {
-        Command::Lab(args) => lab::run(&args),
         Command::Test(args) => test::run(&args),
         Command::Run(args) => node::run(&args),
         Command::Build(args) => build::run(&args),

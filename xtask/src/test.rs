@@ -20,12 +20,8 @@ pub struct Args {
 enum Tier {
     /// Everything that needs neither root nor an eBPF toolchain
     Pure,
-    /// The packet cases in the kernel, maps, links and their pins (root)
-    Kernel,
     /// Real sockets across network namespaces (root)
     Network,
-    /// The agent against the API server stand-in (root)
-    Control,
 }
 
 pub fn run(args: &Args) -> Result<()> {
@@ -35,7 +31,7 @@ pub fn run(args: &Args) -> Result<()> {
         openly(filtered(&mut pure, args))?;
     }
     let with_root: &[Tier] = match args.tier {
-        None => &[Tier::Kernel, Tier::Network, Tier::Control],
+        None => &[Tier::Network],
         Some(Tier::Pure) => return Ok(()),
         Some(_) => args.tier.as_slice(),
     };
@@ -53,9 +49,7 @@ pub fn run(args: &Args) -> Result<()> {
 fn file_of(tier: Tier) -> &'static str {
     match tier {
         Tier::Pure => "pure",
-        Tier::Kernel => "kernel",
         Tier::Network => "network",
-        Tier::Control => "control",
     }
 }
 

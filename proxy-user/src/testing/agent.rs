@@ -1,0 +1,135 @@
+//! Agents as processes on a node of a [`super::world::World`].
+
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::os::fd::AsFd;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+
+use nix::sched::{CloneFlags, setns};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use super::apiserver::ApiServer;
+use super::eventually;
+use super::world::{BPFFS, Node};
+
+/// Where the API server stand-in listens on each node.
+const API_PORT: u16 = 6443;
+
+/// Makes `server` reachable on a node's loopback, and writes a kubeconfig that says so.
+pub fn provide_api(node: &Node, server: &ApiServer) {
+    let bind = || std::net::TcpListener::bind(("127.0.0.1", API_PORT)).expect("a free port");
+    server.listen(node.namespace.run(bind));
+    let kubeconfig = format!(
+        "apiVersion: v1\nkind: Config\ncurrent-context: lab\n\
+         clusters: [{{name: lab, cluster: {{server: 'http://127.0.0.1:{API_PORT}'}}}}]\n\
+         users: [{{name: lab, user: {{}}}}]\n\
+         contexts: [{{name: lab, context: {{cluster: lab, user: lab}}}}]\n"
+    );
+    node.mounts.run(|| std::fs::write("/mnt/kubeconfig", kubeconfig).expect("a tmpfs"));
+}
+
+/// A command that runs on a node: in its namespaces and, if it is one of the node's own processes, in
+/// its cgroup. It dies with the thread that starts it.
+pub fn command(node: &Node, program: &Path, in_cgroup: bool) -> Command {
+    let mut command = Command::new(program);
+    let (net, mounts) = (node.namespace.clone(), node.mounts.clone());
+    let procs = in_cgroup.then(|| node.cgroup.join("cgroup.procs"));
+    let enter = move || {
+        if let Some(procs) = &procs {
+            std::fs::write(procs, "0")?;
+        }
+        nix::sys::prctl::set_pdeathsig(Signal::SIGKILL)?;
+        setns(net.fd().as_fd(), CloneFlags::CLONE_NEWNET)?;
+        setns(mounts.fd().as_fd(), CloneFlags::CLONE_NEWNS)?;
+        Ok(())
+    };
+    // SAFETY: between fork and exec only system calls are made, and one allocation-free write to a
+    // path prepared before.
+    unsafe { command.pre_exec(enter) };
+    command
+}
+
+/// A running agent.
+pub struct Agent {
+    child: Child,
+    portal: PathBuf,
+}
+
+impl Agent {
+    /// Starts an agent on a node that follows the stand-in, with more arguments.
+    pub fn start(node: &Node, portal: &Path, arguments: &[&str]) -> Self {
+        let mut command = command(node, portal, false);
+        command
+            .args(["run", "--kubeconfig", "/mnt/kubeconfig", "--hostname-override", &node.name])
+            .args(["--bpffs-root", &format!("{BPFFS}/portal")])
+            .arg("--cgroup-root")
+            .arg(&node.cgroup)
+            .args(arguments)
+            .stdin(Stdio::null());
+        if std::env::var_os("PORTAL_TEST_LOG").is_none() {
+            command.stderr(Stdio::null());
+        }
+        let child = command.spawn().unwrap_or_else(|e| panic!("{}: {e}", portal.display()));
+        Self { child, portal: portal.to_owned() }
+    }
+
+    /// Waits until the agent is in step with the cluster.
+    pub fn wait_ready(&mut self, node: &Node) {
+        eventually("the agent is ready", || {
+            if let Ok(Some(status)) = self.child.try_wait() {
+                panic!("the agent has ended: {status} (set PORTAL_TEST_LOG=1 to see why)");
+            }
+            http_status(node, 10256, "/healthz").filter(|status| *status == 200)
+        });
+    }
+
+    /// Ends the agent as the kernel's OOM killer would.
+    pub fn kill(mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+
+    /// Asks the agent to end.
+    pub fn terminate(mut self) -> std::process::ExitStatus {
+        let pid = Pid::from_raw(i32::try_from(self.child.id()).expect("a process id"));
+        kill(pid, Signal::SIGTERM).expect("it runs");
+        self.child.wait().expect("it ends")
+    }
+
+    /// Runs `portal` with arguments on the agent's node.
+    pub fn portal(&self, node: &Node, arguments: &[&str]) -> Output {
+        portal(node, &self.portal, arguments)
+    }
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Runs a command of `portal` that looks at the datapath of a node.
+pub fn portal(node: &Node, portal: &Path, arguments: &[&str]) -> Output {
+    let mut command = command(node, portal, false);
+    command.args(arguments).args(["--bpffs-root", &format!("{BPFFS}/portal")]);
+    command.output().unwrap_or_else(|e| panic!("{}: {e}", portal.display()))
+}
+
+/// The status of an HTTP request to the node's loopback; `None` if nobody answers.
+pub fn http_status(node: &Node, port: u16, path: &str) -> Option<u16> {
+    http(node, port, path)?.split(' ').nth(1)?.parse().ok()
+}
+
+/// The whole answer to an HTTP request to the node's loopback; `None` if nobody answers.
+pub fn http(node: &Node, port: u16, path: &str) -> Option<String> {
+    let mut stream = node.namespace.run(|| TcpStream::connect(("127.0.0.1", port))).ok()?;
+    let request = format!("GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n");
+    stream.write_all(request.as_bytes()).ok()?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).ok()?;
+    Some(answer)
+}

@@ -1,0 +1,142 @@
+//! Clients with real sockets.
+
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream, UdpSocket};
+use std::time::Duration;
+
+use nix::sys::socket::{
+    AddressFamily, SockFlag, SockType, SockaddrIn, SockaddrIn6, bind, connect, setsockopt, socket,
+    sockopt,
+};
+
+use super::namespace::Namespace;
+use super::server::parse_greeting;
+
+/// How long an answer may take. Only a failure takes so long.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// An open TCP connection that was greeted.
+pub struct Connection {
+    /// The connection.
+    pub stream: BufReader<TcpStream>,
+    /// The server's name.
+    pub server: String,
+    /// The client as the server sees it.
+    pub seen_as: SocketAddr,
+}
+
+/// Connects by TCP from a namespace and reads the greeting.
+///
+/// # Errors
+/// As the socket calls say.
+pub fn tcp(from: &Namespace, to: SocketAddr) -> io::Result<Connection> {
+    let stream = from.run(|| TcpStream::connect_timeout(&to, PATIENCE))?;
+    greeted(stream)
+}
+
+/// As [`tcp`], from a source port.
+///
+/// # Errors
+/// As the socket calls say.
+pub fn tcp_from_port(from: &Namespace, to: SocketAddr, port: u16) -> io::Result<Connection> {
+    let stream = from.run(|| -> io::Result<TcpStream> {
+        let family = if to.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
+        let socket = socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
+        setsockopt(&socket, sockopt::ReuseAddr, &true)?;
+        let fd = std::os::fd::AsRawFd::as_raw_fd(&socket);
+        match to {
+            SocketAddr::V4(to) => {
+                bind(
+                    fd,
+                    &SockaddrIn::from(std::net::SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, port)),
+                )?;
+                connect(fd, &SockaddrIn::from(to))?;
+            }
+            SocketAddr::V6(to) => {
+                let any = std::net::SocketAddrV6::new(Ipv6Addr::UNSPECIFIED, port, 0, 0);
+                bind(fd, &SockaddrIn6::from(any))?;
+                connect(fd, &SockaddrIn6::from(to))?;
+            }
+        }
+        Ok(socket.into())
+    })?;
+    greeted(stream)
+}
+
+fn greeted(stream: TcpStream) -> io::Result<Connection> {
+    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.set_write_timeout(Some(PATIENCE))?;
+    let mut stream = BufReader::new(stream);
+    let mut line = String::new();
+    if stream.read_line(&mut line)? == 0 {
+        return Err(io::ErrorKind::UnexpectedEof.into());
+    }
+    let (server, seen_as) = parse_greeting(&line);
+    Ok(Connection { stream, server, seen_as })
+}
+
+impl Connection {
+    /// Sends bytes and reads as many back.
+    ///
+    /// # Errors
+    /// As the socket calls say.
+    pub fn echo(&mut self, bytes: &[u8]) -> io::Result<Vec<u8>> {
+        self.stream.get_mut().write_all(bytes)?;
+        let mut answer = vec![0; bytes.len()];
+        self.stream.read_exact(&mut answer)?;
+        Ok(answer)
+    }
+}
+
+/// An answer by UDP.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Answer {
+    /// Where it came from.
+    pub from: SocketAddr,
+    /// The server's name.
+    pub server: String,
+    /// The client as the server sees it.
+    pub seen_as: SocketAddr,
+    /// What came back of what was sent.
+    pub bytes: Vec<u8>,
+}
+
+/// An unconnected UDP socket in a namespace.
+///
+/// # Errors
+/// As the socket calls say.
+pub fn udp_socket(namespace: &Namespace, v6: bool, port: u16) -> io::Result<UdpSocket> {
+    let any: IpAddr = if v6 { Ipv6Addr::UNSPECIFIED.into() } else { Ipv4Addr::UNSPECIFIED.into() };
+    let socket = namespace.run(|| UdpSocket::bind((any, port)))?;
+    socket.set_read_timeout(Some(PATIENCE))?;
+    Ok(socket)
+}
+
+/// Sends a datagram and waits for its answer.
+///
+/// # Errors
+/// As the socket calls say.
+pub fn exchange(socket: &UdpSocket, to: SocketAddr, bytes: &[u8]) -> io::Result<Answer> {
+    socket.send_to(bytes, to)?;
+    let mut buffer = vec![0; 64 * 1024];
+    let (length, from) = socket.recv_from(&mut buffer)?;
+    let end = buffer.iter().position(|byte| *byte == b'\n').expect("a greeting");
+    let (server, seen_as) = parse_greeting(&String::from_utf8_lossy(&buffer[..end]));
+    Ok(Answer { from, server, seen_as, bytes: buffer[end + 1..length].to_vec() })
+}
+
+/// Sends a datagram from a socket of its own and waits for its answer. The socket is connected, so
+/// that an ICMP error shows as "connection refused".
+///
+/// # Errors
+/// As the socket calls say.
+pub fn udp(from: &Namespace, to: SocketAddr, bytes: &[u8]) -> io::Result<Answer> {
+    let socket = udp_socket(from, to.is_ipv6(), 0)?;
+    from.run(|| socket.connect(to))?;
+    socket.send(bytes)?;
+    let mut buffer = vec![0; 64 * 1024];
+    let length = socket.recv(&mut buffer)?;
+    let end = buffer.iter().position(|byte| *byte == b'\n').expect("a greeting");
+    let (server, seen_as) = parse_greeting(&String::from_utf8_lossy(&buffer[..end]));
+    Ok(Answer { from: to, server, seen_as, bytes: buffer[end + 1..length].to_vec() })
+}

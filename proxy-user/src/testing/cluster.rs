@@ -1,0 +1,126 @@
+//! A whole cluster: a world, an API server stand-in, and an agent on each node.
+
+use std::net::{IpAddr, SocketAddr};
+use std::path::{Path, PathBuf};
+
+use serde_json::Value;
+
+use super::agent::{Agent, provide_api};
+use super::apiserver::ApiServer;
+use super::objects::{self, Port};
+use super::world::{Cni, Pod, World};
+use super::{eventually, server};
+
+/// The port that Services of tests have.
+pub const PORT: u16 = 80;
+/// The port that servers of tests listen on.
+pub const TARGET: u16 = 8080;
+/// The TCP and the UDP port of the Services that [`Cluster::expose`] makes.
+const SERVICE_PORTS: [Port<'static>; 2] = [("tcp", "TCP", PORT), ("udp", "UDP", PORT)];
+const TARGET_PORTS: [Port<'static>; 2] = [("tcp", "TCP", TARGET), ("udp", "UDP", TARGET)];
+
+/// A cluster of two nodes.
+pub struct Cluster {
+    /// The agents, by node; `None` while one is stopped.
+    pub agents: Vec<Option<Agent>>,
+    /// The API server stand-in.
+    pub api: ApiServer,
+    /// Nodes and pods.
+    pub world: World,
+    portal: PathBuf,
+    arguments: Vec<String>,
+}
+
+impl Cluster {
+    /// A cluster with its agents ready.
+    pub fn start(cni: Cni, portal: &Path, arguments: &[&str]) -> Self {
+        let world = World::new(cni);
+        let api = ApiServer::new();
+        for node in &world.nodes {
+            provide_api(node, &api);
+            api.put(objects::node(&node.name));
+        }
+        let arguments = arguments.iter().map(|&argument| argument.to_owned()).collect();
+        let agents = world.nodes.iter().map(|_| None).collect();
+        let mut cluster = Self { agents, api, world, portal: portal.to_owned(), arguments };
+        for node in 0..cluster.world.nodes.len() {
+            cluster.start_agent(node);
+        }
+        cluster
+    }
+
+    /// Starts the agent of a node and waits until it is ready.
+    pub fn start_agent(&mut self, node: usize) {
+        let arguments: Vec<&str> = self.arguments.iter().map(String::as_str).collect();
+        let place = &self.world.nodes[node];
+        let mut agent = Agent::start(place, &self.portal, &arguments);
+        agent.wait_ready(place);
+        self.agents[node] = Some(agent);
+    }
+
+    /// Adds a pod and waits until its node's agent has attached to its link.
+    pub fn pod(&self, node: usize, name: &str) -> Pod {
+        let pod = self.world.pod(node, name);
+        let place = &self.world.nodes[node];
+        eventually("the agent attaches to the pod's link", || {
+            place.is_attached(&pod).then_some(())
+        });
+        pod
+    }
+
+    /// Adds a pod that serves TCP and UDP.
+    pub fn server(&self, node: usize, name: &str) -> Pod {
+        let pod = self.pod(node, name);
+        for v6 in [false, true] {
+            server::tcp(&pod.namespace, name, pod.address(v6), TARGET);
+            server::udp(&pod.namespace, name, pod.address(v6), TARGET);
+        }
+        pod
+    }
+
+    /// Makes a Service with a TCP and a UDP port in front of pods, for each family of its VIPs.
+    pub fn expose(&self, name: &str, vips: &[IpAddr], pods: &[&Pod]) {
+        self.api.put(objects::service(name, vips, &SERVICE_PORTS));
+        self.endpoints(name, pods);
+    }
+
+    /// Puts other pods behind a Service, and waits for nothing.
+    pub fn endpoints(&self, service: &str, pods: &[&Pod]) {
+        for v6 in [false, true] {
+            let endpoints: Vec<Value> =
+                pods.iter().map(|pod| objects::endpoint(pod.address(v6), &pod.node)).collect();
+            let name = format!("{service}-{}", if v6 { "v6" } else { "v4" });
+            let mut slice = objects::slice(&name, service, &TARGET_PORTS, &endpoints);
+            slice["addressType"] = if v6 { "IPv6" } else { "IPv4" }.into();
+            self.api.put(slice);
+        }
+    }
+
+    /// What `portal` prints with `-o json` on a node.
+    pub fn list(&self, node: usize, command: &str) -> Vec<Value> {
+        let place = &self.world.nodes[node];
+        let output = super::agent::portal(place, &self.portal, &[command, "-o", "json"]);
+        let text = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "portal {command}: {text}");
+        serde_json::from_slice(&output.stdout).expect("JSON")
+    }
+
+    /// Waits until every node's kernel has so many backends behind a VIP's TCP port.
+    pub fn wait_backends(&self, vip: IpAddr, count: usize) {
+        for node in 0..self.world.nodes.len() {
+            eventually(&format!("n{node} has {count} backends for {vip}"), || {
+                let services = self.list(node, "services");
+                let found = services.iter().find(|service| {
+                    service["vip"] == vip.to_string() && service["protocol"] == "TCP"
+                });
+                let backends = found.map(|service| service["backends"].clone());
+                (backends == Some(count.to_string().into())).then_some(())
+            });
+        }
+    }
+}
+
+/// Where a Service of [`Cluster::expose`] is reached.
+pub fn at(vip: IpAddr) -> SocketAddr {
+    SocketAddr::new(vip, PORT)
+}

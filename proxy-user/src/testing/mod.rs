@@ -1,0 +1,38 @@
+//! Worlds to test in: nodes, pods and agents in network namespaces of their own, and an API server
+//! stand-in. Behind feature `testing`; never shipped.
+//!
+//! Nothing here outlives the process, even if it is killed: namespaces and mounts are held by
+//! descriptors only, and children die with their parent. What remains of a killed test are empty
+//! cgroup directories, which the next world removes.
+
+pub mod agent;
+pub mod apiserver;
+pub mod capture;
+pub mod client;
+pub mod cluster;
+pub mod namespace;
+pub mod objects;
+pub mod server;
+pub mod world;
+
+use std::time::{Duration, Instant};
+
+/// How long a condition may take to come true before a test gives up. Only a failure takes so long.
+pub const PATIENCE: Duration = Duration::from_secs(20);
+/// How often a condition is looked at.
+const POLL: Duration = Duration::from_millis(5);
+
+/// Waits until `condition` returns a value.
+///
+/// # Panics
+/// If it does not in time; `what` is in the message.
+pub fn eventually<T>(what: &str, mut condition: impl FnMut() -> Option<T>) -> T {
+    let end = Instant::now() + PATIENCE;
+    loop {
+        if let Some(value) = condition() {
+            return value;
+        }
+        assert!(Instant::now() < end, "gave up waiting: {what}");
+        std::thread::sleep(POLL);
+    }
+}

@@ -1,0 +1,88 @@
+//! Kubernetes objects as JSON, shaped as a real API server's.
+
+use std::net::IpAddr;
+
+use serde_json::{Value, json};
+
+/// A Service port: name, protocol, number.
+pub type Port<'a> = (&'a str, &'a str, u16);
+
+/// A Service in namespace `default`.
+pub fn service(name: &str, cluster_ips: &[IpAddr], ports: &[Port<'_>]) -> Value {
+    let families: Vec<&str> =
+        cluster_ips.iter().map(|ip| if ip.is_ipv4() { "IPv4" } else { "IPv6" }).collect();
+    let ports: Vec<Value> = ports
+        .iter()
+        .map(|(name, protocol, port)| {
+            json!({"name": name, "protocol": protocol, "port": port, "targetPort": 8080})
+        })
+        .collect();
+    json!({
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": {
+            "name": name,
+            "namespace": "default",
+            "uid": format!("service-{name}"),
+            "creationTimestamp": "2026-01-01T00:00:00Z",
+        },
+        "spec": {
+            "type": "ClusterIP",
+            "clusterIP": cluster_ips.first(),
+            "clusterIPs": cluster_ips,
+            "ipFamilies": families,
+            "ipFamilyPolicy": if families.len() > 1 { "RequireDualStack" } else { "SingleStack" },
+            "ports": ports,
+            "selector": {"app": name},
+            "sessionAffinity": "None",
+            "internalTrafficPolicy": "Cluster",
+        },
+        "status": {"loadBalancer": {}},
+    })
+}
+
+/// A ready endpoint on a node.
+pub fn endpoint(address: IpAddr, node: &str) -> Value {
+    json!({
+        "addresses": [address],
+        "conditions": {"ready": true, "serving": true, "terminating": false},
+        "nodeName": node,
+        "targetRef": {"kind": "Pod", "namespace": "default", "name": format!("pod-{address}")},
+    })
+}
+
+/// A slice of a Service in namespace `default`. Nulls stand where a Go server writes them.
+pub fn slice(name: &str, service: &str, ports: &[Port<'_>], endpoints: &[Value]) -> Value {
+    let v6 = endpoints.iter().any(|e| e["addresses"][0].as_str().is_some_and(|a| a.contains(':')));
+    let ports: Vec<Value> = ports
+        .iter()
+        .map(|(name, protocol, port)| json!({"name": name, "protocol": protocol, "port": port}))
+        .collect();
+    let null_if_empty = |list: Vec<Value>| if list.is_empty() { Value::Null } else { list.into() };
+    json!({
+        "apiVersion": "discovery.k8s.io/v1",
+        "kind": "EndpointSlice",
+        "metadata": {
+            "name": name,
+            "namespace": "default",
+            "labels": {
+                "kubernetes.io/service-name": service,
+                "endpointslice.kubernetes.io/managed-by": "endpointslice-controller.k8s.io",
+            },
+            "ownerReferences": [{"apiVersion": "v1", "kind": "Service", "name": service}],
+        },
+        "addressType": if v6 { "IPv6" } else { "IPv4" },
+        "ports": null_if_empty(ports),
+        "endpoints": null_if_empty(endpoints.to_vec()),
+    })
+}
+
+/// A Node.
+pub fn node(name: &str) -> Value {
+    json!({
+        "apiVersion": "v1",
+        "kind": "Node",
+        "metadata": {"name": name, "labels": {"kubernetes.io/hostname": name}},
+        "status": {"addresses": [{"type": "Hostname", "address": name}]},
+    })
+}
