@@ -108,10 +108,13 @@ macro_rules! tables {
 
             #[inline(always)]
             fn now(&self) -> u32 {
-                let coarse = Tables::<$family>::setting(self, |s| &s.coarse_clock) != 0;
-                // SAFETY: both helpers only read a clock.
-                let time =
-                    unsafe { if coarse { bpf_ktime_get_coarse_ns() } else { bpf_ktime_get_ns() } };
+                let time = if Tables::<$family>::setting(self, |s| &s.coarse_clock) != 0 {
+                    // SAFETY: the helper only reads a clock.
+                    unsafe { bpf_ktime_get_coarse_ns() }
+                } else {
+                    // SAFETY: as above.
+                    unsafe { bpf_ktime_get_ns() }
+                };
                 (time >> TICK_SHIFT) as u32
             }
 
