@@ -10,7 +10,7 @@ use std::path::Path;
 use portal::testing::client::{exchange, tcp, tcp_from_port, udp, udp_socket};
 use portal::testing::cluster::{Cluster, PORT, at};
 use portal::testing::world::{CNIS, Cni, Pod};
-use portal::testing::{capture::Capture, eventually};
+use portal::testing::{agent, capture::Capture, eventually};
 
 fn start(cni: Cni) -> Cluster {
     Cluster::start(cni, Path::new(env!("CARGO_BIN_EXE_portal")), &[])
@@ -168,8 +168,13 @@ fn a_smaller_mtu_on_the_way_is_discovered_through_the_vip() {
         let mut connection = tcp(&client.namespace, at(vip)).unwrap();
         let before = vec![7; 200_000];
         assert!(connection.echo(&before[..1000]).unwrap() == before[..1000]);
-        let node = &cluster.world.nodes[0].namespace;
-        node.netlink(async |net| net.mtu("eth0", 1300).await);
+        // At both ends of the wire, since a link also drops what it receives above its MTU.
+        let set_mtu = |mtu| {
+            for node in &cluster.world.nodes {
+                node.namespace.netlink(async |net| net.mtu("eth0", mtu).await);
+            }
+        };
+        set_mtu(1300);
         // The node answers "too big" about packets to the pod; the client must know them as the VIP's.
         let mut writer = connection.stream.get_ref().try_clone().unwrap();
         let sent = before.clone();
@@ -179,7 +184,7 @@ fn a_smaller_mtu_on_the_way_is_discovered_through_the_vip() {
         std::io::Read::read_exact(&mut connection.stream, &mut received).unwrap();
         sending.join().unwrap();
         assert!(received == before);
-        node.netlink(async |net| net.mtu("eth0", 1500).await);
+        set_mtu(1500);
     });
 }
 
@@ -214,4 +219,135 @@ fn other_traffic_is_not_touched() {
         assert_eq!(direct.seen_as.ip(), own);
         assert_eq!(direct.stream.get_ref().peer_addr().unwrap(), to);
     });
+}
+
+/// What `portal-probe` says on a node: its line, or the kind of its failure.
+fn probe(cluster: &Cluster, node: usize, protocol: &str, to: SocketAddr) -> Result<String, String> {
+    let program = Path::new(env!("CARGO_BIN_EXE_portal-probe"));
+    let mut command = agent::command(&cluster.world.nodes[node], program, true);
+    let output = command.args([protocol, &to.to_string()]).output().unwrap();
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).trim().to_owned();
+    if output.status.success() { Ok(text(&output.stdout)) } else { Err(text(&output.stderr)) }
+}
+
+#[test]
+fn a_nodes_own_processes_reach_services_and_see_the_vip() {
+    for cni in CNIS {
+        let cluster = start(cni);
+        let server = cluster.server(1, "server");
+        cluster.expose("web", &vips(), &[&server]);
+        let mapped: IpAddr = "::ffff:10.96.0.10".parse().unwrap();
+        for vip in vips().into_iter().chain([mapped]) {
+            cluster.wait_backends(vip.to_canonical(), 1);
+            for protocol in ["tcp", "udp", "connected-udp"] {
+                for node in 0..2 {
+                    let line = probe(&cluster, node, protocol, at(vip)).unwrap();
+                    let peer = line.rsplit(' ').next().unwrap();
+                    assert!(line.starts_with("server "), "{protocol} n{node}: {line}");
+                    assert_eq!(peer, at(vip).to_string(), "{protocol} n{node}: {line}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_nodes_own_processes_are_refused_at_once() {
+    let cluster = start(Cni::Bridge);
+    cluster.expose("web", &vips(), &[]);
+    for vip in vips() {
+        cluster.wait_backends(vip, 0);
+        for to in [at(vip), SocketAddr::new(vip, PORT + 1)] {
+            for protocol in ["tcp", "udp", "connected-udp"] {
+                assert_eq!(probe(&cluster, 0, protocol, to), Err("ConnectionRefused".to_owned()));
+            }
+        }
+    }
+}
+
+#[test]
+fn killing_the_agent_loses_no_connection_and_its_successor_catches_up() {
+    let mut cluster = start(Cni::Bridge);
+    let client = cluster.pod(0, "client");
+    let (one, two) = (cluster.server(1, "one"), cluster.server(0, "two"));
+    cluster.expose("web", &vips(), &[&one]);
+    let mut connections = Vec::new();
+    for vip in vips() {
+        cluster.wait_backends(vip, 1);
+        connections.extend((0..100).map(|_| tcp(&client.namespace, at(vip)).unwrap()));
+    }
+    let ids = |cluster: &Cluster| -> Vec<(String, String)> {
+        let text = |value: &serde_json::Value| value.as_str().unwrap().to_owned();
+        let services = cluster.list(0, "services");
+        services.iter().map(|s| (text(&s["vip"]), text(&s["id"]))).collect()
+    };
+    let before = ids(&cluster);
+    let mut echo = |round: u8| {
+        for connection in &mut connections {
+            assert_eq!(connection.echo(&[round; 64]).unwrap(), [round; 64]);
+        }
+    };
+    echo(1);
+    cluster.agents[0].take().unwrap().kill();
+    echo(2);
+    // Meanwhile the backend changes, and a Service comes.
+    cluster.endpoints("web", &[&two]);
+    cluster.expose("new", &other_vips(), &[&two]);
+    echo(3);
+    cluster.start_agent(0);
+    for vip in vips().into_iter().chain(other_vips()) {
+        cluster.wait_backends(vip, 1);
+        assert_eq!(tcp(&client.namespace, at(vip)).unwrap().server, "two");
+    }
+    echo(4);
+    let after = ids(&cluster);
+    assert!(before.iter().all(|id| after.contains(id)), "{before:?} {after:?}");
+}
+
+#[test]
+fn udp_chooses_anew_when_its_backend_goes_and_tcp_goes_on() {
+    over_both_cnis(|cluster, client, server, vip| {
+        let other = cluster.server(0, "other");
+        let socket = udp_socket(&client.namespace, vip.is_ipv6(), 0).unwrap();
+        let mut connection = tcp(&client.namespace, at(vip)).unwrap();
+        assert_eq!(exchange(&socket, at(vip), b"1").unwrap().server, "server");
+        cluster.endpoints("web", &[&other]);
+        eventually("the socket's datagrams reach the other backend", || {
+            (exchange(&socket, at(vip), b"2").unwrap().server == "other").then_some(())
+        });
+        assert_eq!(connection.echo(b"still here").unwrap(), b"still here");
+        cluster.endpoints("web", &[server]);
+        eventually("the first backend is back", || {
+            (exchange(&socket, at(vip), b"3").unwrap().server == "server").then_some(())
+        });
+    });
+}
+
+#[test]
+fn a_pods_link_may_come_and_go_and_clsact_serves_where_there_is_no_tcx() {
+    let portal = Path::new(env!("CARGO_BIN_EXE_portal"));
+    let mut cluster = Cluster::start(Cni::Routed, portal, &["--tc", "clsact"]);
+    // Without pins to wait for, by trying.
+    let (client, server) = (cluster.world.pod(0, "client"), cluster.world.pod(1, "server"));
+    for v6 in [false, true] {
+        portal::testing::server::tcp(&server.namespace, "server", server.address(v6), 8080);
+    }
+    cluster.expose("web", &vips(), &[&server]);
+    let reach = |cluster: &Cluster, pod: &Pod, vip: IpAddr| {
+        cluster.wait_backends(vip, 1);
+        eventually("the pod's link is served", || {
+            tcp(&pod.namespace, at(vip)).ok().map(|connection| connection.server)
+        })
+    };
+    for vip in vips() {
+        assert_eq!(reach(&cluster, &client, vip), "server");
+    }
+    // A successor finds the filters and puts its programs there.
+    cluster.agents[0].take().unwrap().kill();
+    cluster.start_agent(0);
+    cluster.world.nodes[0].remove_pod(&client);
+    let next = cluster.world.pod(0, "next");
+    for vip in vips() {
+        assert_eq!(reach(&cluster, &next, vip), "server");
+    }
 }

@@ -4,11 +4,11 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 use aya::Ebpf;
+use aya::programs::ProgramError;
 use aya::programs::tc::{
-    NlOptions, SchedClassifier, SchedClassifierLink, TcAttachOptions, TcAttachType, TcHandle,
-    qdisc_add_clsact,
+    NlOptions, SchedClassifier, SchedClassifierLink, TcAttachOptions, TcAttachType, TcError,
+    TcHandle, qdisc_add_clsact,
 };
-use aya::programs::{ProgramError, tc};
 
 use super::links::PinnedLinks;
 use super::sys::{self, AttachPoint};
@@ -105,15 +105,15 @@ pub fn detach(links: &mut PinnedLinks, mode: TcMode, ifindex: u32, name: &str) {
 }
 
 fn attach_filter(program: &mut SchedClassifier, name: &str, direction: TcAttachType) -> Result<()> {
-    match qdisc_add_clsact(name) {
-        // Another's clsact serves as well.
-        Ok(()) | Err(tc::TcError::AlreadyAttached) => {}
-        Err(error) => return Err(error).context("cannot add a clsact qdisc"),
+    if let Err(error) = qdisc_add_clsact(name)
+        && !exists(&error)
+    {
+        return Err(error).context("cannot add a clsact qdisc");
     }
     let options = NlOptions { priority: PRIORITY, handle: HANDLE, ..NlOptions::default() };
     let id = match program.attach_with_options(name, direction, TcAttachOptions::Netlink(options)) {
         Ok(id) => id,
-        Err(ProgramError::TcError(_)) => {
+        Err(ProgramError::TcError(error)) if exists(&error) => {
             // An earlier agent's filter: only its program is replaced.
             let link = SchedClassifierLink::attached(name, direction, PRIORITY, HANDLE, None)?;
             program.attach_to_link(link)?
@@ -123,6 +123,14 @@ fn attach_filter(program: &mut SchedClassifier, name: &str, direction: TcAttachT
     // Dropping the link would take the filter off.
     std::mem::forget(program.take_link(id)?);
     Ok(())
+}
+
+/// Whether the kernel has the qdisc or the filter already. A clsact qdisc of another's serves as well.
+fn exists(error: &TcError) -> bool {
+    match error {
+        TcError::NetlinkError(error) => error.raw_os_error() == Some(libc::EEXIST),
+        _ => false,
+    }
 }
 
 fn remove_filter(name: &str, direction: TcAttachType) {

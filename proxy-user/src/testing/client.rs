@@ -13,7 +13,7 @@ use super::namespace::Namespace;
 use super::server::parse_greeting;
 
 /// How long an answer may take. Only a failure takes so long.
-const PATIENCE: Duration = Duration::from_secs(5);
+const PATIENCE: Duration = Duration::from_secs(20);
 
 /// An open TCP connection that was greeted.
 pub struct Connection {
@@ -30,8 +30,15 @@ pub struct Connection {
 /// # Errors
 /// As the socket calls say.
 pub fn tcp(from: &Namespace, to: SocketAddr) -> io::Result<Connection> {
-    let stream = from.run(|| TcpStream::connect_timeout(&to, PATIENCE))?;
-    greeted(stream)
+    greeted(from.run(|| TcpStream::connect_timeout(&to, PATIENCE))?)
+}
+
+/// As [`tcp`], from where the caller is.
+///
+/// # Errors
+/// As the socket calls say.
+pub fn tcp_here(to: SocketAddr) -> io::Result<Connection> {
+    greeted(TcpStream::connect_timeout(&to, PATIENCE)?)
 }
 
 /// As [`tcp`], from a source port.
@@ -106,8 +113,16 @@ pub struct Answer {
 /// # Errors
 /// As the socket calls say.
 pub fn udp_socket(namespace: &Namespace, v6: bool, port: u16) -> io::Result<UdpSocket> {
+    namespace.run(|| udp_socket_here(v6, port))
+}
+
+/// As [`udp_socket`], where the caller is.
+///
+/// # Errors
+/// As the socket calls say.
+pub fn udp_socket_here(v6: bool, port: u16) -> io::Result<UdpSocket> {
     let any: IpAddr = if v6 { Ipv6Addr::UNSPECIFIED.into() } else { Ipv4Addr::UNSPECIFIED.into() };
-    let socket = namespace.run(|| UdpSocket::bind((any, port)))?;
+    let socket = UdpSocket::bind((any, port))?;
     socket.set_read_timeout(Some(PATIENCE))?;
     Ok(socket)
 }
@@ -131,12 +146,21 @@ pub fn exchange(socket: &UdpSocket, to: SocketAddr, bytes: &[u8]) -> io::Result<
 /// # Errors
 /// As the socket calls say.
 pub fn udp(from: &Namespace, to: SocketAddr, bytes: &[u8]) -> io::Result<Answer> {
-    let socket = udp_socket(from, to.is_ipv6(), 0)?;
-    from.run(|| socket.connect(to))?;
+    from.run(|| udp_here(to, bytes))
+}
+
+/// As [`udp`], from where the caller is.
+///
+/// # Errors
+/// As the socket calls say.
+pub fn udp_here(to: SocketAddr, bytes: &[u8]) -> io::Result<Answer> {
+    let socket = udp_socket_here(to.is_ipv6(), 0)?;
+    socket.connect(to)?;
     socket.send(bytes)?;
     let mut buffer = vec![0; 64 * 1024];
     let length = socket.recv(&mut buffer)?;
     let end = buffer.iter().position(|byte| *byte == b'\n').expect("a greeting");
     let (server, seen_as) = parse_greeting(&String::from_utf8_lossy(&buffer[..end]));
-    Ok(Answer { from: to, server, seen_as, bytes: buffer[end + 1..length].to_vec() })
+    let from = socket.peer_addr()?;
+    Ok(Answer { from, server, seen_as, bytes: buffer[end + 1..length].to_vec() })
 }
