@@ -2,11 +2,14 @@
 
 mod build;
 mod check;
+mod lab;
 mod node;
 mod object;
 mod steps;
 mod test;
 mod toolchain;
+
+use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
@@ -21,6 +24,8 @@ struct Args {
 
 #[derive(Subcommand)]
 enum Command {
+    /// Show Portal at work: two nodes in network namespaces, a Service, real packets (needs root)
+    Lab(lab::Args),
     /// Run all tests, or one tier of them
     Test(test::Args),
     /// Run the agent on this node, as `portal run` with the arguments given (needs root)
@@ -31,8 +36,19 @@ enum Command {
     Check,
 }
 
-fn main() -> Result<()> {
-    match Args::parse().command {
+fn main() -> ExitCode {
+    match run(Args::parse().command) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("\nerror: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(command: Command) -> Result<()> {
+    match command {
+        Command::Lab(args) => lab::run(&args),
         Command::Test(args) => test::run(&args),
         Command::Run(args) => node::run(&args),
         Command::Build(args) => build::run(&args),

@@ -1,7 +1,7 @@
-//! One request of a node's own process: `portal-probe tcp|udp|connected-udp ADDRESS`.
+//! Requests of a node's own process: `portal-probe tcp|udp|connected-udp ADDRESS [TIMES]`.
 //!
-//! Prints the server's name, the client as the server sees it, and the peer as the socket does; or, on
-//! standard error, the kind of the failure.
+//! Prints a line for each: the server's name, the client as the server sees it, and the peer as the
+//! socket does. At the first failure it prints its kind on standard error and ends.
 
 use std::env::args;
 use std::io;
@@ -12,20 +12,27 @@ use portal::testing::client::{exchange, tcp_here, udp_here, udp_socket_here};
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = args().collect();
-    let [_, protocol, to] = arguments.as_slice() else {
-        eprintln!("usage: portal-probe tcp|udp|connected-udp ADDRESS");
-        return ExitCode::from(2);
+    let (protocol, to, times) = match arguments.as_slice() {
+        [_, protocol, to] => (protocol, to, "1"),
+        [_, protocol, to, times] => (protocol, to, times.as_str()),
+        _ => return usage(),
     };
-    match to.parse().map_err(io::Error::other).and_then(|to| probe(protocol, to)) {
-        Ok(line) => {
-            println!("{line}");
-            ExitCode::SUCCESS
-        }
-        Err(error) => {
-            eprintln!("{:?}", error.kind());
-            ExitCode::FAILURE
+    let (Ok(to), Ok(times)) = (to.parse(), times.parse::<u32>()) else { return usage() };
+    for _ in 0..times {
+        match probe(protocol, to) {
+            Ok(line) => println!("{line}"),
+            Err(error) => {
+                eprintln!("{:?}", error.kind());
+                return ExitCode::FAILURE;
+            }
         }
     }
+    ExitCode::SUCCESS
+}
+
+fn usage() -> ExitCode {
+    eprintln!("usage: portal-probe tcp|udp|connected-udp ADDRESS [TIMES]");
+    ExitCode::from(2)
 }
 
 fn probe(protocol: &str, to: SocketAddr) -> io::Result<String> {
