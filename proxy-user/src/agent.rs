@@ -125,6 +125,11 @@ impl Agent {
         }
     }
 
+    /// Tries again what was refused, at the next plan: places may have become free.
+    pub fn retry(&mut self) {
+        self.dirty.extend(self.refused.keys().map(|port| port.service.clone()));
+    }
+
     /// The writes that make the kernel hold what it should. None before every kind was listed: until
     /// then what an earlier agent left stays in force.
     pub fn plan(&mut self, now: Instant) -> Vec<Op> {

@@ -17,7 +17,7 @@ use crate::kernel::{Datapath, Options};
 use crate::netlink::{self, Change, Rule};
 use crate::watch::{self, Source, Update};
 
-/// How often the flow tables are swept.
+/// How often the flow tables are swept, and what did not fit is tried again.
 const SWEEP: Duration = Duration::from_secs(30);
 /// How many links may wait to be attached.
 const LINK_QUEUE: usize = 1024;
@@ -98,7 +98,11 @@ impl Node {
                     self.sync()?;
                 }
                 Some(change) = links.recv() => self.attach(change, &mut stale),
-                _ = sweeps.tick() => self.sweep(),
+                _ = sweeps.tick() => {
+                    self.sweep();
+                    self.agent.retry();
+                    self.sync()?;
+                }
                 else => return Ok(()),
             }
         }

@@ -7,7 +7,7 @@
 //! runs of slots. No I/O here: the result is a list of [`Op`]s for the one writer.
 
 mod allocate;
-mod claims;
+mod frontends;
 mod recover;
 
 use std::collections::{BTreeSet, HashMap};
@@ -20,7 +20,7 @@ pub use self::recover::{Actual, ActualBackend, ActualService};
 use crate::desired::{Frontend, Port, PortId};
 use crate::model::IpFamily;
 use allocate::{Numbers, Runs};
-use claims::Claims;
+use frontends::Frontends;
 
 /// How long a number or a slot stays out of use after its last reader could have seen it. A packet
 /// takes microseconds; a second is beyond doubt.
@@ -138,15 +138,12 @@ struct Held {
     range: Range,
     /// Backend numbers by address, with the flags that were written.
     numbers: HashMap<SocketAddr, (u32, BackendEntry)>,
-    /// The frontends that lead to it; those lost to another Service are not among them.
-    frontends: BTreeSet<Frontend>,
 }
 
 /// What the kernel holds, and what is free.
 pub struct Planner {
     held: HashMap<PortId, Held>,
-    claims: Claims,
-    vips: HashMap<IpAddr, usize>,
+    frontends: Frontends,
     ids: Numbers,
     runs: Runs,
     backends: HashMap<IpFamily, Numbers>,
@@ -160,8 +157,7 @@ impl Planner {
             .into();
         Self {
             held: HashMap::new(),
-            claims: Claims::default(),
-            vips: HashMap::new(),
+            frontends: Frontends::default(),
             // Id 0 is "no Service": marked VIPs have it.
             ids: Numbers::new(1, capacity.services),
             runs: Runs::new(capacity.slots),
@@ -219,15 +215,15 @@ impl Planner {
                 Err(refusal) => return refusals.push(*refusal),
             },
         };
-        match self.put_backends(now, port, &mut held, wanted, ops) {
+        let result = self.put_backends(now, port, &mut held, wanted, ops);
+        self.held.insert(port.clone(), held);
+        match result {
             Ok(()) => {
-                self.put_frontends(port, &mut held, wanted, ops, refusals);
-                self.withdraw(now, port, &mut held, wanted, ops);
-                held.wanted = wanted.clone();
+                self.put_frontends(port, wanted, ops, refusals);
+                self.withdraw(now, port, wanted, ops);
             }
             Err(refusal) => refusals.push(*refusal),
         }
-        self.held.insert(port.clone(), held);
     }
 
     /// A new Service port: a number and a name.
@@ -235,13 +231,7 @@ impl Planner {
         let full = || Box::new(Refusal::Full { port: port.clone(), table: "services" });
         let id = self.ids.take().ok_or_else(full)?;
         ops.push(Op::Name { id, port: port.clone() });
-        Ok(Held {
-            id,
-            wanted: Port::default(),
-            range: Range::default(),
-            numbers: HashMap::new(),
-            frontends: BTreeSet::new(),
-        })
+        Ok(Held { id, wanted: Port::default(), range: Range::default(), numbers: HashMap::new() })
     }
 
     /// Writes new and changed backends, then, if the usable ones are others than before, a fresh run of
@@ -293,11 +283,8 @@ impl Planner {
             }
             self.runs.retire(now + GRACE, held.range);
             held.range = range;
-            ops.extend(held.frontends.iter().map(|frontend| Op::Lead {
-                frontend: *frontend,
-                id: held.id,
-                range,
-            }));
+            let own = held.wanted.frontends.iter().filter(|f| self.frontends.leads(**f, port));
+            ops.extend(own.map(|frontend| Op::Lead { frontend: *frontend, id: held.id, range }));
         }
         Ok(())
     }
@@ -306,101 +293,44 @@ impl Planner {
     fn put_frontends(
         &mut self,
         port: &PortId,
-        held: &mut Held,
         wanted: &Port,
         ops: &mut Vec<Op>,
         refusals: &mut Vec<Refusal>,
     ) {
+        let had =
+            std::mem::take(&mut self.held.get_mut(port).expect("it is held").wanted.frontends);
+        for frontend in had.iter().filter(|frontend| !wanted.frontends.contains(frontend)) {
+            self.frontends.release(*frontend, port);
+            self.settle(*frontend, ops);
+        }
         for frontend in &wanted.frontends {
-            match self.claims.claim(*frontend, port, &wanted.created) {
-                None => self.lead(held, *frontend, ops),
-                Some(holder) if holder == *port => {
-                    // Won from a younger Service, which has just lost it.
-                    self.dispossess(port, *frontend);
-                    self.lead(held, *frontend, ops);
-                }
-                Some(holder) => refusals.push(Refusal::Taken {
+            self.frontends.claim(*frontend, port, &wanted.created);
+            self.settle(*frontend, ops);
+            if let Some(holder) = self.frontends.winner(*frontend).filter(|winner| *winner != port)
+            {
+                refusals.push(Refusal::Taken {
                     port: port.clone(),
                     frontend: *frontend,
-                    holder,
-                }),
+                    holder: holder.clone(),
+                });
             }
         }
-        let gone: Vec<Frontend> = held
-            .wanted
-            .frontends
-            .iter()
-            .filter(|f| !wanted.frontends.contains(f))
-            .copied()
-            .collect();
-        for frontend in gone {
-            self.give_up(port, held, frontend, ops);
-        }
     }
 
-    /// Leads a frontend to the Service port, which may already have it.
-    fn lead(&mut self, held: &mut Held, frontend: Frontend, ops: &mut Vec<Op>) {
-        if !held.frontends.insert(frontend) {
-            return;
-        }
-        ops.push(Op::Lead { frontend, id: held.id, range: held.range });
-        let marks = self.vips.entry(frontend.vip).or_default();
-        *marks += 1;
-        if *marks == 1 {
-            ops.push(Op::MarkVip { vip: frontend.vip });
-        }
-    }
-
-    /// Takes a frontend's record from the Service port that has lost it; the entry itself was replaced.
-    fn dispossess(&mut self, winner: &PortId, frontend: Frontend) {
-        let mut losers = self.held.iter_mut().filter(|(port, _)| *port != winner);
-        if losers.any(|(_, held)| held.frontends.remove(&frontend)) {
-            self.unmark(frontend.vip);
-        }
-    }
-
-    /// One frontend less at a VIP; true if it was the last.
-    fn unmark(&mut self, vip: IpAddr) -> bool {
-        let Some(marks) = self.vips.get_mut(&vip) else { return false };
-        *marks -= 1;
-        let last = *marks == 0;
-        if last {
-            self.vips.remove(&vip);
-        }
-        last
-    }
-
-    /// Gives up a frontend: to the next Service that claims it, or for good.
-    fn give_up(&mut self, port: &PortId, held: &mut Held, frontend: Frontend, ops: &mut Vec<Op>) {
-        let heir = self.claims.release(frontend, port);
-        if !held.frontends.remove(&frontend) {
-            return;
-        }
-        if let Some(mut heir_held) = heir.as_ref().and_then(|heir| self.held.remove(heir)) {
-            self.lead(&mut heir_held, frontend, ops);
-            self.unmark(frontend.vip);
-            self.held.insert(heir.expect("just found"), heir_held);
-            return;
-        }
-        ops.push(Op::Remove { frontend });
-        if self.unmark(frontend.vip) {
-            ops.push(Op::UnmarkVip { vip: frontend.vip });
-        }
+    /// Leads a frontend to the Service port whose claim counts.
+    fn settle(&mut self, frontend: Frontend, ops: &mut Vec<Op>) {
+        let held = &self.held;
+        let place = |port: &PortId| (held[port].id, held[port].range);
+        self.frontends.settle(frontend, place, ops);
     }
 
     /// After the switch: backends that are gone stop serving, and their numbers become free.
-    fn withdraw(
-        &mut self,
-        now: Instant,
-        port: &PortId,
-        held: &mut Held,
-        wanted: &Port,
-        ops: &mut Vec<Op>,
-    ) {
+    fn withdraw(&mut self, now: Instant, port: &PortId, wanted: &Port, ops: &mut Vec<Op>) {
+        let held = self.held.get_mut(port).expect("it is held");
         let numbers = self.backends.get_mut(&port.family).expect("both families are there");
-        let wanted: BTreeSet<SocketAddr> = wanted.backends.iter().map(|b| b.address).collect();
+        let staying: BTreeSet<SocketAddr> = wanted.backends.iter().map(|b| b.address).collect();
         let mut gone: Vec<SocketAddr> =
-            held.numbers.keys().filter(|address| !wanted.contains(address)).copied().collect();
+            held.numbers.keys().filter(|address| !staying.contains(address)).copied().collect();
         gone.sort_unstable();
         for address in gone {
             let (number, entry) = held.numbers.remove(&address).expect("just found");
@@ -408,6 +338,7 @@ impl Planner {
             ops.push(Op::Backend { family: port.family, number, backend });
             numbers.retire(now + GRACE, number);
         }
+        held.wanted = wanted.clone();
     }
 
     fn remove(
@@ -417,10 +348,13 @@ impl Planner {
         ops: &mut Vec<Op>,
         refusals: &mut Vec<Refusal>,
     ) {
-        let Some(mut held) = self.held.remove(port) else { return };
+        if !self.held.contains_key(port) {
+            return;
+        }
         let nothing = Port::default();
-        self.put_frontends(port, &mut held, &nothing, ops, refusals);
-        self.withdraw(now, port, &mut held, &nothing, ops);
+        self.put_frontends(port, &nothing, ops, refusals);
+        self.withdraw(now, port, &nothing, ops);
+        let held = self.held.remove(port).expect("it is held");
         self.runs.retire(now + GRACE, held.range);
         ops.push(Op::Unname { id: held.id });
         self.ids.retire(now + GRACE, held.id);

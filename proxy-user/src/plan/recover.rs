@@ -2,7 +2,7 @@
 //! flows keep their meaning.
 
 use std::collections::{BTreeSet, HashMap};
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use proxy_common::tables::Range;
 
@@ -38,7 +38,7 @@ pub struct Actual {
     /// Frontends, without the marks of VIPs.
     pub services: Vec<ActualService>,
     /// The addresses that are marked as VIPs.
-    pub vips: Vec<std::net::IpAddr>,
+    pub vips: Vec<IpAddr>,
     /// The names of Service ports, by number; the family is not known from a name.
     pub names: HashMap<u32, PortId>,
     /// All backends that were ever written.
@@ -74,9 +74,16 @@ impl Planner {
         }
         let unnamed = actual.names.keys().filter(|id| !owners.contains_key(id));
         ops.extend(unnamed.map(|id| Op::Unname { id: *id }));
-        let stray = actual.vips.iter().filter(|vip| !planner.vips.contains_key(vip));
-        ops.extend(stray.map(|vip| Op::UnmarkVip { vip: *vip }));
+        planner.repair_marks(&actual.vips, &mut ops);
         (planner, ops)
+    }
+
+    /// An agent may have been killed between a frontend and the mark of its VIP.
+    fn repair_marks(&self, marked: &[IpAddr], ops: &mut Vec<Op>) {
+        let marked: BTreeSet<IpAddr> = marked.iter().copied().collect();
+        let wanted = self.frontends.vips();
+        ops.extend(wanted.difference(&marked).map(|vip| Op::MarkVip { vip: *vip }));
+        ops.extend(marked.difference(&wanted).map(|vip| Op::UnmarkVip { vip: *vip }));
     }
 
     /// Takes a frontend over, and its Service port if this is its first. False if it contradicts
@@ -88,7 +95,6 @@ impl Planner {
             if held.id != service.id || held.range != service.range {
                 return false;
             }
-            held.frontends.insert(service.frontend);
             held.wanted.frontends.push(service.frontend);
         } else {
             if !self.ids.adopt(service.id, 0) || !self.runs.adopt(service.range) {
@@ -96,8 +102,7 @@ impl Planner {
             }
             self.held.insert(port.clone(), adopted(service, index));
         }
-        self.claims.claim(service.frontend, &port, "");
-        *self.vips.entry(service.frontend.vip).or_default() += 1;
+        self.frontends.adopt(service.frontend, &port);
         true
     }
 
@@ -143,6 +148,5 @@ fn adopted(service: &ActualService, index: &Index<'_>) -> Held {
         },
         range: service.range,
         numbers: HashMap::new(),
-        frontends: BTreeSet::from([service.frontend]),
     }
 }

@@ -243,11 +243,17 @@ impl<T: Followed> Follower<T> {
         let request = self.request.watch(&parameters, &version)?;
         let events = self.client.request_events::<T>(request).await?;
         let mut events = std::pin::pin!(stream_of(events));
+        let mut heard = false;
         loop {
             let listing = self.version.is_none();
             let patience = if listing { LIST_SILENCE } else { SILENCE };
             match timeout(patience, events.next()).await {
-                Ok(Some(event)) => self.hear(event?).await?,
+                Ok(Some(event)) => {
+                    heard = true;
+                    self.hear(event?).await?;
+                }
+                // Whoever answers like that must not be asked without a pause.
+                Ok(None) if !heard => bail!("the watch ended before it said anything"),
                 Ok(None) if listing => bail!("the streamed list ended before it was complete"),
                 Ok(None) => return Ok(()),
                 Err(_) if listing => {

@@ -1,0 +1,153 @@
+//! The agent between what it hears and what it writes, without a kernel or a cluster.
+
+use std::collections::HashSet;
+use std::time::{Duration, Instant};
+
+use portal::agent::Agent;
+use portal::model::ObjectName;
+use portal::plan::{Capacity, Op, Planner};
+use portal::watch::{Kind, Update, raw};
+use serde_json::json;
+
+const ROOMY: Capacity = Capacity { services: 100, slots: 100, backends: 100 };
+
+fn agent(capacity: Capacity) -> Agent {
+    Agent::new("n0", Planner::new(capacity))
+}
+
+fn object(name: &str) -> ObjectName {
+    ObjectName::new("default", name)
+}
+
+fn service(name: &str, host: u8) -> Update {
+    let service: raw::Service = serde_json::from_value(json!({
+        "metadata": {"name": name, "namespace": "default", "resourceVersion": "1"},
+        "spec": {"clusterIP": format!("10.96.0.{host}"), "ports": [{"port": 80}]},
+    }))
+    .unwrap();
+    Update::Service(service)
+}
+
+fn slice(name: &str, service: &str, hosts: &[u8]) -> Update {
+    let endpoints: Vec<_> =
+        hosts.iter().map(|host| json!({"addresses": [format!("10.0.0.{host}")]})).collect();
+    let slice: raw::EndpointSlice = serde_json::from_value(json!({
+        "metadata": {
+            "name": name,
+            "namespace": "default",
+            "labels": {"kubernetes.io/service-name": service},
+        },
+        "addressType": "IPv4",
+        "ports": [{"name": "", "port": 8080}],
+        "endpoints": endpoints,
+    }))
+    .unwrap();
+    Update::Slice(slice)
+}
+
+fn listed(kind: Kind, names: &[&str]) -> Update {
+    Update::Listed(kind, names.iter().map(|name| object(name)).collect::<HashSet<_>>())
+}
+
+fn list_all(agent: &mut Agent, services: &[&str], slices: &[&str]) {
+    agent.hear(listed(Kind::Services, services));
+    agent.hear(listed(Kind::Slices, slices));
+    agent.hear(listed(Kind::Nodes, &["n0"]));
+}
+
+/// The frontends that writes lead to so many slots, by the VIP's last byte.
+fn leads(ops: &[Op]) -> Vec<(u8, u32)> {
+    let lead = |op: &Op| match op {
+        Op::Lead { frontend, range, .. } => {
+            let vip = frontend.vip.to_string();
+            Some((vip.rsplit('.').next()?.parse().ok()?, range.count))
+        }
+        _ => None,
+    };
+    ops.iter().filter_map(lead).collect()
+}
+
+fn removals(ops: &[Op]) -> usize {
+    ops.iter().filter(|op| matches!(op, Op::Remove { .. })).count()
+}
+
+#[test]
+fn kp_126_nothing_is_written_before_everything_was_listed() {
+    let mut agent = agent(ROOMY);
+    let now = Instant::now();
+    agent.hear(service("web", 1));
+    agent.hear(slice("web-1", "web", &[1]));
+    for kind in [Kind::Services, Kind::Slices] {
+        assert_eq!(agent.plan(now), []);
+        agent.hear(listed(kind, &["web", "web-1"]));
+    }
+    assert_eq!(agent.plan(now), []);
+    agent.hear(listed(Kind::Nodes, &["n0"]));
+    assert_eq!(leads(&agent.plan(now)), [(1, 1)]);
+}
+
+#[test]
+fn kp_22_and_23_order_does_not_matter_and_no_change_writes_nothing() {
+    let mut agent = agent(ROOMY);
+    let now = Instant::now();
+    agent.hear(slice("web-1", "web", &[1, 2]));
+    list_all(&mut agent, &[], &["web-1"]);
+    assert_eq!(agent.plan(now), []);
+    agent.hear(service("web", 1));
+    assert_eq!(leads(&agent.plan(now)), [(1, 2)]);
+    agent.hear(service("web", 1));
+    agent.hear(slice("web-1", "web", &[1, 2]));
+    assert_eq!(agent.plan(now), []);
+    // A change and its undoing between two plans are no change.
+    agent.hear(slice("web-1", "web", &[1]));
+    agent.hear(slice("web-1", "web", &[1, 2]));
+    assert_eq!(agent.plan(now), []);
+}
+
+#[test]
+fn a_list_removes_what_it_does_not_show() {
+    let mut agent = agent(ROOMY);
+    let now = Instant::now();
+    agent.hear(service("one", 1));
+    agent.hear(service("two", 2));
+    list_all(&mut agent, &["one", "two"], &[]);
+    assert_eq!(leads(&agent.plan(now)), [(1, 0), (2, 0)]);
+    agent.hear(listed(Kind::Services, &["two"]));
+    assert_eq!(removals(&agent.plan(now)), 1);
+}
+
+#[test]
+fn a_slice_that_changes_hands_concerns_both_services() {
+    let mut agent = agent(ROOMY);
+    let now = Instant::now();
+    agent.hear(service("one", 1));
+    agent.hear(service("two", 2));
+    agent.hear(slice("a", "one", &[1]));
+    list_all(&mut agent, &["one", "two"], &["a"]);
+    assert_eq!(leads(&agent.plan(now)), [(1, 1), (2, 0)]);
+    agent.hear(slice("a", "two", &[1]));
+    assert_eq!(leads(&agent.plan(now)), [(1, 0), (2, 1)]);
+    agent.hear(Update::Gone(Kind::Slices, object("a")));
+    assert_eq!(leads(&agent.plan(now)), [(2, 0)]);
+}
+
+#[test]
+fn what_does_not_fit_keeps_what_it_has_and_is_tried_again() {
+    let mut agent = agent(Capacity { services: 10, slots: 10, backends: 3 });
+    let now = Instant::now();
+    agent.hear(service("one", 1));
+    agent.hear(service("two", 2));
+    agent.hear(slice("a", "one", &[1, 2]));
+    agent.hear(slice("b", "two", &[3]));
+    list_all(&mut agent, &["one", "two"], &["a", "b"]);
+    assert_eq!(leads(&agent.plan(now)), [(1, 2), (2, 1)]);
+    // Three backends are all that fit.
+    agent.hear(slice("b", "two", &[3, 4, 5]));
+    assert_eq!(agent.plan(now), []);
+    agent.hear(Update::Gone(Kind::Services, object("one")));
+    assert_eq!(removals(&agent.plan(now)), 1);
+    agent.retry();
+    assert_eq!(agent.plan(now), [], "places are used again only after a grace period");
+    agent.retry();
+    assert_eq!(leads(&agent.plan(now + Duration::from_secs(2))), [(2, 3)]);
+}
