@@ -1,1 +1,8 @@
-//! t
+//! Packets and cases for tests, shared by the host and the kernel. Behind feature `testing`; never
+//! shipped.
+
+mod cases;
+mod packets;
+
+pub use cases::{Becomes, Case, Service, Step, cases};
+pub use packets::{Packet, Transport, is_valid};

@@ -1,0 +1,70 @@
+//! The cases that the kernel runs too.
+
+use std::collections::BTreeSet;
+use std::net::SocketAddr;
+
+use proxy_common::testing::{Becomes, Case, Packet, Step, cases};
+use proxy_common::{Outcome, V4, V6};
+
+use crate::host::{Host, HostFamily};
+
+fn is_v4(case: &Case) -> bool {
+    case.name.starts_with("IPv4")
+}
+
+fn run<F: HostFamily>(case: &Case) -> BTreeSet<Outcome> {
+    let mut host = Host::<F>::new();
+    for (number, step) in case.steps.iter().enumerate() {
+        let place = format!("{}, step {number}", case.name);
+        match step {
+            Step::Services(services) => host.serve(services),
+            Step::Packet { side, frame, outcome, becomes } => {
+                let (done, bytes) = host.see(*side, frame);
+                assert_eq!(done, *outcome, "{place}");
+                judge(&place, frame, &bytes, becomes);
+            }
+        }
+    }
+    host.counted.into_inner()
+}
+
+fn judge(place: &str, before: &[u8], after: &[u8], becomes: &Becomes) {
+    match becomes {
+        Becomes::Same => assert!(before == after, "{place}: it was touched"),
+        Becomes::This(wanted) => assert_eq!(after, wanted, "{place}"),
+        Becomes::OtherSourcePort(wanted) => {
+            let port = u16::from_be_bytes(after[14 + header(after)..][..2].try_into().unwrap());
+            assert_ne!(port, wanted.src.port(), "{place}");
+            let src = SocketAddr::new(wanted.src.ip(), port);
+            assert_eq!(after, Packet { src, ..wanted.clone() }.frame(), "{place}");
+        }
+        Becomes::Nothing => {}
+    }
+}
+
+fn header(frame: &[u8]) -> usize {
+    if frame[12..14] == [0x86, 0xdd] { 40 } else { 20 }
+}
+
+#[test]
+fn every_case_and_between_them_every_outcome() {
+    let mut seen = BTreeSet::new();
+    for case in cases() {
+        seen.extend(if is_v4(&case) { run::<V4>(&case) } else { run::<V6>(&case) });
+    }
+    let elsewhere = [
+        // Told by the hook, before there is a family.
+        Outcome::NotIp,
+        // life.rs
+        Outcome::NoPort,
+        Outcome::TableFull,
+        Outcome::NotWritable,
+        // sockets.rs
+        Outcome::SocketTranslated,
+        Outcome::SocketRefused,
+        Outcome::SocketRestored,
+    ];
+    let all: BTreeSet<Outcome> = Outcome::ALL.iter().copied().collect();
+    seen.extend(elsewhere);
+    assert_eq!(seen, all);
+}

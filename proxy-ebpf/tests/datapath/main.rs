@@ -1,0 +1,28 @@
+//! The datapath on the host.
+
+mod cases;
+mod host;
+mod life;
+mod properties;
+mod sockets;
+
+use std::net::SocketAddr;
+
+const SYN: u8 = 2;
+const ACK: u8 = 16;
+
+fn at(text: &str) -> SocketAddr {
+    text.parse().unwrap()
+}
+
+fn client() -> SocketAddr {
+    at("10.0.0.1:40000")
+}
+
+fn vip() -> SocketAddr {
+    at("10.96.0.1:80")
+}
+
+fn pod() -> SocketAddr {
+    at("10.0.1.1:8080")
+}
