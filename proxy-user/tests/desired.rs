@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 
 #[derive(Deserialize)]
 struct Case {
-    case: String,
+    name: String,
     #[serde(default)]
     services: Vec<Value>,
     #[serde(default)]
@@ -38,14 +38,14 @@ fn judge(case: &Case) -> Result<(), String> {
     lines.sort();
     expected.sort();
     if lines != expected {
-        return Err(format!("{}:\n  wanted {expected:#?}\n  got {lines:#?}", case.case));
+        return Err(format!("{}:\n  wanted {expected:#?}\n  got {lines:#?}", case.name));
     }
     let told = problems.len() == case.problems.len()
         && case.problems.iter().zip(&problems).all(|(part, problem)| problem.contains(part));
     if told {
         return Ok(());
     }
-    Err(format!("{}:\n  wanted problems {:#?}\n  got {problems:#?}", case.case, case.problems))
+    Err(format!("{}:\n  wanted problems {:#?}\n  got {problems:#?}", case.name, case.problems))
 }
 
 fn cluster(case: &Case, problems: &mut Vec<Problem>) -> Cluster {

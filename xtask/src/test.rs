@@ -5,6 +5,7 @@ use clap::ValueEnum;
 
 use crate::build::{self, OBJECT_VARIABLE};
 use crate::steps::{cargo, openly};
+use crate::toolchain;
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -20,6 +21,10 @@ pub struct Args {
 enum Tier {
     /// Everything that needs neither root nor an eBPF toolchain
     Pure,
+    /// The datapath in the kernel, by test runs (root)
+    Kernel,
+    /// Agents as processes, with an API server stand-in that may misbehave (root)
+    Control,
     /// Real sockets across network namespaces (root)
     Network,
 }
@@ -31,10 +36,11 @@ pub fn run(args: &Args) -> Result<()> {
         openly(filtered(&mut pure, args))?;
     }
     let with_root: &[Tier] = match args.tier {
-        None => &[Tier::Network],
+        None => &[Tier::Kernel, Tier::Control, Tier::Network],
         Some(Tier::Pure) => return Ok(()),
         Some(_) => args.tier.as_slice(),
     };
+    toolchain::need("bpftool")?;
     // The agent that the tests start, and the object that they load.
     build::binary(false)?;
     let object = build::ebpf_object()?;
@@ -49,6 +55,8 @@ pub fn run(args: &Args) -> Result<()> {
 fn file_of(tier: Tier) -> &'static str {
     match tier {
         Tier::Pure => "pure",
+        Tier::Kernel => "kernel",
+        Tier::Control => "control",
         Tier::Network => "network",
     }
 }

@@ -143,10 +143,8 @@ fn fetch_linker(llvm: u32) -> Result<PathBuf> {
             format!("libclang-{llvm}-dev"),
             format!("libpolly-{llvm}-dev"),
         ];
-        let mut install = apt(&["install", "-y"]);
-        install.args(&packages);
-        let what = format!("installing Debian's LLVM {llvm}");
-        quietly(&what, "1 min", &mut install).with_context(|| by_hand(llvm))?;
+        install(&format!("Debian's LLVM {llvm}"), "1 min", &packages)
+            .with_context(|| by_hand(llvm))?;
         prefix = llvm_prefix(llvm);
     }
     let mut build = Command::new("cargo");
@@ -160,6 +158,21 @@ fn fetch_linker(llvm: u32) -> Result<PathBuf> {
     }
     quietly("building bpf-linker", "1 min", &mut build).with_context(|| by_hand(llvm))?;
     linker(llvm).with_context(|| by_hand(llvm))
+}
+
+/// Makes sure that a program is there which tests call, from Debian's package of the same name.
+///
+/// # Errors
+/// If it is missing and can't be fetched.
+pub fn need(program: &str) -> Result<()> {
+    // Debian puts such programs where only root's PATH looks.
+    if has(program) || Path::new("/usr/sbin").join(program).is_file() {
+        return Ok(());
+    }
+    if has("apt-get") {
+        return install(&format!("Debian's {program}"), "10 s", &[program.to_owned()]);
+    }
+    bail!("the tests need {program}: install it")
 }
 
 fn by_hand(llvm: u32) -> String {
@@ -180,6 +193,21 @@ fn apt(arguments: &[&str]) -> Command {
     let mut command = Command::new("apt-get");
     command.args(arguments).env("DEBIAN_FRONTEND", "noninteractive");
     command
+}
+
+/// Installs Debian packages, after an update of the package lists if it fails without.
+fn install(what: &str, duration: &str, packages: &[String]) -> Result<()> {
+    let what = format!("installing {what}");
+    let install = || {
+        let mut install = apt(&["install", "-y"]);
+        install.args(packages);
+        install
+    };
+    if quietly(&what, duration, &mut install()).is_ok() {
+        return Ok(());
+    }
+    quietly("updating Debian's package lists", "10 s", &mut apt(&["update"]))?;
+    quietly(&what, duration, &mut install())
 }
 
 fn has(program: &str) -> bool {

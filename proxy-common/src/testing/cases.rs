@@ -64,6 +64,9 @@ pub struct Case {
     pub steps: Vec<Step>,
 }
 
+/// A story, told with a family's addresses.
+type Story = fn(&Cast) -> Vec<Step>;
+
 /// The addresses of a family's stories.
 #[derive(Clone, Copy)]
 struct Cast {
@@ -129,7 +132,7 @@ fn reply(cast: &Cast, flags: u8, outcome: Outcome) -> Step {
 
 /// All cases, of both families.
 pub fn cases() -> Vec<Case> {
-    let stories: [(&str, fn(&Cast) -> Vec<Step>); 18] = [
+    let stories: [(&str, Story); 18] = [
         ("a connection from its SYN to its end", connection),
         ("a connection that is reset", reset_connection),
         ("a port is used again after its connection has ended", port_reuse),
@@ -149,9 +152,8 @@ pub fn cases() -> Vec<Case> {
         ("a backend that refuses", refused_by_backend),
         ("headers that no stack accepts", malformed),
     ];
-    let casts = [("IPv4", Cast::v4()), ("IPv6", Cast::v6())];
     let mut cases = Vec::new();
-    for (family, cast) in casts {
+    for (family, cast) in [("IPv4", Cast::v4()), ("IPv6", Cast::v6())] {
         for (name, story) in stories {
             cases.push(Case { name: format!("{family}: {name}"), steps: story(&cast) });
         }

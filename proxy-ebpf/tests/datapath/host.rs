@@ -77,6 +77,10 @@ fn bytes<T: Pod>(key: &T) -> Vec<u8> {
     bytemuck::bytes_of(key).to_vec()
 }
 
+fn index(number: usize) -> u32 {
+    u32::try_from(number).expect("it is small")
+}
+
 type Records<F> = RefCell<BTreeMap<Vec<u8>, NonNull<FlowValue<F>>>>;
 
 /// One family's tables.
@@ -148,10 +152,9 @@ impl<F: HostFamily> Host<F> {
             let at = SocketAddr::new(backend.addr.into(), backend.port.number());
             backend.flags = u32::from(wanted.contains(&at));
         }
-        for (number, service) in services.iter().enumerate() {
+        for (id, service) in (1..).zip(services) {
             let Some((vip, port)) = end(service.frontend) else { continue };
-            let id = number as u32 + 1;
-            let first = self.slots.len() as u32;
+            let first = index(self.slots.len());
             for (addr, port) in service.backends.iter().filter_map(|backend| end(*backend)) {
                 let known = self.backends.iter().position(|b| (b.addr, b.port) == (addr, port));
                 let number = known.unwrap_or(self.backends.len());
@@ -164,9 +167,9 @@ impl<F: HostFamily> Host<F> {
                         service: id,
                     });
                 }
-                self.slots.push(number as u32);
+                self.slots.push(index(number));
             }
-            let range = Range { first, count: self.slots.len() as u32 - first };
+            let range = Range { first, count: index(self.slots.len()) - first };
             let vip_key = ServiceKey::<F>::vip(vip);
             self.services.insert(bytes(&vip_key), Service { id: 0, range: Range::default() });
             let key = ServiceKey::<F>::new(vip, port, service.proto);

@@ -15,7 +15,7 @@ use clap::{Parser, ValueEnum};
 use portal::testing::world;
 
 use scenes::{changes, from_the_node, one_connection, spread, udp};
-use show::Show;
+use show::{Show, title, wait};
 use stage::Stage;
 
 /// Shows Portal at work: a Service, four pods, two nodes, real packets.
@@ -50,20 +50,20 @@ fn main() -> ExitCode {
     };
     let started = Instant::now();
     let mut show = Show::default();
-    show.title(
+    title(
         &format!("Portal's lab: a Service in the kernel ({shape} pods)"),
         "Two nodes, an agent on each, four web pods, one client. All in network namespaces.",
     );
     let mut stage = Stage::build(cni, &args.programs);
-    stage.introduce(&show);
+    stage.introduce();
     one_connection(&stage, &mut show);
     spread(&stage, &mut show);
     changes(&mut stage, &mut show);
     from_the_node(&stage, &mut show);
     udp(&mut stage, &mut show);
     if args.hold {
-        stage.invite(&show);
-        show.wait();
+        stage.invite();
+        wait();
     }
     stage.tear_down(&mut show);
     if show.curtain(started.elapsed()) { ExitCode::SUCCESS } else { ExitCode::FAILURE }

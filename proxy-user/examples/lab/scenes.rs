@@ -9,7 +9,7 @@ use portal::testing::client::{Connection, tcp};
 use portal::testing::cluster::TARGET;
 use portal::testing::eventually;
 
-use super::show::{Show, span};
+use super::show::{Show, bars, command, packets, say, span};
 use super::stage::Stage;
 
 /// What one connection looks like at the client, on the wire and to the server.
@@ -29,9 +29,9 @@ pub fn one_connection(stage: &Stage, show: &mut Show) {
         })
     };
     let (client_side, wire) = (first_of(&at_client), first_of(&on_wire));
-    show.packets("the client's own veth", &client_side);
-    show.packets("the wire between nodes", &wire);
-    show.say(format!(
+    packets("the client's own veth", &client_side);
+    packets("the wire between nodes", &wire);
+    say(format!(
         "{:<22}{:>24} called {}",
         "the server, accept()", connection.seen_as, connection.server
     ));
@@ -39,9 +39,9 @@ pub fn one_connection(stage: &Stage, show: &mut Show) {
     let flows = stage.portal(0, &["flows"]);
     let mine = |line: &&str| line.starts_with("PROTOCOL") || line.contains(&format!(":{port} "));
     let flow: Vec<&str> = flows.lines().filter(mine).collect();
-    show.command("portal flows", &flow.join("\n"));
+    command("portal flows", &flow.join("\n"));
 
-    let vip = stage.vip(false);
+    let vip = Stage::vip(false);
     let server = stage.web.iter().find(|pod| pod.name == connection.server).expect("one of ours");
     let (own, pod): (IpAddr, IpAddr) = (stage.client.v4.into(), server.v4.into());
     let [there, back] = &client_side;
@@ -58,7 +58,7 @@ pub fn one_connection(stage: &Stage, show: &mut Show) {
 /// A connection to a pod of the other node, and the port it comes from.
 fn connect_across(stage: &Stage) -> (Connection, u16) {
     eventually("a connection crosses the wire", || {
-        let connection = tcp(&stage.client.namespace, stage.vip(false)).ok()?;
+        let connection = tcp(&stage.client.namespace, Stage::vip(false)).ok()?;
         let server = stage.web.iter().find(|pod| pod.name == connection.server)?;
         let port = connection.stream.get_ref().local_addr().ok()?.port();
         (server.node != stage.client.node).then_some((connection, port))
@@ -70,9 +70,9 @@ pub fn spread(stage: &Stage, show: &mut Show) {
     show.scene("100 connections");
     match stage.connect(100) {
         Ok(counts) => {
-            let bars = stage.bars(&counts);
-            show.spread(&bars);
-            let fair = bars.iter().all(|(_, count)| (5..=50).contains(count));
+            let counts = stage.bars(&counts);
+            bars(&counts);
+            let fair = counts.iter().all(|(_, count)| (5..=50).contains(count));
             show.check(fair, "every pod takes its share");
         }
         Err(error) => show.check(false, format!("all connections succeed ({error})")),
@@ -82,28 +82,28 @@ pub fn spread(stage: &Stage, show: &mut Show) {
 /// A pod comes, one goes, all go.
 pub fn changes(stage: &mut Stage, show: &mut Show) {
     show.scene("The pods change");
-    let mut open = tcp(&stage.client.namespace, stage.vip(false)).expect("the Service serves");
+    let mut open = tcp(&stage.client.namespace, Stage::vip(false)).expect("the Service serves");
     let added = stage.cluster.server(1, "web-e");
     stage.web.push(added);
     let took = stage.serve(&stage.web);
-    show.say(format!("web-e is added: in both kernels {} later", span(took)));
-    show.spread(&stage.bars(&stage.connect(100).unwrap_or_default()));
+    say(format!("web-e is added: in both kernels {} later", span(took)));
+    bars(&stage.bars(&stage.connect(100).unwrap_or_default()));
     let reached = stage.connect(100).is_ok_and(|counts| counts.contains_key("web-e"));
     show.check(reached, "new connections reach web-e");
 
     let left: Vec<_> = stage.web.iter().filter(|pod| pod.name != open.server).cloned().collect();
     let took = stage.serve(&left);
-    show.say(format!("{} is removed: in both kernels {} later", open.server, span(took)));
-    show.spread(&stage.bars(&stage.connect(100).unwrap_or_default()));
+    say(format!("{} is removed: in both kernels {} later", open.server, span(took)));
+    bars(&stage.bars(&stage.connect(100).unwrap_or_default()));
     let avoided = stage.connect(100).is_ok_and(|counts| !counts.contains_key(&open.server));
     show.check(avoided, format!("no new connection reaches {}", open.server));
     let goes_on = open.echo(b"still here").is_ok_and(|answer| answer == b"still here");
     show.check(goes_on, "the connection that was open to it goes on");
 
     let took = stage.serve(&[]);
-    show.say(format!("all pods are removed: in both kernels {} later", span(took)));
+    say(format!("all pods are removed: in both kernels {} later", span(took)));
     let started = Instant::now();
-    let refused = tcp(&stage.client.namespace, stage.vip(false)).err().map(|error| error.kind());
+    let refused = tcp(&stage.client.namespace, Stage::vip(false)).err().map(|error| error.kind());
     let waited = started.elapsed();
     show.check(
         refused == Some(ErrorKind::ConnectionRefused),
@@ -127,9 +127,9 @@ pub fn from_the_node(stage: &Stage, show: &mut Show) {
     for [server, ..] in &lines {
         *counts.entry(server.clone()).or_default() += 1;
     }
-    show.spread(&stage.bars(&counts));
+    bars(&stage.bars(&counts));
     show.check(counts.len() == stage.web.len(), "the node's connections reach every pod");
-    let vip = stage.vip(false).to_string();
+    let vip = Stage::vip(false).to_string();
     let sees_vip = lines.iter().all(|[_, _, peer]| *peer == vip);
     show.check(sees_vip, "getpeername says the VIP: the process never learns of pods");
 }
@@ -138,10 +138,10 @@ pub fn from_the_node(stage: &Stage, show: &mut Show) {
 pub fn udp(stage: &mut Stage, show: &mut Show) {
     show.scene("The same over UDP, and over IPv6");
     for v6 in [false, true] {
-        show.say(format!("100 sockets send to {}", stage.vip(v6)));
+        say(format!("100 sockets send to {}", Stage::vip(v6)));
         match stage.send(100, v6) {
             Ok(counts) => {
-                show.spread(&stage.bars(&counts));
+                bars(&stage.bars(&counts));
                 show.check(counts.len() == stage.web.len(), "datagrams reach every pod");
             }
             Err(error) => show.check(false, format!("every datagram is answered ({error})")),
@@ -149,7 +149,7 @@ pub fn udp(stage: &mut Stage, show: &mut Show) {
     }
     let from_node = stage.probe(0, "udp", 100);
     let answered = from_node
-        .is_ok_and(|lines| lines.iter().all(|[_, _, from]| *from == stage.vip(false).to_string()));
+        .is_ok_and(|lines| lines.iter().all(|[_, _, from]| *from == Stage::vip(false).to_string()));
     show.check(answered, "the node's own datagrams are answered by the VIP");
     stage.serve(&[]);
     let refused = stage.send(1, false).err().map(|error| error.kind());

@@ -20,7 +20,7 @@ fn styled(style: Style, text: impl Display) -> String {
     format!("{style}{text}{style:#}")
 }
 
-/// The stage: prints, and keeps count of what was claimed.
+/// Keeps count of the scenes and of what was claimed.
 #[derive(Default)]
 pub struct Show {
     scene: u32,
@@ -29,52 +29,10 @@ pub struct Show {
 }
 
 impl Show {
-    /// The title.
-    pub fn title(&self, text: &str, below: &str) {
-        println!("\n{}\n{}", styled(BOLD, text), styled(DIM, below));
-    }
-
     /// Begins the next scene.
     pub fn scene(&mut self, text: &str) {
         self.scene += 1;
         println!("\n{} {}", styled(CYAN.bold(), self.scene), styled(BOLD, text));
-    }
-
-    /// A line of the story.
-    pub fn say(&self, text: impl Display) {
-        println!("    {text}");
-    }
-
-    /// A line that explains.
-    pub fn aside(&self, text: impl Display) {
-        println!("    {}", styled(DIM, text));
-    }
-
-    /// A command with its output.
-    pub fn command(&self, command: &str, output: &str) {
-        println!("    {}", styled(DIM, format!("$ {command}")));
-        for line in output.trim_end().lines() {
-            println!("    {line}");
-        }
-    }
-
-    /// What a capture saw first in each direction.
-    pub fn packets(&self, place: &str, seen: &[Seen]) {
-        for (index, packet) in seen.iter().enumerate() {
-            let place = if index == 0 { place } else { "" };
-            let (from, to) = (end(packet.src, packet.sport), end(packet.dst, packet.dport));
-            println!("    {place:<22}{from:>24} → {}", styled(CYAN, to));
-        }
-    }
-
-    /// How often each pod was reached, as bars.
-    pub fn spread(&self, counts: &[(String, u32)]) {
-        let most = counts.iter().map(|(_, count)| *count).max().unwrap_or(1).max(1);
-        for (name, count) in counts {
-            let width = (count * 40).div_ceil(most) as usize;
-            let space = if width == 0 { "" } else { " " };
-            println!("    {name:<12}{}{space}{count}", styled(CYAN, "█".repeat(width)));
-        }
     }
 
     /// A claim, and whether it holds.
@@ -101,16 +59,58 @@ impl Show {
         }
         self.failures.is_empty()
     }
+}
 
-    /// Waits for Enter.
-    pub fn wait(&self) {
-        if !std::io::stdin().is_terminal() {
-            self.aside("(standard input is no terminal: the lab stays up until it closes)");
-        }
-        print!("\n{}", styled(BOLD, "Press Enter to take the lab down. "));
-        let _ = std::io::Write::flush(&mut std::io::stdout());
-        let _ = std::io::stdin().read_line(&mut String::new());
+/// The title.
+pub fn title(text: &str, below: &str) {
+    println!("\n{}\n{}", styled(BOLD, text), styled(DIM, below));
+}
+
+/// A line of the story.
+pub fn say(text: impl Display) {
+    println!("    {text}");
+}
+
+/// A line that explains.
+pub fn aside(text: impl Display) {
+    println!("    {}", styled(DIM, text));
+}
+
+/// A command with its output.
+pub fn command(command: &str, output: &str) {
+    println!("    {}", styled(DIM, format!("$ {command}")));
+    for line in output.trim_end().lines() {
+        println!("    {line}");
     }
+}
+
+/// What a capture saw first in each direction.
+pub fn packets(place: &str, seen: &[Seen]) {
+    for (index, packet) in seen.iter().enumerate() {
+        let place = if index == 0 { place } else { "" };
+        let (from, to) = (end(packet.src, packet.sport), end(packet.dst, packet.dport));
+        println!("    {place:<22}{from:>24} → {}", styled(CYAN, to));
+    }
+}
+
+/// How often each pod was reached, as bars.
+pub fn bars(counts: &[(String, u32)]) {
+    let most = counts.iter().map(|(_, count)| *count).max().unwrap_or(1).max(1);
+    for (name, count) in counts {
+        let width = (count * 40).div_ceil(most) as usize;
+        let space = if width == 0 { "" } else { " " };
+        println!("    {name:<12}{}{space}{count}", styled(CYAN, "█".repeat(width)));
+    }
+}
+
+/// Waits for Enter.
+pub fn wait() {
+    if !std::io::stdin().is_terminal() {
+        aside("(standard input is no terminal: the lab stays up until it closes)");
+    }
+    print!("\n{}", styled(BOLD, "Press Enter to take the lab down. "));
+    let _ = std::io::Write::flush(&mut std::io::stdout());
+    let _ = std::io::stdin().read_line(&mut String::new());
 }
 
 fn end(address: std::net::IpAddr, port: u16) -> String {

@@ -15,7 +15,7 @@ use portal::testing::{agent, client, eventually};
 use proxy_common::tables::{ServiceKey, ServiceValue};
 use proxy_common::{Family, V4, V6};
 
-use super::show::Show;
+use super::show::{Show, command, say, title};
 
 /// The Service's name.
 pub const SERVICE: &str = "webfrontend";
@@ -49,8 +49,8 @@ impl Stage {
     }
 
     /// Shows who is there.
-    pub fn introduce(&self, show: &Show) {
-        show.say("");
+    pub fn introduce(&self) {
+        say("");
         for (node, place) in self.cluster.world.nodes.iter().enumerate() {
             let mut pods: Vec<&Pod> =
                 self.web.iter().filter(|pod| pod.node == place.name).collect();
@@ -58,14 +58,14 @@ impl Stage {
                 pods.insert(0, &self.client);
             }
             let pods: Vec<String> = pods.iter().map(|p| format!("{} {}", p.name, p.v4)).collect();
-            show.say(format!("node {}  {}   {}", place.name, place.v4(), pods.join("   ")));
+            say(format!("node {}  {}   {}", place.name, place.v4(), pods.join("   ")));
         }
-        show.say("");
-        show.command("portal services", &self.portal(0, &["services"]));
+        say("");
+        command("portal services", &self.portal(0, &["services"]));
     }
 
     /// Where the Service is reached.
-    pub fn vip(&self, v6: bool) -> SocketAddr {
+    pub fn vip(v6: bool) -> SocketAddr {
         at(VIPS[usize::from(v6)])
     }
 
@@ -89,7 +89,7 @@ impl Stage {
     pub fn connect(&self, times: u32) -> io::Result<BTreeMap<String, u32>> {
         let mut counts = BTreeMap::new();
         for _ in 0..times {
-            let connection = client::tcp(&self.client.namespace, self.vip(false))?;
+            let connection = client::tcp(&self.client.namespace, Self::vip(false))?;
             *counts.entry(connection.server).or_default() += 1;
         }
         Ok(counts)
@@ -99,7 +99,7 @@ impl Stage {
     pub fn send(&self, times: u32, v6: bool) -> io::Result<BTreeMap<String, u32>> {
         let mut counts = BTreeMap::new();
         for _ in 0..times {
-            let answer = client::udp(&self.client.namespace, self.vip(v6), b"hello")?;
+            let answer = client::udp(&self.client.namespace, Self::vip(v6), b"hello")?;
             *counts.entry(answer.server).or_default() += 1;
         }
         Ok(counts)
@@ -120,7 +120,7 @@ impl Stage {
     ) -> Result<Vec<[String; 3]>, String> {
         let place = &self.cluster.world.nodes[node];
         let mut probe = agent::command(place, &self.programs.join("portal-probe"), true);
-        let arguments = [protocol, &self.vip(false).to_string(), &times.to_string()];
+        let arguments = [protocol, &Self::vip(false).to_string(), &times.to_string()];
         let output = probe.args(arguments).output().map_err(|error| error.to_string())?;
         if !output.status.success() {
             return Err(String::from_utf8_lossy(&output.stderr).trim().to_owned());
@@ -141,24 +141,22 @@ impl Stage {
     }
 
     /// Prints commands to look around.
-    pub fn invite(&self, show: &Show) {
+    pub fn invite(&self) {
         let process = std::process::id();
         let enter = |fd: i32| format!("nsenter --net=/proc/{process}/fd/{fd}");
         let portal = self.programs.join("portal");
         let portal = portal.display();
-        show.title("The lab stays up. In another terminal, as root:", "");
-        show.say("# as the client: any tool will do");
+        title("The lab stays up. In another terminal, as root:", "");
+        say("# as the client: any tool will do");
         let client = enter(self.client.namespace.fd().as_raw_fd());
-        show.say(format!("{client} curl -s telnet://{} </dev/null", self.vip(false)));
-        show.say(format!("{client} tcpdump -ni eth0"));
+        say(format!("{client} curl -s telnet://{} </dev/null", Self::vip(false)));
+        say(format!("{client} tcpdump -ni eth0"));
         for node in &self.cluster.world.nodes {
             let net = enter(node.namespace.fd().as_raw_fd());
             let mounts = format!("--mount=/proc/{process}/fd/{}", node.mounts.fd().as_raw_fd());
-            show.say(format!("# on node {}", node.name));
-            show.say(format!("{net} {mounts} {portal} flows --bpffs-root {BPFFS}/portal"));
-            show.say(format!(
-                "{net} {mounts} bpftool map dump pinned {BPFFS}/portal/maps/services_v4"
-            ));
+            say(format!("# on node {}", node.name));
+            say(format!("{net} {mounts} {portal} flows --bpffs-root {BPFFS}/portal"));
+            say(format!("{net} {mounts} bpftool map dump pinned {BPFFS}/portal/maps/services_v4"));
         }
     }
 

@@ -1,11 +1,13 @@
 //! Agents as processes on a node of a [`super::world::World`].
 
-use std::io::{Read, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
 use std::os::fd::AsFd;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
+use std::sync::{Arc, Mutex};
+use std::thread;
 
 use nix::sched::{CloneFlags, setns};
 use nix::sys::signal::{Signal, kill};
@@ -56,31 +58,54 @@ pub fn command(node: &Node, program: &Path, in_cgroup: bool) -> Command {
 pub struct Agent {
     child: Child,
     portal: PathBuf,
+    log: Arc<Mutex<String>>,
 }
 
 impl Agent {
     /// Starts an agent on a node that follows the stand-in, with more arguments.
     pub fn start(node: &Node, portal: &Path, arguments: &[&str]) -> Self {
+        let source = ["--kubeconfig", "/mnt/kubeconfig"];
+        Self::start_with(node, portal, &[&source, arguments].concat())
+    }
+
+    /// Starts an agent on a node, with all arguments but its name and where it has its pins.
+    pub fn start_with(node: &Node, portal: &Path, arguments: &[&str]) -> Self {
         let mut command = command(node, portal, false);
         command
-            .args(["run", "--kubeconfig", "/mnt/kubeconfig", "--hostname-override", &node.name])
+            .args(["run", "--hostname-override", &node.name])
             .args(["--bpffs-root", &format!("{BPFFS}/portal")])
             .arg("--cgroup-root")
             .arg(&node.cgroup)
             .args(arguments)
-            .stdin(Stdio::null());
-        if std::env::var_os("PORTAL_TEST_LOG").is_none() {
-            command.stderr(Stdio::null());
-        }
-        let child = command.spawn().unwrap_or_else(|e| panic!("{}: {e}", portal.display()));
-        Self { child, portal: portal.to_owned() }
+            .stdin(Stdio::null())
+            .stderr(Stdio::piped());
+        let mut child = command.spawn().unwrap_or_else(|e| panic!("{}: {e}", portal.display()));
+        let log = Arc::new(Mutex::new(String::new()));
+        let lines = BufReader::new(child.stderr.take().expect("it is piped")).lines();
+        let kept = Arc::clone(&log);
+        thread::spawn(move || {
+            for line in lines.map_while(Result::ok) {
+                if std::env::var_os("PORTAL_TEST_LOG").is_some() {
+                    eprintln!("{line}");
+                }
+                let mut log = kept.lock().expect("no panic while locked");
+                log.push_str(&line);
+                log.push('\n');
+            }
+        });
+        Self { child, portal: portal.to_owned(), log }
+    }
+
+    /// What the agent has logged so far.
+    pub fn log(&self) -> String {
+        self.log.lock().expect("no panic while locked").clone()
     }
 
     /// Waits until the agent is in step with the cluster.
     pub fn wait_ready(&mut self, node: &Node) {
         eventually("the agent is ready", || {
             if let Ok(Some(status)) = self.child.try_wait() {
-                panic!("the agent has ended: {status} (set PORTAL_TEST_LOG=1 to see why)");
+                panic!("the agent has ended: {status}\n{}", self.log());
             }
             http_status(node, 10256, "/healthz").filter(|status| *status == 200)
         });

@@ -1,14 +1,16 @@
 //! Follows a folder of YAML files: Services and `EndpointSlices` without an API server.
 //!
 //! Files may hold several documents, and Lists. What can't be read is reported by its file; the rest
-//! counts, and of a file that can't be read at all what it last said.
+//! counts, and of a file that can't be read at all what it last said. So does an empty file: most
+//! programs empty a file before they write it. To remove objects, remove their file or their text.
 
 use std::collections::{BTreeMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::{fs, io};
 
 use anyhow::{Context, Result};
-use notify::{RecursiveMode, Watcher};
+use notify::event::{AccessKind, AccessMode, ModifyKind};
+use notify::{EventKind, RecursiveMode, Watcher};
 use serde::Deserialize;
 use serde_json::Value;
 use tokio::sync::mpsc;
@@ -24,7 +26,7 @@ pub async fn follow(folder: PathBuf, node: String, updates: mpsc::Sender<Update>
     // One slot: a change during a reading causes one more, and more changes no more than that.
     let (wake, mut changes) = mpsc::channel::<()>(1);
     let mut watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
-        if event.is_ok_and(|event| !event.kind.is_access()) {
+        if event.is_ok_and(|event| is_change(event.kind)) {
             let _ = wake.try_send(());
         }
     })?;
@@ -36,6 +38,15 @@ pub async fn follow(folder: PathBuf, node: String, updates: mpsc::Sender<Update>
         if tell(&files, &node, &updates).await.is_err() || changes.recv().await.is_none() {
             return Ok(());
         }
+    }
+}
+
+/// Whether a file may say something else now. While it is written it says nothing that counts.
+fn is_change(event: EventKind) -> bool {
+    match event {
+        EventKind::Access(access) => access == AccessKind::Close(AccessMode::Write),
+        EventKind::Modify(ModifyKind::Data(_) | ModifyKind::Metadata(_)) => false,
+        _ => true,
     }
 }
 
@@ -54,6 +65,7 @@ fn read_all(folder: &Path, files: &mut Files) -> io::Result<()> {
     files.retain(|path, _| found.contains(path));
     for path in found {
         match fs::read_to_string(&path) {
+            Ok(text) if text.is_empty() => {}
             Ok(text) => {
                 let known = files.entry(path.clone()).or_default();
                 *known = documents(&path, &text, known);

@@ -1,0 +1,377 @@
+//! The datapath in the kernel: the shared cases by `BPF_PROG_TEST_RUN`, maps, pins and budgets.
+//!
+//! Each test has a BPF file system of its own, which nobody else sees.
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use aya::maps::{HashMap, Map, MapData};
+use aya::programs::{ProgramInfo, SchedClassifier, TestRun, TestRunOptions};
+use aya::{Ebpf, EbpfLoader};
+use portal::desired::{Backend, Frontend, Port, PortId, Tables};
+use portal::kernel::{
+    Datapath, Options, SocketLb, TcMode, cleanup, maps_folder, name_of, read, shapes,
+};
+use portal::model::{IpFamily, ObjectName, Protocol};
+use portal::plan::Planner;
+use portal::testing::namespace::Mounts;
+use proxy_common::settings::Settings;
+use proxy_common::tables::{FlowKey, FlowValue, FragmentKey, FragmentValue, Side};
+use proxy_common::testing::{Becomes, Case, Packet, Service, Step, cases};
+use proxy_common::{Outcome, V4, V6, proto};
+
+const BPFFS: &str = "/mnt/bpf";
+
+/// What the kernel's verifier may take at most; it gives up at a million. Measured on 6.18: 16,665
+/// and 77,080.
+const BUDGETS: [(&str, u32); 2] = [("portal_egress", 40_000), ("portal_ingress", 160_000)];
+
+fn options() -> Options {
+    Options {
+        bpffs_root: Path::new(BPFFS).join("portal"),
+        cgroup_root: None,
+        socket_lb: SocketLb::Off,
+        tc: TcMode::Auto,
+        max_flows: 1000,
+    }
+}
+
+/// Runs a test where there is a fresh BPF file system.
+fn on_bpffs<T: Send>(test: impl FnOnce(Options) -> T + Send) -> T {
+    let mounts = Mounts::new();
+    mounts.bpffs(BPFFS);
+    mounts.run(|| test(options()))
+}
+
+/// The object that the tests were built with.
+fn object() -> Vec<u8> {
+    let path = std::env::var_os("PORTAL_EBPF_OBJECT").expect("run by `cargo xtask test kernel`");
+    std::fs::read(&path).unwrap_or_else(|e| panic!("{}: {e}", Path::new(&path).display()))
+}
+
+/// The programs once more, on the maps of an installed datapath, to be run on packets.
+struct Bench {
+    datapath: Datapath,
+    planner: Planner,
+    programs: Ebpf,
+    root: PathBuf,
+}
+
+impl Bench {
+    fn new(options: &Options) -> Self {
+        let (datapath, planner) = Datapath::install(options).unwrap();
+        let maps = maps_folder(&options.bpffs_root);
+        let pins: Vec<_> = shapes().map(|shape| (shape.name, maps.join(shape.name))).collect();
+        let mut loader = EbpfLoader::new();
+        loader.override_global("SETTINGS", &Settings::DEFAULT, true);
+        for (name, path) in &pins {
+            let size = MapData::from_pin(path).unwrap().info().unwrap().max_entries();
+            loader.map_pin_path(name, path).map_max_entries(name, size);
+        }
+        let mut programs = loader.load(&object()).unwrap();
+        for (name, _) in BUDGETS {
+            let program: &mut SchedClassifier =
+                programs.program_mut(name).unwrap().try_into().unwrap();
+            program.load().unwrap();
+        }
+        Self { datapath, planner, programs, root: options.bpffs_root.clone() }
+    }
+
+    fn serve(&mut self, services: &[Service]) {
+        let wanted = tables(services);
+        let mut refusals = Vec::new();
+        // Long enough after any change before.
+        let now = Instant::now() + Duration::from_secs(2);
+        let gone: Vec<PortId> =
+            self.planner.ports().filter(|port| !wanted.contains_key(port)).cloned().collect();
+        let gone = gone.iter().map(|port| (port, None));
+        for (port, tables) in gone.chain(wanted.iter().map(|(port, tables)| (port, Some(tables)))) {
+            let ops = self.planner.plan(now, port, tables, &mut refusals);
+            self.datapath.apply(&ops).unwrap();
+        }
+        assert_eq!(refusals, []);
+    }
+
+    fn forget_flows(&self) {
+        for table in ["flows", "embryos"] {
+            clear::<FlowKey<V4>, FlowValue<V4>>(&self.root, &name_of::<V4>(table));
+            clear::<FlowKey<V6>, FlowValue<V6>>(&self.root, &name_of::<V6>(table));
+        }
+        clear::<FragmentKey<V4>, FragmentValue>(&self.root, &name_of::<V4>("fragments"));
+        clear::<FragmentKey<V6>, FragmentValue>(&self.root, &name_of::<V6>("fragments"));
+    }
+
+    /// A packet is seen at a hook: what is done with it, the kernel's code for that, and what the
+    /// packet is then.
+    fn see(&self, side: Side, frame: &[u8]) -> (Outcome, i32, Vec<u8>) {
+        let name = match side {
+            Side::Ingress => "portal_ingress",
+            Side::Egress => "portal_egress",
+        };
+        let program: &SchedClassifier = self.programs.program(name).unwrap().try_into().unwrap();
+        let before = read::outcomes(&self.root).unwrap();
+        let mut out = vec![0; frame.len() + 256];
+        let mut run = TestRunOptions::new();
+        run.data_in = Some(frame);
+        run.data_out = Some(&mut out);
+        let result = program.test_run(run).unwrap();
+        let length = usize::try_from(result.data_size_out).unwrap();
+        out.truncate(length);
+        let after = read::outcomes(&self.root).unwrap();
+        let counted: Vec<Outcome> =
+            after.iter().filter(|(o, count)| before[o] != **count).map(|(o, _)| *o).collect();
+        assert_eq!(counted.len(), 1, "one packet, one outcome: {counted:?}");
+        (counted[0], result.return_value.cast_signed(), out)
+    }
+}
+
+fn clear<K: aya::Pod, V: aya::Pod>(root: &Path, map: &str) {
+    let map = MapData::from_pin(maps_folder(root).join(map)).unwrap();
+    let map = Map::from_map_data(map).unwrap();
+    let mut table = HashMap::<_, K, V>::try_from(map).unwrap();
+    let keys: Vec<K> = table.keys().map(Result::unwrap).collect();
+    keys.iter().for_each(|key| table.remove(key).unwrap());
+}
+
+/// What the kernel should hold for these Services.
+fn tables(services: &[Service]) -> Tables {
+    let port = |service: &Service| {
+        let protocol = Protocol::from_number(service.proto).unwrap();
+        let (vip, port) = (service.frontend.ip(), service.frontend.port());
+        let id = PortId {
+            service: ObjectName::new("default", &format!("{vip}").replace([':', '.'], "-")),
+            port: format!("p{port}"),
+            protocol,
+            family: IpFamily::of(vip),
+        };
+        let backend = |address: &SocketAddr| Backend {
+            address: *address,
+            usable: true,
+            serving: true,
+            local: false,
+        };
+        let backends = service.backends.iter().map(backend).collect();
+        let frontends = vec![Frontend { vip, port, protocol }];
+        (id, Port { created: String::new(), frontends, backends })
+    };
+    services.iter().map(port).collect()
+}
+
+/// The code of tc that goes with an outcome: on, out of the link it came from, or dropped.
+fn verdict(outcome: Outcome) -> i32 {
+    match outcome {
+        Outcome::Hairpin | Outcome::Reset | Outcome::Unreachable => 7,
+        Outcome::FragmentUnknown
+        | Outcome::Silent
+        | Outcome::NoPort
+        | Outcome::TableFull
+        | Outcome::NotWritable => 2,
+        _ => -1,
+    }
+}
+
+fn run(bench: &mut Bench, case: &Case) {
+    bench.forget_flows();
+    for (number, step) in case.steps.iter().enumerate() {
+        let place = format!("{}, step {number}", case.name);
+        match step {
+            Step::Services(services) => bench.serve(services),
+            Step::Packet { side, frame, outcome, becomes } => {
+                let (done, code, bytes) = bench.see(*side, frame);
+                assert_eq!((done, code), (*outcome, verdict(*outcome)), "{place}");
+                judge(&place, frame, &bytes, becomes);
+            }
+        }
+    }
+}
+
+fn judge(place: &str, before: &[u8], after: &[u8], becomes: &Becomes) {
+    match becomes {
+        Becomes::Same => assert!(before == after, "{place}: it was touched"),
+        Becomes::This(wanted) => assert_eq!(after, wanted, "{place}"),
+        Becomes::OtherSourcePort(wanted) => {
+            let header = if wanted.src.is_ipv4() { 20 } else { 40 };
+            let port = u16::from_be_bytes(after[14 + header..][..2].try_into().unwrap());
+            assert_ne!(port, wanted.src.port(), "{place}");
+            let src = SocketAddr::new(wanted.src.ip(), port);
+            assert_eq!(after, Packet { src, ..wanted.clone() }.frame(), "{place}");
+        }
+        Becomes::Nothing => {}
+    }
+}
+
+#[test]
+fn every_case_is_as_on_the_host() {
+    on_bpffs(|options| {
+        let mut bench = Bench::new(&options);
+        cases().iter().for_each(|case| run(&mut bench, case));
+    });
+}
+
+#[test]
+fn what_is_not_ip_is_not_touched() {
+    on_bpffs(|options| {
+        let bench = Bench::new(&options);
+        let mut arp = vec![0xff; 60];
+        arp[12..14].copy_from_slice(&[0x08, 0x06]);
+        for side in [Side::Ingress, Side::Egress] {
+            assert_eq!(bench.see(side, &arp), (Outcome::NotIp, -1, arp.clone()));
+        }
+    });
+}
+
+#[test]
+fn a_full_flow_table_refuses_new_flows_and_keeps_old_ones() {
+    on_bpffs(|mut options| {
+        options.max_flows = 8;
+        let mut bench = Bench::new(&options);
+        let (vip, pod) = (at("10.96.0.1:80"), at("10.0.1.1:8080"));
+        bench.serve(&[Service { frontend: vip, proto: proto::UDP, backends: vec![pod] }]);
+        let exchange = |client: SocketAddr| {
+            let there =
+                bench.see(Side::Ingress, &Packet::udp(Side::Ingress, client, vip).frame()).0;
+            let back = bench.see(Side::Egress, &Packet::udp(Side::Egress, pod, client).frame()).0;
+            (there, back)
+        };
+        let clients = || (1..=100).map(|host| SocketAddr::from(([10, 0, 0, host], 4000)));
+        let answers: Vec<_> = clients().map(exchange).collect();
+        let established = answers.iter().filter(|(_, back)| *back == Outcome::Established).count();
+        let full = answers.iter().filter(|(_, back)| *back == Outcome::TableFull).count();
+        assert_eq!(established + full, 100);
+        assert!((2..50).contains(&established), "{established} flows in 8 records");
+        let first = clients().next().unwrap();
+        assert_eq!(exchange(first), (Outcome::Forwarded, Outcome::Replied));
+    });
+}
+
+fn at(text: &str) -> SocketAddr {
+    text.parse().unwrap()
+}
+
+#[test]
+fn the_sweep_removes_what_has_ended_and_nothing_else() {
+    on_bpffs(|options| {
+        let mut bench = Bench::new(&options);
+        let (vip, pod) = (at("10.96.0.1:80"), at("10.0.1.1:8080"));
+        bench.serve(&[Service { frontend: vip, proto: proto::UDP, backends: vec![pod] }]);
+        for client in [at("10.0.0.1:4000"), at("10.0.0.2:4000")] {
+            bench.see(Side::Ingress, &Packet::udp(Side::Ingress, client, vip).frame());
+            bench.see(Side::Egress, &Packet::udp(Side::Egress, pod, client).frame());
+        }
+        assert_eq!(bench.datapath.sweep().unwrap().removed, 0);
+        let path = maps_folder(&options.bpffs_root).join("flows_v4");
+        let map = Map::HashMap(MapData::from_pin(path).unwrap());
+        let mut flows = HashMap::<_, FlowKey<V4>, FlowValue<V4>>::try_from(map).unwrap();
+        let all: Vec<_> = flows.iter().map(Result::unwrap).collect();
+        assert_eq!(all.len(), 4);
+        // One direction of the first client's flow has ended, both of the second's.
+        let first =
+            |key: &FlowKey<V4>| [key.src, key.dst].iter().any(|a| a.octets == [10, 0, 0, 1]);
+        for (key, value) in all {
+            if !first(&key) || value.flags & FlowValue::<V4>::IS_REPLY != 0 {
+                let seen = value.seen.wrapping_sub(value.timeout + 1);
+                flows.insert(key, FlowValue { seen, ..value }, 0).unwrap();
+            }
+        }
+        let swept = bench.datapath.sweep().unwrap();
+        assert_eq!((swept.records, swept.removed), (4, 2));
+    });
+}
+
+#[test]
+fn the_verifier_needs_no_more_than_its_budget() {
+    on_bpffs(|options| {
+        let bench = Bench::new(&options);
+        for (name, budget) in BUDGETS {
+            let program: &SchedClassifier =
+                bench.programs.program(name).unwrap().try_into().unwrap();
+            let info: ProgramInfo = program.info().unwrap();
+            // 5.16 and later tell.
+            let verified = info.verified_instruction_count().unwrap_or_default();
+            assert!(verified <= budget, "{name}: {verified} instructions verified");
+        }
+    });
+}
+
+#[test]
+fn maps_are_pinned_by_name_and_show_their_fields_to_bpftool() {
+    on_bpffs(|options| {
+        let mut bench = Bench::new(&options);
+        bench.serve(&[Service {
+            frontend: at("10.96.0.1:80"),
+            proto: proto::TCP,
+            backends: vec![at("10.0.1.1:8080")],
+        }]);
+        let maps = maps_folder(&options.bpffs_root);
+        for shape in shapes() {
+            let info = MapData::from_pin(maps.join(shape.name)).unwrap().info().unwrap();
+            let sizes = (info.key_size() as usize, info.value_size() as usize);
+            assert_eq!(sizes, (shape.key, shape.value), "{}", shape.name);
+        }
+        let dump = |map: &str| {
+            let output = Command::new("bpftool")
+                .args(["map", "dump", "pinned"])
+                .arg(maps.join(map))
+                .output();
+            let output = output.expect("bpftool is installed");
+            assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+            String::from_utf8_lossy(&output.stdout).into_owned()
+        };
+        for (map, fields) in [
+            ("services_v4", ["vip", "proto", "cluster", "first"]),
+            ("names", ["namespace", "service", "port", "proto"]),
+        ] {
+            let text = dump(map);
+            for field in fields {
+                assert!(text.contains(&format!("\"{field}\"")), "{map} has no {field}: {text}");
+            }
+        }
+    });
+}
+
+#[test]
+fn a_successor_takes_over_and_a_second_agent_is_refused() {
+    on_bpffs(|options| {
+        let (first, _) = Datapath::install(&options).unwrap();
+        let error = Datapath::install(&options).err().unwrap().to_string();
+        assert!(error.contains("another portal is running"), "{error}");
+        drop(first);
+        let (_second, planner) = Datapath::install(&options).unwrap();
+        assert_eq!(planner.ports().count(), 0);
+    });
+}
+
+#[test]
+fn maps_of_another_layout_are_refused_with_advice_and_cleanup_removes_them() {
+    on_bpffs(|options| {
+        let maps = maps_folder(&options.bpffs_root);
+        drop(Datapath::install(&options).unwrap());
+        // As if it were another version's.
+        std::fs::rename(maps.join("config"), maps.join("kept")).unwrap();
+        std::fs::rename(maps.join("names"), maps.join("config")).unwrap();
+        let error = format!("{:#}", Datapath::install(&options).err().unwrap());
+        assert!(error.contains("portal cleanup"), "{error}");
+        cleanup(&options.bpffs_root).unwrap();
+        assert!(!options.bpffs_root.exists());
+        drop(Datapath::install(&options).unwrap());
+    });
+}
+
+#[test]
+fn what_is_missing_is_said_and_nothing_is_left() {
+    let mounts = Mounts::new();
+    mounts.run(|| {
+        let error = Datapath::install(&options()).err().unwrap().to_string();
+        assert!(error.contains("mount -t bpf"), "{error}");
+    });
+    on_bpffs(|options| {
+        let elsewhere = Some(PathBuf::from("/mnt"));
+        let wrong =
+            Options { cgroup_root: elsewhere, socket_lb: SocketLb::Host, ..options.clone() };
+        let error = Datapath::install(&wrong).err().unwrap().to_string();
+        assert!(error.contains("cgroup2") && error.contains("--socket-lb=off"), "{error}");
+        assert!(!options.bpffs_root.exists());
+    });
+}
