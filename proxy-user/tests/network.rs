@@ -10,7 +10,7 @@ use std::path::Path;
 use portal::testing::client::{exchange, tcp, tcp_from_port, udp, udp_socket};
 use portal::testing::cluster::{Cluster, PORT, at};
 use portal::testing::world::{CNIS, Cni, Pod};
-use portal::testing::{agent, capture::Capture, eventually};
+use portal::testing::{agent, capture::Capture, eventually, objects, server};
 
 fn start(cni: Cni) -> Cluster {
     Cluster::start(cni, Path::new(env!("CARGO_BIN_EXE_portal")), &[])
@@ -324,15 +324,121 @@ fn udp_chooses_anew_when_its_backend_goes_and_tcp_goes_on() {
 }
 
 #[test]
+fn pods_come_and_go_at_any_time() {
+    for cni in CNIS {
+        let cluster = start(cni);
+        let server = cluster.server(1, "server");
+        cluster.expose("web", &vips(), &[&server]);
+        for vip in vips() {
+            cluster.wait_backends(vip, 1);
+            for round in 0..3 {
+                let client = cluster.pod(0, &format!("client{round}"));
+                assert_eq!(tcp(&client.namespace, at(vip)).unwrap().server, "server");
+                let node = &cluster.world.nodes[0];
+                node.remove_pod(&client);
+                eventually("the pod's pins are gone", || {
+                    (!node.is_attached(&client)).then_some(())
+                });
+            }
+        }
+    }
+}
+
+#[test]
+fn several_ports_and_endpoints_with_their_own_numbers() {
+    over_both_cnis(|cluster, client, first, vip| {
+        let second = cluster.pod(0, "second");
+        let address = second.address(vip.is_ipv6());
+        server::tcp(&second.namespace, "second", address, 9090);
+        server::tcp(&first.namespace, "metrics", first.address(vip.is_ipv6()), 9100);
+        let ports = [("http", "TCP", 80), ("metrics", "TCP", 81)];
+        cluster.api.put(objects::service("multi", &other_vips(), &ports));
+        let slices = [
+            ("multi-a", first, &[("http", "TCP", 8080), ("metrics", "TCP", 9100)][..]),
+            ("multi-b", &second, &[("http", "TCP", 9090)]),
+        ];
+        for (name, pod, ports) in slices {
+            let endpoint = objects::endpoint(pod.address(vip.is_ipv6()), &pod.node);
+            cluster.api.put(objects::slice(name, "multi", ports, &[endpoint]));
+        }
+        let [other4, other6] = other_vips();
+        let vip = if vip.is_ipv6() { other6 } else { other4 };
+        eventually("both endpoints of the first port are reached", || {
+            let reached: BTreeSet<String> = (0..20)
+                .filter_map(|_| Some(tcp(&client.namespace, at(vip)).ok()?.server))
+                .collect();
+            (reached == ["second".to_owned(), "server".to_owned()].into()).then_some(())
+        });
+        for _ in 0..5 {
+            let metrics = tcp(&client.namespace, SocketAddr::new(vip, 81)).unwrap();
+            assert_eq!(metrics.server, "metrics");
+        }
+        for slice in ["multi-a", "multi-b"] {
+            cluster.api.delete("EndpointSlice", slice);
+        }
+    });
+}
+
+#[test]
+fn checksums_are_right_without_offload_too() {
+    over_both_cnis(|cluster, client, server, vip| {
+        // From now on the stack computes every checksum and cuts every segment itself.
+        for (pod, peer) in [(client, &cluster.world.nodes[0]), (server, &cluster.world.nodes[1])] {
+            pod.namespace.offload("eth0", false);
+            peer.namespace.offload(&pod.link, false);
+            peer.namespace.offload("eth0", false);
+        }
+        let bytes: Vec<u8> = (0..300_000_u32).map(|i| (i % 251) as u8).collect();
+        let mut connection = tcp(&client.namespace, at(vip)).unwrap();
+        for piece in bytes.chunks(60_000) {
+            assert!(connection.echo(piece).unwrap() == piece);
+        }
+        assert_eq!(udp(&client.namespace, at(vip), &bytes[..1000]).unwrap().bytes, &bytes[..1000]);
+    });
+}
+
+#[test]
+fn two_worlds_of_one_kernel_do_not_disturb_each_other() {
+    let clusters = CNIS.map(start);
+    let actors: Vec<(Pod, Pod)> = clusters
+        .iter()
+        .map(|cluster| {
+            let name = format!("{:?}", cluster.world.cni);
+            (cluster.pod(0, "client"), cluster.server(1, &name))
+        })
+        .collect();
+    for (cluster, (_, server)) in clusters.iter().zip(&actors) {
+        cluster.expose("web", &vips(), &[server]);
+        vips().iter().for_each(|vip| cluster.wait_backends(*vip, 1));
+    }
+    let reach = |cluster: &Cluster, client: &Pod, vip: IpAddr| {
+        let name = format!("{:?}", cluster.world.cni);
+        assert_eq!(tcp(&client.namespace, at(vip)).unwrap().server, name);
+        assert_eq!(udp(&client.namespace, at(vip), b"x").unwrap().server, name);
+        assert!(probe(cluster, 0, "tcp", at(vip)).unwrap().starts_with(&name));
+    };
+    for vip in vips() {
+        for (cluster, (client, _)) in clusters.iter().zip(&actors) {
+            reach(cluster, client, vip);
+        }
+    }
+    let [first, second] = clusters;
+    drop(first);
+    for vip in vips() {
+        reach(&second, &actors[1].0, vip);
+    }
+}
+
+#[test]
 fn a_pods_link_may_come_and_go_and_clsact_serves_where_there_is_no_tcx() {
     let portal = Path::new(env!("CARGO_BIN_EXE_portal"));
     let mut cluster = Cluster::start(Cni::Routed, portal, &["--tc", "clsact"]);
     // Without pins to wait for, by trying.
-    let (client, server) = (cluster.world.pod(0, "client"), cluster.world.pod(1, "server"));
+    let (client, backend) = (cluster.world.pod(0, "client"), cluster.world.pod(1, "server"));
     for v6 in [false, true] {
-        portal::testing::server::tcp(&server.namespace, "server", server.address(v6), 8080);
+        server::tcp(&backend.namespace, "server", backend.address(v6), 8080);
     }
-    cluster.expose("web", &vips(), &[&server]);
+    cluster.expose("web", &vips(), &[&backend]);
     let reach = |cluster: &Cluster, pod: &Pod, vip: IpAddr| {
         cluster.wait_backends(vip, 1);
         eventually("the pod's link is served", || {

@@ -76,13 +76,14 @@ fn follow_tcp<F: Family, T: Tables<F>>(
     let both = FlowValue::<F>::FIN_FORWARD | FlowValue::<F>::FIN_REPLY;
     let fins = flags & both | fin_of::<F>(ends, flags);
     let (state, timeout) = if ends & tcp::RST != 0 {
-        (State::Closed, 0)
+        // Not at once: the other end ignores a reset that is out of its window, and goes on.
+        (State::Closed, tables.setting(|s| &s.closing_timeout))
     } else if fins == both {
         (State::Closing, tables.setting(|s| &s.closing_timeout))
     } else if fins != 0 {
         (State::HalfClosed, tables.setting(|s| &s.half_closed_timeout))
     } else {
-        // The other end ignored a reset (it was out of its window): the connection goes on.
+        // As it does here.
         (State::Established, tables.setting(|s| &s.tcp_timeout))
     };
     // Both records are told: they live and die together.

@@ -73,6 +73,23 @@ fn a_half_closed_connection_lives_for_an_hour_kp_116() {
 }
 
 #[test]
+fn a_reset_that_the_other_end_ignores_costs_no_connection() {
+    const RST: u8 = 4;
+    let host = serving(proto::TCP, &[pod()]);
+    sent(&host, SYN);
+    answered(&host, SYN | ACK);
+    assert_eq!(sent(&host, RST), Outcome::Forwarded);
+    pass(&host, 5);
+    assert_eq!((answered(&host, ACK), sent(&host, ACK)), (Outcome::Replied, Outcome::Forwarded));
+    pass(&host, 3600);
+    assert_eq!(answered(&host, ACK), Outcome::Replied);
+    // One that is heeded ends the flow in seconds.
+    assert_eq!(answered(&host, RST), Outcome::Replied);
+    pass(&host, 15);
+    assert_eq!(answered(&host, ACK), Outcome::NotService);
+}
+
+#[test]
 fn a_full_table_refuses_new_flows_and_keeps_old_ones() {
     let mut host = serving(proto::TCP, &[pod()]);
     assert_eq!(

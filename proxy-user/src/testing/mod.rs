@@ -12,6 +12,7 @@ pub mod client;
 pub mod cluster;
 pub mod namespace;
 pub mod objects;
+mod offload;
 pub mod server;
 pub mod world;
 

@@ -5,6 +5,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::thread;
 
+use super::offload;
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, setns, unshare};
 
@@ -22,7 +23,7 @@ impl Namespace {
             File::open("/proc/thread-self/ns/net").expect("procfs is mounted")
         });
         let namespace = Self { fd: Arc::new(fd.into()) };
-        // Addresses are ours alone: no need to wait for duplicate address detection.
+        // Link-local addresses are ours alone: no need to wait for duplicate address detection.
         namespace.sysctl("net/ipv6/conf/all/accept_dad", "0");
         namespace.sysctl("net/ipv6/conf/default/accept_dad", "0");
         namespace.netlink(async |net| net.up("lo").await);
@@ -51,6 +52,11 @@ impl Namespace {
     pub fn sysctl(&self, name: &str, value: &str) {
         let path = format!("/proc/sys/{name}");
         self.run(|| fs::write(&path, value).unwrap_or_else(|e| panic!("{path} = {value}: {e}")));
+    }
+
+    /// Switches what a link does for the stack on or off: checksums and the cutting of segments.
+    pub fn offload(&self, link: &str, on: bool) {
+        self.run(|| offload::set(link, on).unwrap_or_else(|e| panic!("offload of {link}: {e}")));
     }
 
     /// Configures links, addresses and routes in this namespace.

@@ -15,6 +15,7 @@ use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use rtnetlink::packet_route::address::AddressHeaderFlags;
 use rtnetlink::{
     Handle, LinkBridge, LinkMessageBuilder, LinkUnspec, LinkVeth, RouteMessageBuilder,
 };
@@ -361,7 +362,10 @@ impl Net {
     /// Gives a link an address.
     pub async fn address(&self, link: &str, address: IpAddr, prefix: u8) {
         let index = self.index(link).await;
-        let added = self.handle.address().add(index, address, prefix).execute().await;
+        let mut request = self.handle.address().add(index, address, prefix);
+        // At once in use: nobody else can have it.
+        request.message_mut().header.flags = AddressHeaderFlags::Nodad;
+        let added = request.execute().await;
         added.unwrap_or_else(|error| panic!("{address} on {link}: {error}"));
     }
 
