@@ -21,7 +21,7 @@ pub struct Args {
     kubeconfig: Option<PathBuf>,
 
     /// Overrides the API server's URL. In a cluster, give its real address: the configured one is a
-    /// VIP, which Portal must program first
+    /// VIP, which Portal must program first. Empty: no override
     #[arg(long, value_name = "URL")]
     master: Option<String>,
 
@@ -128,7 +128,10 @@ impl Args {
             node: node_name(self.hostname_override)?,
             source: match self.manifests {
                 Some(folder) => Source::Manifests(folder),
-                None => Source::Api(ApiServer { kubeconfig: self.kubeconfig, url: self.master }),
+                None => Source::Api(ApiServer {
+                    kubeconfig: self.kubeconfig,
+                    url: self.master.filter(|url| !url.is_empty()),
+                }),
             },
             kernel: Options {
                 bpffs_root: self.place.bpffs_root,

@@ -1,0 +1,116 @@
+//! What stands beside the code must fit it: the table of conformance, and the manifests.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use k8s_openapi::api::apps::v1::DaemonSet;
+use k8s_openapi::api::core::v1::ServiceAccount;
+use k8s_openapi::api::rbac::v1::{ClusterRole, ClusterRoleBinding};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().to_owned()
+}
+
+fn read(path: &str) -> String {
+    fs::read_to_string(root().join(path)).unwrap_or_else(|e| panic!("{path}: {e}"))
+}
+
+/// The rows of docs/conformance.md, as cells.
+fn rows() -> Vec<Vec<String>> {
+    let text = read("docs/conformance.md");
+    let rows = text.lines().filter(|line| line.starts_with("| ") && !line.starts_with("| KP"));
+    rows.map(|row| row.split('|').map(|cell| cell.trim().to_owned()).collect()).collect()
+}
+
+#[test]
+fn every_row_of_kube_proxys_behaviour_is_judged() {
+    let rows = rows();
+    let numbers: Vec<usize> = rows.iter().map(|row| row[1].parse().unwrap()).collect();
+    assert_eq!(numbers, (1..=154).collect::<Vec<_>>());
+    for row in rows {
+        let (number, state, how) = (&row[1], row[3].as_str(), &row[4]);
+        match state {
+            "to come" => {}
+            "done" | "partly" | "differs" | "n/a" => assert!(!how.is_empty(), "KP-{number}: how?"),
+            other => panic!("KP-{number}: {other}"),
+        }
+    }
+}
+
+#[test]
+fn every_test_that_the_table_names_is_there() {
+    let sources: String = ["agent", "control", "desired", "kernel", "network", "plan"]
+        .map(|name| read(&format!("proxy-user/tests/{name}.rs")))
+        .concat()
+        + &read("proxy-ebpf/tests/datapath/life.rs");
+    for row in rows() {
+        let quoted = row[4].split('`').skip(1).step_by(2);
+        for name in quoted.filter(|name| name.contains('_') && !name.contains(['/', '-', '.'])) {
+            let start = name.trim_end_matches('…');
+            assert!(sources.contains(&format!("fn {start}")), "KP-{}: no test {name}", row[1]);
+        }
+    }
+}
+
+/// The object that a manifest's document is, without a field that the API does not know.
+fn object<T: DeserializeOwned + Serialize>(document: &str) -> T {
+    let given: Value = serde_saphyr::from_str(document).unwrap();
+    let object: T = serde_json::from_value(given.clone()).unwrap();
+    assert_known("", &given, &serde_json::to_value(&object).unwrap());
+    object
+}
+
+fn assert_known(path: &str, given: &Value, known: &Value) {
+    match (given, known) {
+        (Value::Object(given), Value::Object(known)) => {
+            for (key, value) in given {
+                let path = format!("{path}.{key}");
+                let known = known.get(key).unwrap_or_else(|| panic!("unknown field {path}"));
+                assert_known(&path, value, known);
+            }
+        }
+        (Value::Array(given), Value::Array(known)) => {
+            given.iter().zip(known).for_each(|(given, known)| assert_known(path, given, known));
+        }
+        _ => assert_eq!(given, known, "{path}"),
+    }
+}
+
+#[test]
+fn the_manifests_are_objects_of_the_api() {
+    let rbac = read("deploy/rbac.yaml");
+    let documents: Vec<&str> = rbac.split("\n---\n").collect();
+    let [account, role, binding] = documents.as_slice() else { panic!("three documents") };
+    let account: ServiceAccount = object(account);
+    let role: ClusterRole = object(role);
+    let binding: ClusterRoleBinding = object(binding);
+    assert_eq!(binding.role_ref.name, role.metadata.name.unwrap());
+    assert_eq!(Some(&binding.subjects.unwrap()[0].name), account.metadata.name.as_ref());
+    let kinds: Vec<String> = role
+        .rules
+        .unwrap()
+        .into_iter()
+        .flat_map(|rule| rule.resources.unwrap_or_default())
+        .collect();
+    for kind in ["services", "endpointslices", "nodes"] {
+        assert!(kinds.iter().any(|allowed| allowed == kind), "{kind} may not be watched");
+    }
+}
+
+#[test]
+fn the_daemon_sets_arguments_are_flags_of_portal() {
+    let set: DaemonSet = object(&read("deploy/daemonset.yaml"));
+    let pod = set.spec.unwrap().template.spec.unwrap();
+    let container = &pod.containers[0];
+    let arguments = container.args.as_ref().unwrap();
+    let mut portal = Command::new(env!("CARGO_BIN_EXE_portal"));
+    let output = portal.args(arguments).arg("--help").output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let volumes: Vec<String> = pod.volumes.unwrap().into_iter().map(|volume| volume.name).collect();
+    let mounts = container.volume_mounts.as_ref().unwrap();
+    assert!(mounts.iter().all(|mount| volumes.contains(&mount.name)));
+}
