@@ -6,6 +6,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
+use aya_log::EbpfLogger;
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
@@ -55,7 +58,10 @@ pub async fn run(settings: Settings) -> Result<()> {
 
 async fn follow(settings: Settings) -> Result<()> {
     let mut tasks = JoinSet::new();
-    let (datapath, planner) = Datapath::install(&settings.kernel)?;
+    let (mut datapath, planner) = Datapath::install(&settings.kernel)?;
+    if settings.kernel.trace {
+        tasks.spawn(log_packets(datapath.take_log()?));
+    }
     let status = Arc::new(Status::new(settings.kernel.bpffs_root.clone()));
     for address in [settings.healthz, settings.metrics].into_iter().flatten() {
         tasks.spawn(http::serve(address, Arc::clone(&status)));
@@ -68,6 +74,17 @@ async fn follow(settings: Settings) -> Result<()> {
     tokio::select! {
         result = node.serve(updates, links) => result,
         Some(ended) = tasks.join_next() => ended?.context("a part of the agent has ended"),
+    }
+}
+
+/// Passes on what the programs log, for ever.
+async fn log_packets(log: EbpfLogger<&'static dyn log::Log>) -> Result<()> {
+    // SAFETY: the log owns its descriptor, and is itself owned by what registers it.
+    let mut log = unsafe { AsyncFd::register_with_interest(log, Interest::READABLE)? };
+    loop {
+        let mut ready = log.readable_mut().await?;
+        ready.get_inner_mut().flush();
+        ready.clear_ready();
     }
 }
 

@@ -35,6 +35,7 @@ fn options() -> Options {
         socket_lb: SocketLb::Off,
         tc: TcMode::Auto,
         max_flows: 1000,
+        trace: false,
     }
 }
 
@@ -66,6 +67,7 @@ impl Bench {
         let pins: Vec<_> = shapes().map(|shape| (shape.name, maps.join(shape.name))).collect();
         let mut loader = EbpfLoader::new();
         loader.override_global("SETTINGS", &Settings::DEFAULT, true);
+        loader.override_global("AYA_LOG_LEVEL", &0_u8, true);
         for (name, path) in &pins {
             let size = MapData::from_pin(path).unwrap().info().unwrap().max_entries();
             loader.map_pin_path(name, path).map_max_entries(name, size);

@@ -221,6 +221,23 @@ fn other_traffic_is_not_touched() {
     });
 }
 
+#[test]
+fn refused_packets_are_logged_if_asked_for() {
+    let portal = Path::new(env!("CARGO_BIN_EXE_portal"));
+    let cluster = Cluster::start(Cni::Routed, portal, &["--trace"]);
+    let client = cluster.pod(0, "client");
+    cluster.expose("web", &vips(), &[]);
+    for vip in vips() {
+        cluster.wait_backends(vip, 0);
+        assert!(tcp(&client.namespace, at(vip)).is_err());
+    }
+    let agent = cluster.agents[0].as_ref().unwrap();
+    let line = format!("reset, link {}", client.ifindex);
+    eventually("both refusals are logged", || {
+        (agent.log().matches(&line).count() == 2).then_some(())
+    });
+}
+
 /// What `portal-probe` says on a node: its line, or the kind of its failure.
 fn probe(cluster: &Cluster, node: usize, protocol: &str, to: SocketAddr) -> Result<String, String> {
     let program = Path::new(env!("CARGO_BIN_EXE_portal-probe"));

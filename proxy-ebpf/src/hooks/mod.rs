@@ -12,4 +12,5 @@
 
 mod skb;
 mod sockets;
+mod trace;
 mod traffic;

@@ -8,6 +8,7 @@ use proxy_common::{Family, Outcome, V4, V6};
 use proxy_ebpf::datapath;
 
 use super::skb::Skb;
+use super::trace;
 use crate::maps::{self, Tables4, Tables6};
 
 macro_rules! hooks {
@@ -44,6 +45,7 @@ hooks! {
 #[inline(always)]
 fn verdict(ctx: &TcContext, outcome: Outcome) -> i32 {
     maps::count(outcome);
+    trace::log(ctx, outcome);
     match outcome {
         Outcome::NotIp
         | Outcome::NotService

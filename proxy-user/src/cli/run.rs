@@ -80,6 +80,10 @@ pub struct Args {
     /// table is made
     #[arg(long, value_name = "NUMBER", default_value_t = 524_288)]
     max_flows: u32,
+
+    /// Log every packet that is refused or dropped, with its link
+    #[arg(long)]
+    trace: bool,
 }
 
 #[derive(Clone, Copy, Debug, clap::ValueEnum)]
@@ -139,6 +143,7 @@ impl Args {
                 socket_lb: self.socket_lb,
                 tc: self.tc,
                 max_flows: self.max_flows,
+                trace: self.trace,
             },
             interfaces: self.interfaces,
             healthz: address("--healthz-bind-address", &self.healthz_bind_address)?,

@@ -16,6 +16,9 @@ use super::{Options, SocketLb, probe};
 
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/portal-ebpf.o"));
 
+/// "Info", as aya-log numbers it.
+const LEVEL_INFO: u8 = 3;
+
 /// How many lines of a verifier's log are shown.
 const LOG_LINES: usize = 20;
 
@@ -36,6 +39,9 @@ pub fn load(options: &Options, maps: &Path) -> Result<Ebpf> {
     let paths: Vec<_> = shapes().map(|shape| (shape.name, maps.join(shape.name))).collect();
     let mut loader = EbpfLoader::new();
     loader.override_global("SETTINGS", &settings, true);
+    // At zero the verifier removes all that logs.
+    let log_level = if options.trace { LEVEL_INFO } else { 0 };
+    loader.override_global("AYA_LOG_LEVEL", &log_level, true);
     for (name, path) in &paths {
         loader.map_pin_path(name, path);
         let size = match MapInfo::from_pin(path) {

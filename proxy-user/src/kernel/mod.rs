@@ -26,6 +26,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use aya::Ebpf;
+use aya_log::EbpfLogger;
 use nix::fcntl::{Flock, FlockArg};
 
 use crate::plan::{Capacity, Op, Planner};
@@ -50,6 +51,8 @@ pub struct Options {
     pub tc: TcMode,
     /// How many flows each family's table holds; fixed when the maps are made.
     pub max_flows: u32,
+    /// Whether refused and dropped packets are logged.
+    pub trace: bool,
 }
 
 /// The installed datapath.
@@ -92,6 +95,14 @@ impl Datapath {
         let mut datapath = Self { ebpf, links, writer, tc, maps, _lock: lock };
         datapath.apply(&repairs)?;
         Ok((datapath, planner))
+    }
+
+    /// What the programs log; of use with [`Options::trace`], and once.
+    ///
+    /// # Errors
+    /// If it was taken before.
+    pub fn take_log(&mut self) -> Result<EbpfLogger<&'static dyn log::Log>> {
+        EbpfLogger::init(&mut self.ebpf).context("cannot open the programs' log")
     }
 
     /// How much the tables hold.
