@@ -34,6 +34,9 @@ outcomes! {
     Established = "established",
     /// Packet of a flow, rewritten toward its client.
     Replied = "replied",
+    /// Packet of a flow that this node masquerades, rewritten and sent on past the host stack, which
+    /// would take it for a martian.
+    Masqueraded = "masqueraded",
     /// Packet of a pod that reaches itself, rewritten and sent back out of its link.
     Hairpin = "hairpin",
     /// ICMP error about a flow's packet, rewritten outside and in.
@@ -48,6 +51,13 @@ outcomes! {
     Unreachable = "unreachable",
     /// A packet to a VIP that gets no answer by rule (a reset, an ICMP message): dropped.
     Silent = "silent",
+    /// A packet to a Service that has backends, but none on this node, where its policy asks for one:
+    /// dropped (KP-55, KP-60).
+    NoLocal = "no_local",
+    /// A packet from outside a Service's source ranges: dropped (KP-91).
+    NotAllowed = "not_allowed",
+    /// No way is known from this node to the backend, so the flow can't be masqueraded: dropped.
+    NoRoute = "no_route",
     /// No source port was free to keep two flows apart: dropped.
     NoPort = "no_port",
     /// The flow table is full, so a new flow is refused: dropped.

@@ -20,6 +20,26 @@ pub const fn seconds(ticks: u32) -> u64 {
 }
 
 map_type! {
+    /// A range of IPv4 addresses.
+    pub struct Range4 {
+        /// Its first address, in network byte order.
+        pub address: [u8; 4],
+        /// A one for each bit that counts; all zero if there is no range.
+        pub mask: [u8; 4],
+    }
+}
+
+map_type! {
+    /// A range of IPv6 addresses.
+    pub struct Range6 {
+        /// Its first address, in network byte order.
+        pub address: [u8; 16],
+        /// A one for each bit that counts; all zero if there is no range.
+        pub mask: [u8; 16],
+    }
+}
+
+map_type! {
     /// What the agent tells its programs when it loads them.
     pub struct Settings {
         /// Seed of the flow hash; random per node, kept over restarts.
@@ -47,6 +67,11 @@ map_type! {
         pub first_port: u32,
         /// How many ports follow from `first_port` on. At least 1.
         pub port_count: u32,
+        /// The pods' IPv4 range (`--cluster-cidr`), by which pods of other nodes are known; its mask is
+        /// zero if it is not given.
+        pub pods4: Range4,
+        /// The pods' IPv6 range.
+        pub pods6: Range6,
     }
 }
 
@@ -66,5 +91,7 @@ impl Settings {
         udp_stream_timeout: ticks(180),
         first_port: 61_000,
         port_count: 4_535,
+        pods4: Range4 { address: [0; 4], mask: [0; 4] },
+        pods6: Range6 { address: [0; 16], mask: [0; 16] },
     };
 }

@@ -7,15 +7,17 @@ use core::ptr::NonNull;
 
 use aya_ebpf::Global;
 use aya_ebpf::bindings::{BPF_ANY, BPF_F_MMAPABLE, BPF_F_NO_PREALLOC, BPF_NOEXIST};
-use aya_ebpf::btf_maps::{Array, HashMap, LruHashMap, PerCpuArray};
+use aya_ebpf::btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray};
 use aya_ebpf::helpers::{bpf_ktime_get_coarse_ns, bpf_ktime_get_ns};
 use aya_ebpf::macros::btf_map;
+use aya_ebpf::maps::lpm_trie::Key;
 use proxy_common::settings::{Settings, TICK_SHIFT};
 use proxy_common::tables::{
-    Backend, Config, FlowKey, FlowRecord, FlowValue, FragmentKey, FragmentValue, Name, PeerKey,
-    PeerValue, ServiceKey, ServiceValue, Work,
+    AffinityKey, AffinityValue, Backend, Config, FlowKey, FlowRecord, FlowValue, FragmentKey,
+    FragmentValue, Name, PeerKey, PeerValue, RangeData, ServiceKey, ServiceValue, SourceRange,
+    Work,
 };
-use proxy_common::{Outcome, V4, V6};
+use proxy_common::{Family, Outcome, V4, V6};
 use proxy_ebpf::datapath::{Refused, Service, Tables};
 
 const ON_DEMAND: usize = BPF_F_NO_PREALLOC as usize;
@@ -28,6 +30,8 @@ const FLOWS: usize = 524_288;
 const EMBRYOS: usize = 32_768;
 const FRAGMENTS: usize = 8_192;
 const PEERS: usize = 65_536;
+const AFFINITIES: usize = 65_536;
+const RANGES: usize = 65_536;
 const OUTCOMES: usize = 64;
 
 const _: () = assert!(Outcome::ALL.len() <= OUTCOMES);
@@ -62,7 +66,8 @@ macro_rules! tables {
         $services:ident = $services_name:literal, $backends:ident = $backends_name:literal,
         $flows:ident = $flows_name:literal, $embryos:ident = $embryos_name:literal,
         $fragments:ident = $fragments_name:literal, $peers:ident = $peers_name:literal,
-        $scratch:ident = $scratch_name:literal
+        $affinity:ident = $affinity_name:literal, $ranges:ident = $ranges_name:literal,
+        $scratch:ident = $scratch_name:literal, $pods:ident
     ) => {
         #[btf_map(name = $services_name)]
         static $services: HashMap<ServiceKey<$family>, ServiceValue, SERVICES, ON_DEMAND> =
@@ -80,6 +85,11 @@ macro_rules! tables {
             LruHashMap::new();
         #[btf_map(name = $peers_name)]
         static $peers: LruHashMap<PeerKey<$family>, PeerValue<$family>, PEERS> = LruHashMap::new();
+        #[btf_map(name = $affinity_name)]
+        static $affinity: LruHashMap<AffinityKey<$family>, AffinityValue, AFFINITIES> =
+            LruHashMap::new();
+        #[btf_map(name = $ranges_name)]
+        static $ranges: LpmTrie<RangeData<$family>, u32, RANGES> = LpmTrie::new();
         #[btf_map(name = $scratch_name)]
         static $scratch: PerCpuArray<Work<$family>, 1> = PerCpuArray::new();
 
@@ -130,10 +140,15 @@ macro_rules! tables {
                 // be reused meanwhile, so each field is read once and the tag, which the kernel writes
                 // first, is compared afterwards.
                 unsafe {
-                    let range = (&raw const (*value).cluster).read_volatile();
-                    let id = (&raw const (*value).id).read_volatile();
+                    let service = Service {
+                        id: (&raw const (*value).id).read_volatile(),
+                        cluster: (&raw const (*value).cluster).read_volatile(),
+                        local: (&raw const (*value).local).read_volatile(),
+                        affinity: (&raw const (*value).affinity).read_volatile(),
+                        flags: (&raw const (*value).flags).read_volatile(),
+                    };
                     let tag = (&raw const (*value).tag).read_volatile();
-                    (tag == key.tag()).then_some(Service { id, range })
+                    (tag == key.tag()).then_some(service)
                 }
             }
 
@@ -145,6 +160,32 @@ macro_rules! tables {
             #[inline(always)]
             fn backend(&self, number: u32) -> Option<Backend<$family>> {
                 $backends.get(number).copied()
+            }
+
+            #[inline(always)]
+            fn affinity(&self, key: &AffinityKey<$family>) -> Option<AffinityValue> {
+                // SAFETY: copied at once; what a reuse of the element could mix up, the backend's
+                // generation and Service tell.
+                unsafe { $affinity.get(key).copied() }
+            }
+
+            #[inline(always)]
+            fn remember_affinity(&self, key: &AffinityKey<$family>, value: &AffinityValue) {
+                let _ = $affinity.insert(key, value, u64::from(BPF_ANY));
+            }
+
+            #[inline(always)]
+            fn is_in_range(&self, key: &SourceRange<$family>) -> bool {
+                let key = core::ptr::from_ref(key).cast::<Key<RangeData<$family>>>();
+                // SAFETY: a key of the trie is the prefix and the data, in this order and packed, as
+                // they lie in a `SourceRange`.
+                $ranges.get(unsafe { &*key }).is_some()
+            }
+
+            #[inline(always)]
+            fn is_pod(&self, address: &<$family as Family>::Addr) -> bool {
+                let range = Tables::<$family>::setting(self, |s| &s.$pods);
+                is_within(&address.octets, &range.address, &range.mask)
             }
 
             #[inline(always)]
@@ -178,7 +219,6 @@ macro_rules! tables {
             #[inline(always)]
             fn remove(&self, key: &FlowKey<$family>) {
                 let _ = $flows.remove(key);
-                let _ = $embryos.remove(key);
             }
 
             #[inline(always)]
@@ -222,7 +262,10 @@ tables!(
     EMBRYOS_V4 = "embryos_v4",
     FRAGMENTS_V4 = "fragments_v4",
     PEERS_V4 = "peers_v4",
-    SCRATCH_V4 = "scratch_v4"
+    AFFINITY_V4 = "affinity_v4",
+    RANGES_V4 = "ranges_v4",
+    SCRATCH_V4 = "scratch_v4",
+    pods4
 );
 tables!(
     Tables6,
@@ -233,11 +276,26 @@ tables!(
     EMBRYOS_V6 = "embryos_v6",
     FRAGMENTS_V6 = "fragments_v6",
     PEERS_V6 = "peers_v6",
-    SCRATCH_V6 = "scratch_v6"
+    AFFINITY_V6 = "affinity_v6",
+    RANGES_V6 = "ranges_v6",
+    SCRATCH_V6 = "scratch_v6",
+    pods6
 );
 
+/// Whether an address is in a range; none is in one without a mask.
 #[inline(always)]
-fn record<F: proxy_common::Family>(value: *mut FlowValue<F>) -> Option<FlowRecord<'static, F>> {
+fn is_within<const N: usize>(address: &[u8; N], range: &[u8; N], mask: &[u8; N]) -> bool {
+    let mut outside = 0;
+    let mut any = 0;
+    for position in 0..N {
+        outside |= (address[position] ^ range[position]) & mask[position];
+        any |= mask[position];
+    }
+    outside == 0 && any != 0
+}
+
+#[inline(always)]
+fn record<F: Family>(value: *mut FlowValue<F>) -> Option<FlowRecord<'static, F>> {
     // SAFETY: a map element stays mapped while the program runs, and the datapath reaches it through
     // records only.
     NonNull::new(value).map(|value| unsafe { FlowRecord::new(value) })

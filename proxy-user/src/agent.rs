@@ -1,18 +1,27 @@
 //! The agent's state between an update heard and the writes it causes.
 
 use std::collections::{BTreeSet, HashMap, HashSet};
+use std::net::IpAddr;
 use std::time::Instant;
 
+use proxy_common::tables::ServiceValue;
+
+use crate::desired::node_ports::{NodePortAddresses, is_eligible};
 use crate::desired::{PortId, desired, desired_service};
 use crate::model::from_k8s::{self, Problem};
 use crate::model::{Cluster, Node, ObjectName};
-use crate::plan::{Op, Planner, Refusal};
+use crate::plan::{Change, Op, Planner, Refusal};
 use crate::watch::{KINDS, Kind, Update};
 
 /// Everything between the watches and the kernel, without I/O but for the log.
 pub struct Agent {
     cluster: Cluster,
     node: Node,
+    node_ports: NodePortAddresses,
+    /// The node's own addresses, as netlink tells of them.
+    addresses: BTreeSet<IpAddr>,
+    /// The node or its addresses have changed.
+    node_changed: bool,
     planner: Planner,
     /// Services to plan anew.
     dirty: BTreeSet<ObjectName>,
@@ -28,10 +37,13 @@ pub struct Agent {
 
 impl Agent {
     /// An agent of the node of that name, for what `planner` holds.
-    pub fn new(node: &str, planner: Planner) -> Self {
+    pub fn new(node: &str, node_ports: NodePortAddresses, planner: Planner) -> Self {
         Self {
             cluster: Cluster::default(),
-            node: Node { name: node.to_owned() },
+            node: Node { name: node.to_owned(), ..Node::default() },
+            node_ports,
+            addresses: BTreeSet::new(),
+            node_changed: true,
             planner,
             dirty: BTreeSet::new(),
             listed: HashSet::new(),
@@ -71,10 +83,32 @@ impl Agent {
                 self.report("EndpointSlice", &name, problems);
                 self.dirty.extend(self.cluster.set_slice(&name, slice));
             }
-            Update::Node(_) => {}
+            Update::Node(raw) => self.set_node(from_k8s::node(&raw)),
             Update::Gone(kind, name) => self.forget(kind, &name),
             Update::Listed(kind, names) => self.keep_only(kind, &names),
         }
+    }
+
+    /// Takes in what the cluster says of this node: hints are judged by its zone (KP-69), source ranges
+    /// and `NodePorts` by its addresses.
+    fn set_node(&mut self, node: Node) {
+        let node = Node { name: self.node.name.clone(), ..node };
+        if node != self.node {
+            self.node = node;
+            self.node_changed = true;
+            self.dirty.extend(self.cluster.service_names().cloned());
+        }
+    }
+
+    /// Takes in which addresses this node has.
+    pub fn set_addresses(&mut self, addresses: BTreeSet<IpAddr>) {
+        self.node_changed |= self.addresses != addresses;
+        self.addresses = addresses;
+    }
+
+    /// The endpoints' addresses that the kernel's backends may have.
+    pub fn is_backend(&self, address: IpAddr) -> bool {
+        self.planner.has_backend(address)
     }
 
     fn forget(&mut self, kind: Kind, name: &ObjectName) {
@@ -136,65 +170,75 @@ impl Agent {
         if !self.is_ready() {
             return Vec::new();
         }
-        if !self.started {
+        let mut ops = self.plan_node();
+        let mut changes = Vec::new();
+        if self.started {
+            for name in std::mem::take(&mut self.dirty) {
+                self.change_service(&name, &mut changes);
+            }
+        } else {
             self.started = true;
-            return self.plan_all(now);
+            self.change_all(&mut changes);
         }
-        let mut ops = Vec::new();
-        for name in std::mem::take(&mut self.dirty) {
-            self.plan_service(now, &name, &mut ops);
-        }
+        let mut refusals = Vec::new();
+        ops.extend(self.planner.plan(now, &changes, &mut refusals));
+        self.report_refusals(&changes, refusals);
         ops
     }
 
-    /// The first plan: what is held and not wanted goes, and the rest is put.
-    fn plan_all(&mut self, now: Instant) -> Vec<Op> {
+    /// The marks of the node's own addresses.
+    fn plan_node(&mut self) -> Vec<Op> {
+        if !std::mem::take(&mut self.node_changed) {
+            return Vec::new();
+        }
+        let node_ports = self.node_ports.select(&self.addresses, &self.node);
+        let own = self.addresses.iter().filter(|address| is_eligible(**address));
+        let marks = own.map(|address| {
+            let takes = if node_ports.contains(address) { ServiceValue::NODE_PORTS } else { 0 };
+            (*address, ServiceValue::NODE | takes)
+        });
+        self.planner.plan_node(&marks.collect())
+    }
+
+    /// The first change: what is held and not wanted goes, and the rest is put.
+    fn change_all(&mut self, changes: &mut Vec<Change>) {
         self.dirty.clear();
         let wanted = desired(&self.cluster, &self.node);
-        let gone: Vec<PortId> =
-            self.planner.ports().filter(|port| !wanted.contains_key(port)).cloned().collect();
-        let mut ops = Vec::new();
-        for port in &gone {
-            self.plan_port(now, port, None, &mut ops);
-        }
+        let gone = self.planner.ports().filter(|port| !wanted.contains_key(port));
+        changes.extend(gone.map(|port| (port.clone(), None)));
         let names: Vec<ObjectName> = self.cluster.service_names().cloned().collect();
         for name in &names {
-            self.plan_service(now, name, &mut ops);
+            self.change_service(name, changes);
         }
-        ops
     }
 
-    fn plan_service(&mut self, now: Instant, name: &ObjectName, ops: &mut Vec<Op>) {
+    fn change_service(&mut self, name: &ObjectName, changes: &mut Vec<Change>) {
         let wanted = desired_service(&self.cluster, &self.node, name);
         let before = self.planned.remove(name).unwrap_or_default();
-        for port in before.iter().filter(|port| !wanted.contains_key(port)) {
-            self.plan_port(now, port, None, ops);
-        }
-        for (port, tables) in &wanted {
-            self.plan_port(now, port, Some(tables), ops);
-        }
+        let gone = before.into_iter().filter(|port| !wanted.contains_key(port));
+        changes.extend(gone.map(|port| (port, None)));
         if !wanted.is_empty() {
-            self.planned.insert(name.clone(), wanted.into_keys().collect());
+            self.planned.insert(name.clone(), wanted.keys().cloned().collect());
         }
+        changes.extend(wanted.into_iter().map(|(port, tables)| (port, Some(tables))));
     }
 
-    fn plan_port(
-        &mut self,
-        now: Instant,
-        port: &PortId,
-        wanted: Option<&crate::desired::Port>,
-        ops: &mut Vec<Op>,
-    ) {
-        let mut refusals = Vec::new();
-        ops.extend(self.planner.plan(now, port, wanted, &mut refusals));
-        if refusals.is_empty() {
-            self.refused.remove(port);
-        }
+    /// Says what can't be done, once.
+    fn report_refusals(&mut self, changes: &[Change], refusals: Vec<Refusal>) {
+        let mut told: HashMap<PortId, String> = HashMap::new();
         for refusal in refusals {
             let text = describe(&refusal);
-            if self.refused.insert(port.clone(), text.clone()).as_ref() != Some(&text) {
+            let (Refusal::Full { port, .. } | Refusal::Taken { port, .. }) = refusal;
+            if self.refused.get(&port) != Some(&text) {
                 tracing::warn!("{text}");
             }
+            told.insert(port, text);
+        }
+        for (port, _) in changes {
+            match told.remove(port) {
+                Some(text) => self.refused.insert(port.clone(), text),
+                None => self.refused.remove(port),
+            };
         }
     }
 }

@@ -14,6 +14,7 @@ pub mod kernel;
 pub mod model;
 pub mod netlink;
 pub mod plan;
+pub mod routes;
 pub mod run;
 #[cfg(feature = "testing")]
 pub mod testing;

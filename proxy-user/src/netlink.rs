@@ -1,6 +1,7 @@
-//! The node's network links, followed by netlink: which are pods', and when they come and go.
+//! The node's network links, followed by netlink: which are pods' and which lead to other machines, and
+//! when they come and go; the node's addresses; and that routes have changed.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::net::IpAddr;
 
 use anyhow::{Context, Result};
@@ -8,7 +9,7 @@ use futures::{StreamExt, TryStreamExt};
 use rtnetlink::packet_core::{NetlinkMessage, NetlinkPayload};
 use rtnetlink::packet_route::address::{AddressAttribute, AddressMessage, AddressScope};
 use rtnetlink::packet_route::link::{
-    InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkMessage,
+    InfoKind, LinkAttribute, LinkInfo, LinkLayerType, LinkMessage,
 };
 use rtnetlink::packet_route::{AddressFamily, RouteNetlinkMessage};
 use rtnetlink::{Handle, MulticastGroup, new_multicast_connection};
@@ -32,6 +33,17 @@ pub enum Role {
     Uplink,
     /// Not to be touched.
     Ignore,
+}
+
+impl Role {
+    /// The role in words.
+    pub const fn label(self) -> &'static str {
+        match self {
+            Self::Pod => "pod link",
+            Self::Uplink => "uplink",
+            Self::Ignore => "link",
+        }
+    }
 }
 
 impl std::str::FromStr for Rule {
@@ -66,40 +78,45 @@ pub struct Link {
     pub name: String,
     /// It has Ethernet headers.
     pub ethernet: bool,
-    /// It is up.
-    pub up: bool,
     /// It is a veth or netkit pair whose other end is in another network namespace.
     pub leads_into_namespace: bool,
     /// Its own subnets: an address with a prefix shorter than the address.
     pub subnets: Vec<IpAddr>,
+    /// All its addresses but link-local ones.
+    pub addresses: BTreeSet<IpAddr>,
+    /// The bridge or bond that it is a port of.
+    pub controller: Option<u32>,
 }
 
 impl Link {
     /// What the link is for: what the first matching rule says, or else what it looks like. A pod's
     /// link leads into another namespace and is at most given an address of its own, as a gateway;
-    /// a subnet on it means that it connects machines (a node that is itself a container).
+    /// a subnet on it means that it connects machines (a node that is itself a container). Any other
+    /// link with an address is an uplink: packets from elsewhere may come in by it.
     pub fn role(&self, rules: &[Rule]) -> Role {
         if let Some(rule) = rules.iter().find(|rule| rule.matches(&self.name)) {
             return rule.role;
         }
-        if !self.leads_into_namespace {
-            return Role::Ignore;
+        if self.leads_into_namespace && self.subnets.is_empty() {
+            return Role::Pod;
         }
-        if self.subnets.is_empty() { Role::Pod } else { Role::Uplink }
+        if self.addresses.is_empty() { Role::Ignore } else { Role::Uplink }
     }
 }
 
-/// A pod's link came or went.
+/// What has changed.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Change {
-    /// Attach to it. Told once for each link.
+    /// A link to attach to. Told once for each link and role.
     Came {
         /// Its index.
         ifindex: u32,
         /// Its name.
         name: String,
+        /// What it is for.
+        role: Role,
     },
-    /// It is gone, or no pod's any more.
+    /// A link is gone, or has another role.
     Went {
         /// Its index.
         ifindex: u32,
@@ -108,31 +125,42 @@ pub enum Change {
     },
     /// All links that were there at the start have been told of.
     Listed,
+    /// The node's addresses are these.
+    Addresses(BTreeSet<IpAddr>),
+    /// Other ways may lead to backends.
+    Routes,
 }
 
-/// Tells of pods' links, first of all that are there, then of each change.
+/// Tells of links, addresses and routes, first of all that are there, then of each change.
 ///
 /// # Errors
 /// If netlink can't be used.
 pub async fn follow(rules: Vec<Rule>, changes: mpsc::Sender<Change>) -> Result<()> {
-    let groups = [MulticastGroup::Link, MulticastGroup::Ipv4Ifaddr, MulticastGroup::Ipv6Ifaddr];
+    let groups = [
+        MulticastGroup::Link,
+        MulticastGroup::Ipv4Ifaddr,
+        MulticastGroup::Ipv6Ifaddr,
+        MulticastGroup::Ipv4Route,
+        MulticastGroup::Ipv6Route,
+    ];
     let (connection, handle, mut messages) =
         new_multicast_connection(&groups).context("cannot follow the network links by netlink")?;
     let connection = tokio::spawn(connection);
-    let mut links = Links { rules, known: HashMap::new(), told: HashMap::new() };
+    let mut links = Links { rules, ..Links::default() };
     list(&handle, &mut links).await.context("cannot list the network links")?;
     for change in links.changes() {
         let _ = changes.send(change).await;
     }
     let _ = changes.send(Change::Listed).await;
     while let Some((message, _)) = messages.next().await {
+        let reroutes = reroutes(&message);
         if lost_messages(&message) {
             links.known.clear();
             list(&handle, &mut links).await.context("cannot list the network links")?;
         } else {
             links.hear(message);
         }
-        for change in links.changes() {
+        for change in links.changes().into_iter().chain(reroutes.then_some(Change::Routes)) {
             if changes.send(change).await.is_err() {
                 connection.abort();
                 return Ok(());
@@ -147,6 +175,17 @@ fn lost_messages(message: &NetlinkMessage<RouteNetlinkMessage>) -> bool {
     matches!(message.payload, NetlinkPayload::Overrun(_))
 }
 
+/// Whether other ways may lead to backends after this message.
+fn reroutes(message: &NetlinkMessage<RouteNetlinkMessage>) -> bool {
+    matches!(
+        message.payload,
+        NetlinkPayload::Overrun(_)
+            | NetlinkPayload::InnerMessage(
+                RouteNetlinkMessage::NewRoute(_) | RouteNetlinkMessage::DelRoute(_)
+            )
+    )
+}
+
 async fn list(handle: &Handle, links: &mut Links) -> Result<()> {
     let mut all = handle.link().get().execute();
     while let Some(message) = all.try_next().await? {
@@ -159,11 +198,14 @@ async fn list(handle: &Handle, links: &mut Links) -> Result<()> {
     Ok(())
 }
 
+#[derive(Default)]
 struct Links {
     rules: Vec<Rule>,
     known: HashMap<u32, Link>,
-    /// Pods' links that were told of, with their names.
-    told: HashMap<u32, String>,
+    /// Links that were told of, with their names and roles.
+    told: HashMap<u32, (String, Role)>,
+    /// The addresses that were told of.
+    addresses: BTreeSet<IpAddr>,
 }
 
 impl Links {
@@ -186,13 +228,14 @@ impl Links {
 
     fn set(&mut self, message: &LinkMessage) {
         let link = self.known.entry(message.header.index).or_default();
-        link.up = message.header.flags.contains(LinkFlags::Up);
         link.ethernet = message.header.link_layer_type == LinkLayerType::Ether;
         let (mut is_pair, mut elsewhere) = (false, false);
+        link.controller = None;
         for attribute in &message.attributes {
             match attribute {
                 LinkAttribute::IfName(name) => link.name.clone_from(name),
                 LinkAttribute::LinkNetNsId(_) => elsewhere = true,
+                LinkAttribute::Controller(index) => link.controller = Some(*index),
                 LinkAttribute::LinkInfo(infos) => is_pair = infos.iter().any(is_pair_kind),
                 _ => {}
             }
@@ -208,6 +251,12 @@ impl Links {
             _ => None,
         });
         let Some(address) = address else { return };
+        if header.scope != AddressScope::Link {
+            link.addresses.remove(&address);
+            if present {
+                link.addresses.insert(address);
+            }
+        }
         let bits = if address.is_ipv4() { 32 } else { 128 };
         if header.scope != AddressScope::Universe || header.prefix_len == bits {
             return;
@@ -221,20 +270,44 @@ impl Links {
     /// What has changed since the last call.
     fn changes(&mut self) -> Vec<Change> {
         let mut changes = Vec::new();
-        let pods = self
-            .known
-            .iter()
-            .filter(|(_, link)| link.up && link.ethernet && link.role(&self.rules) == Role::Pod);
-        let pods: HashMap<u32, String> =
-            pods.map(|(ifindex, link)| (*ifindex, link.name.clone())).collect();
-        for (ifindex, name) in self.told.iter().filter(|(ifindex, _)| !pods.contains_key(ifindex)) {
-            changes.push(Change::Went { ifindex: *ifindex, name: name.clone() });
+        let wanted = self.wanted();
+        for (ifindex, (name, role)) in &self.told {
+            if wanted.get(ifindex).is_none_or(|(_, wanted)| wanted != role) {
+                changes.push(Change::Went { ifindex: *ifindex, name: name.clone() });
+            }
         }
-        for (ifindex, name) in pods.iter().filter(|(ifindex, _)| !self.told.contains_key(ifindex)) {
-            changes.push(Change::Came { ifindex: *ifindex, name: name.clone() });
+        for (ifindex, (name, role)) in &wanted {
+            if self.told.get(ifindex).is_none_or(|(_, told)| told != role) {
+                let (ifindex, name, role) = (*ifindex, name.clone(), *role);
+                changes.push(Change::Came { ifindex, name, role });
+            }
         }
-        self.told = pods;
+        self.told = wanted;
+        let addresses: BTreeSet<IpAddr> =
+            self.known.values().flat_map(|link| link.addresses.iter().copied()).collect();
+        if addresses != self.addresses {
+            self.addresses.clone_from(&addresses);
+            changes.push(Change::Addresses(addresses));
+        }
         changes
+    }
+
+    /// The links to attach to. A bridge of pods is none: its ports are.
+    fn wanted(&self) -> HashMap<u32, (String, Role)> {
+        let role = |link: &Link| {
+            if link.ethernet { link.role(&self.rules) } else { Role::Ignore }
+        };
+        let pods = self.known.values().filter(|link| role(link) == Role::Pod);
+        let bridges: HashSet<u32> = pods.filter_map(|link| link.controller).collect();
+        let links =
+            self.known.iter().map(|(ifindex, link)| (*ifindex, (link.name.clone(), role(link))));
+        links
+            .filter(|(ifindex, (_, role))| match role {
+                Role::Pod => true,
+                Role::Uplink => !bridges.contains(ifindex),
+                Role::Ignore => false,
+            })
+            .collect()
     }
 }
 
@@ -254,7 +327,8 @@ mod tests {
     fn a_pair_into_another_namespace_is_a_pods_unless_it_has_a_subnet() {
         let subnets = vec!["192.0.2.1".parse().unwrap()];
         assert_eq!(veth("veth1").role(&[]), Role::Pod);
-        assert_eq!(Link { subnets, ..veth("eth0") }.role(&[]), Role::Uplink);
+        let addresses = subnets.iter().copied().collect();
+        assert_eq!(Link { subnets, addresses, ..veth("eth0") }.role(&[]), Role::Uplink);
         assert_eq!(Link { name: "lo".to_owned(), ..Link::default() }.role(&[]), Role::Ignore);
     }
 

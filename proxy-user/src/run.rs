@@ -1,12 +1,13 @@
 //! `portal run`: the wiring, and the only place that spawns.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use aya_log::EbpfLogger;
+use proxy_common::Outcome;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::signal::unix::{SignalKind, signal};
@@ -15,9 +16,12 @@ use tokio::task::JoinSet;
 use tokio::time::{MissedTickBehavior, interval};
 
 use crate::agent::Agent;
+use crate::desired::node_ports::NodePortAddresses;
 use crate::http::{self, Status};
 use crate::kernel::{Datapath, Options};
-use crate::netlink::{self, Change, Rule};
+use crate::netlink::{self, Change, Role, Rule};
+use crate::plan::Op;
+use crate::routes::Resolver;
 use crate::watch::{self, Source, Update};
 
 /// How often the flow tables are swept, and what did not fit is tried again.
@@ -36,6 +40,8 @@ pub struct Settings {
     pub kernel: Options,
     /// What links are for.
     pub interfaces: Vec<Rule>,
+    /// Which of the node's addresses take `NodePorts`.
+    pub node_ports: NodePortAddresses,
     /// Where to serve health.
     pub healthz: Option<SocketAddr>,
     /// Where to serve metrics.
@@ -58,6 +64,8 @@ pub async fn run(settings: Settings) -> Result<()> {
 
 async fn follow(settings: Settings) -> Result<()> {
     let mut tasks = JoinSet::new();
+    // First what may fail without a trace.
+    let updates = watch::start(settings.source, &settings.node, &mut tasks).await?;
     let (mut datapath, planner) = Datapath::install(&settings.kernel)?;
     if settings.kernel.trace {
         tasks.spawn(log_packets(datapath.take_log()?));
@@ -66,10 +74,12 @@ async fn follow(settings: Settings) -> Result<()> {
     for address in [settings.healthz, settings.metrics].into_iter().flatten() {
         tasks.spawn(http::serve(address, Arc::clone(&status)));
     }
-    let updates = watch::start(settings.source, &settings.node, &mut tasks).await?;
     let (changes, links) = mpsc::channel(LINK_QUEUE);
     tasks.spawn(netlink::follow(settings.interfaces, changes));
-    let node = Node { agent: Agent::new(&settings.node, planner), datapath, status };
+    let agent = Agent::new(&settings.node, settings.node_ports, planner);
+    let routes = Resolver::new()?;
+    let failed = HashMap::new();
+    let node = Node { agent, datapath, status, routes, failed, table_full: 0 };
     tracing::info!("portal {} on node {}", env!("CARGO_PKG_VERSION"), settings.node);
     tokio::select! {
         result = node.serve(updates, links) => result,
@@ -93,6 +103,11 @@ struct Node {
     agent: Agent,
     datapath: Datapath,
     status: Arc<Status>,
+    routes: Resolver,
+    /// Links that could not be attached to, to be tried again.
+    failed: HashMap<u32, (String, Role)>,
+    /// How often a new flow found its table full, at the last sweep.
+    table_full: u64,
 }
 
 impl Node {
@@ -104,7 +119,7 @@ impl Node {
     ) -> Result<()> {
         let mut sweeps = interval(SWEEP);
         sweeps.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let mut stale: HashSet<u32> = self.datapath.attached_pods().into_iter().collect();
+        let mut stale: HashSet<u32> = self.datapath.attached().into_iter().collect();
         loop {
             tokio::select! {
                 Some(update) = updates.recv() => {
@@ -112,24 +127,40 @@ impl Node {
                     while let Ok(update) = updates.try_recv() {
                         self.agent.hear(update);
                     }
-                    self.sync()?;
+                    self.sync().await?;
                 }
-                Some(change) = links.recv() => self.attach(change, &mut stale),
+                Some(change) = links.recv() => {
+                    let mut reroutes = self.take_in(change, &mut stale);
+                    while let Ok(change) = links.try_recv() {
+                        reroutes |= self.take_in(change, &mut stale);
+                    }
+                    if reroutes {
+                        self.reroute().await;
+                    }
+                    self.sync().await?;
+                }
                 _ = sweeps.tick() => {
                     self.sweep();
-                    self.agent.retry();
-                    self.sync()?;
+                    self.sync().await?;
                 }
                 else => return Ok(()),
             }
         }
     }
 
-    fn sync(&mut self) -> Result<()> {
+    async fn sync(&mut self) -> Result<()> {
         let was_ready = self.status.is_ready();
         let started = Instant::now();
         let ops = self.agent.plan(started);
         if !ops.is_empty() {
+            let elsewhere = ops.iter().filter_map(|op| match op {
+                Op::Backend { backend, .. } if backend.serving => Some(backend.address.ip()),
+                _ => None,
+            });
+            let learnt = self.routes.learn(elsewhere).await;
+            if !learnt.is_empty() {
+                self.datapath.set_routes(&learnt);
+            }
             self.datapath.apply(&ops).context("cannot write the kernel's maps")?;
             tracing::debug!("{} writes in {:?}", ops.len(), started.elapsed());
         }
@@ -142,32 +173,71 @@ impl Node {
         Ok(())
     }
 
-    fn attach(&mut self, change: Change, stale: &mut HashSet<u32>) {
+    /// Asks anew for the ways to backends.
+    async fn reroute(&mut self) {
+        let agent = &self.agent;
+        let changed = self.routes.refresh(|address| agent.is_backend(address)).await;
+        if !changed.is_empty() {
+            self.datapath.set_routes(&changed);
+            tracing::info!("other ways lead to {} backend addresses", changed.len());
+        }
+    }
+
+    /// Takes in a change of links or addresses. Says whether other ways may lead to backends.
+    fn take_in(&mut self, change: Change, stale: &mut HashSet<u32>) -> bool {
         match change {
-            Change::Came { ifindex, name } => {
+            Change::Came { ifindex, name, role } => {
                 stale.remove(&ifindex);
-                match self.datapath.attach_pod(ifindex, &name) {
-                    Ok(()) => tracing::info!("attached to pod link {name} ({ifindex})"),
-                    // Most often it has just gone; then netlink says so next.
-                    Err(error) => tracing::warn!("{error:#}"),
-                }
+                self.attach(ifindex, name, role);
             }
             Change::Went { ifindex, name } => {
-                self.datapath.detach_pod(ifindex, &name);
-                tracing::info!("pod link {name} ({ifindex}) is gone");
+                self.failed.remove(&ifindex);
+                self.datapath.detach(ifindex, &name);
+                tracing::info!("detached from {name} ({ifindex})");
             }
             Change::Listed => {
                 for ifindex in stale.drain() {
-                    self.datapath.detach_pod(ifindex, "");
+                    self.datapath.detach(ifindex, "");
                 }
+            }
+            Change::Addresses(addresses) => {
+                self.agent.set_addresses(addresses);
+                return true;
+            }
+            Change::Routes => return true,
+        }
+        false
+    }
+
+    fn attach(&mut self, ifindex: u32, name: String, role: Role) {
+        match self.datapath.attach(ifindex, &name, role) {
+            Ok(()) => tracing::info!("attached to {} {name} ({ifindex})", role.label()),
+            // Most often it has just gone; then netlink says so next.
+            Err(error) => {
+                tracing::warn!("{error:#}");
+                self.failed.insert(ifindex, (name, role));
             }
         }
     }
 
-    fn sweep(&self) {
+    /// What is done from time to time.
+    fn sweep(&mut self) {
         match self.datapath.sweep() {
             Ok(swept) => self.status.swept(swept),
             Err(error) => tracing::warn!("cannot sweep the flow tables: {error:#}"),
         }
+        let refused = self.datapath.count(Outcome::TableFull).unwrap_or(self.table_full);
+        if refused > self.table_full {
+            tracing::warn!(
+                "the flow table was full for {} packets of new flows: they were dropped. Give it \
+                 more room with --max-flows, after `portal cleanup`",
+                refused - self.table_full
+            );
+            self.table_full = refused;
+        }
+        for (ifindex, (name, role)) in std::mem::take(&mut self.failed) {
+            self.attach(ifindex, name, role);
+        }
+        self.agent.retry();
     }
 }

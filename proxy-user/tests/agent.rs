@@ -4,6 +4,7 @@ use std::collections::HashSet;
 use std::time::{Duration, Instant};
 
 use portal::agent::Agent;
+use portal::desired::node_ports::NodePortAddresses;
 use portal::model::ObjectName;
 use portal::plan::{Capacity, Op, Planner};
 use portal::watch::{Kind, Update, raw};
@@ -12,7 +13,7 @@ use serde_json::json;
 const ROOMY: Capacity = Capacity { services: 100, slots: 100, backends: 100 };
 
 fn agent(capacity: Capacity) -> Agent {
-    Agent::new("n0", Planner::new(capacity))
+    Agent::new("n0", NodePortAddresses::Primary, Planner::new(capacity))
 }
 
 fn object(name: &str) -> ObjectName {
@@ -25,7 +26,7 @@ fn service(name: &str, host: u8) -> Update {
         "spec": {"clusterIP": format!("10.96.0.{host}"), "ports": [{"port": 80}]},
     }))
     .unwrap();
-    Update::Service(service)
+    Update::Service(Box::new(service))
 }
 
 fn slice(name: &str, service: &str, hosts: &[u8]) -> Update {
@@ -58,9 +59,9 @@ fn list_all(agent: &mut Agent, services: &[&str], slices: &[&str]) {
 /// The frontends that writes lead to so many slots, by the VIP's last byte.
 fn leads(ops: &[Op]) -> Vec<(u8, u32)> {
     let lead = |op: &Op| match op {
-        Op::Lead { frontend, range, .. } => {
+        Op::Lead { frontend, lead } => {
             let vip = frontend.vip.to_string();
-            Some((vip.rsplit('.').next()?.parse().ok()?, range.count))
+            Some((vip.rsplit('.').next()?.parse().ok()?, lead.cluster.count))
         }
         _ => None,
     };

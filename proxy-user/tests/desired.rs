@@ -2,7 +2,7 @@
 
 use std::net::SocketAddr;
 
-use portal::desired::{Backend, Port, PortId, desired};
+use portal::desired::{Access, Backend, Frontend, Port, PortId, desired};
 use portal::model::from_k8s::{self, Problem};
 use portal::model::{Cluster, Node, ObjectName, Protocol};
 use portal::watch::raw;
@@ -32,7 +32,10 @@ fn golden_cases() {
 fn judge(case: &Case) -> Result<(), String> {
     let mut problems = Vec::new();
     let cluster = cluster(case, &mut problems);
-    let tables = desired(&cluster, &Node { name: "n0".to_owned() });
+    let name = "n0".to_owned();
+    let addresses = ["192.0.2.1".parse().unwrap(), "2001:db8::1".parse().unwrap()].into();
+    let node = Node { name, zone: Some("here".to_owned()), addresses };
+    let tables = desired(&cluster, &node);
     let mut lines: Vec<String> = tables.iter().map(|(id, port)| line(id, port)).collect();
     let mut expected = case.expect.clone();
     lines.sort();
@@ -88,19 +91,46 @@ fn line(id: &PortId, port: &Port) -> String {
         Protocol::Udp => "UDP",
         Protocol::Sctp => "SCTP",
     };
-    let frontends: Vec<String> =
-        port.frontends.iter().map(|f| SocketAddr::new(f.vip, f.port).to_string()).collect();
+    let frontends: Vec<String> = port.frontends.iter().map(frontend).collect();
     let backends: Vec<String> = port.backends.iter().map(backend).collect();
     let backends = if backends.is_empty() { "nothing".to_owned() } else { backends.join(", ") };
-    format!("{}/{protocol} {} -> {backends}", id.port, frontends.join(", "))
+    let affinity = match port.affinity {
+        0 => String::new(),
+        seconds => format!(" for {seconds} s"),
+    };
+    let ranges: Vec<String> = port.source_ranges.iter().map(ToString::to_string).collect();
+    let ranges =
+        if ranges.is_empty() { String::new() } else { format!(" from {}", ranges.join(", ")) };
+    format!("{}/{protocol} {} -> {backends}{affinity}{ranges}", id.port, frontends.join(", "))
+}
+
+fn flags(flags: &[(bool, &str)]) -> String {
+    flags.iter().filter(|(set, _)| *set).map(|(_, flag)| *flag).collect()
+}
+
+fn frontend((frontend, access): (&Frontend, &Access)) -> String {
+    let at = if frontend.vip.is_unspecified() {
+        format!("node:{}", frontend.port)
+    } else {
+        SocketAddr::new(frontend.vip, frontend.port).to_string()
+    };
+    let told = flags(&[
+        (!access.refuses, " +external"),
+        (access.local_for_all, " +local-for-all"),
+        (access.local_for_outside, " +local-for-outside"),
+        (access.source_ranges, " +ranges"),
+        (access.node_allowed, " +node-allowed"),
+    ]);
+    at + &told
 }
 
 fn backend(backend: &Backend) -> String {
-    let flags = [
+    let told = flags(&[
         (backend.local, " +local"),
-        (!backend.usable, " +draining"),
+        (!backend.usable && !backend.usable_local, " +draining"),
+        (backend.usable && backend.local && !backend.usable_local, " +not-for-local"),
+        (!backend.usable && backend.usable_local, " +only-for-local"),
         (backend.usable && !backend.serving, " +dead"),
-    ];
-    let flags = flags.iter().filter(|(set, _)| *set).map(|(_, flag)| *flag);
-    flags.fold(backend.address.to_string(), |text, flag| text + flag)
+    ]);
+    backend.address.to_string() + &told
 }

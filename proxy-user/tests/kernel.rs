@@ -2,7 +2,7 @@
 //!
 //! Each test has a BPF file system of its own, which nobody else sees.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -10,23 +10,28 @@ use std::time::{Duration, Instant};
 use aya::maps::{HashMap, Map, MapData};
 use aya::programs::{ProgramInfo, SchedClassifier, TestRun, TestRunOptions};
 use aya::{Ebpf, EbpfLoader};
-use portal::desired::{Backend, Frontend, Port, PortId, Tables};
+use ipnet::IpNet;
+use portal::desired::{Access, Backend, Frontend, Port, PortId, Tables};
 use portal::kernel::{
     Datapath, Options, SocketLb, TcMode, cleanup, maps_folder, name_of, read, shapes,
 };
 use portal::model::{IpFamily, ObjectName, Protocol};
 use portal::plan::Planner;
+use portal::routes::Route;
 use portal::testing::namespace::Mounts;
 use proxy_common::settings::Settings;
-use proxy_common::tables::{FlowKey, FlowValue, FragmentKey, FragmentValue, Side};
-use proxy_common::testing::{Becomes, Case, Packet, Service, Step, cases};
+use proxy_common::tables::{
+    AffinityKey, AffinityValue, FlowKey, FlowValue, FragmentKey, FragmentValue, ServiceValue, Side,
+};
+use proxy_common::testing::{Becomes, Case, Hook, LINK, NODE, Packet, Service, Step, cases};
 use proxy_common::{Outcome, V4, V6, proto};
 
 const BPFFS: &str = "/mnt/bpf";
 
 /// What the kernel's verifier may take at most; it gives up at a million. Measured on 6.18: 16,665
 /// and 77,080.
-const BUDGETS: [(&str, u32); 2] = [("portal_egress", 40_000), ("portal_ingress", 160_000)];
+const BUDGETS: [(&str, u32); 3] =
+    [("portal_egress", 40_000), ("portal_ingress", 300_000), ("portal_uplink", 300_000)];
 
 fn options() -> Options {
     Options {
@@ -36,6 +41,7 @@ fn options() -> Options {
         tc: TcMode::Auto,
         max_flows: 1000,
         trace: false,
+        cluster_cidrs: Vec::new(),
     }
 }
 
@@ -86,14 +92,24 @@ impl Bench {
         let mut refusals = Vec::new();
         // Long enough after any change before.
         let now = Instant::now() + Duration::from_secs(2);
-        let gone: Vec<PortId> =
-            self.planner.ports().filter(|port| !wanted.contains_key(port)).cloned().collect();
-        let gone = gone.iter().map(|port| (port, None));
-        for (port, tables) in gone.chain(wanted.iter().map(|(port, tables)| (port, Some(tables)))) {
-            let ops = self.planner.plan(now, port, tables, &mut refusals);
-            self.datapath.apply(&ops).unwrap();
-        }
+        let held: Vec<PortId> = self.planner.ports().cloned().collect();
+        let gone = held.into_iter().filter(|port| !wanted.contains_key(port));
+        let changes: Vec<_> = gone
+            .map(|port| (port, None))
+            .chain(wanted.iter().map(|(port, tables)| (port.clone(), Some(tables.clone()))))
+            .collect();
+        let ops = self.planner.plan(now, &changes, &mut refusals);
+        self.datapath.apply(&ops).unwrap();
         assert_eq!(refusals, []);
+        let marks = NODE.map(|ip| (ip, ServiceValue::NODE | ServiceValue::NODE_PORTS)).into();
+        let ops = self.planner.plan_node(&marks);
+        self.datapath.apply(&ops).unwrap();
+        let backends = services.iter().flat_map(|service| &service.backends);
+        let route = |backend: &SocketAddr| {
+            let source = NODE[usize::from(backend.is_ipv6())];
+            (backend.ip(), Some(Route { source, link: LINK }))
+        };
+        self.datapath.set_routes(&backends.map(route).collect());
     }
 
     fn forget_flows(&self) {
@@ -101,16 +117,19 @@ impl Bench {
             clear::<FlowKey<V4>, FlowValue<V4>>(&self.root, &name_of::<V4>(table));
             clear::<FlowKey<V6>, FlowValue<V6>>(&self.root, &name_of::<V6>(table));
         }
+        clear::<AffinityKey<V4>, AffinityValue>(&self.root, &name_of::<V4>("affinity"));
+        clear::<AffinityKey<V6>, AffinityValue>(&self.root, &name_of::<V6>("affinity"));
         clear::<FragmentKey<V4>, FragmentValue>(&self.root, &name_of::<V4>("fragments"));
         clear::<FragmentKey<V6>, FragmentValue>(&self.root, &name_of::<V6>("fragments"));
     }
 
     /// A packet is seen at a hook: what is done with it, the kernel's code for that, and what the
     /// packet is then.
-    fn see(&self, side: Side, frame: &[u8]) -> (Outcome, i32, Vec<u8>) {
-        let name = match side {
-            Side::Ingress => "portal_ingress",
-            Side::Egress => "portal_egress",
+    fn see(&self, hook: Hook, frame: &[u8]) -> (Outcome, i32, Vec<u8>) {
+        let name = match hook {
+            Hook::Ingress => "portal_ingress",
+            Hook::Uplink => "portal_uplink",
+            Hook::Egress => "portal_egress",
         };
         let program: &SchedClassifier = self.programs.program(name).unwrap().try_into().unwrap();
         let before = read::outcomes(&self.root).unwrap();
@@ -148,15 +167,26 @@ fn tables(services: &[Service]) -> Tables {
             protocol,
             family: IpFamily::of(vip),
         };
-        let backend = |address: &SocketAddr| Backend {
-            address: *address,
-            usable: true,
-            serving: true,
-            local: false,
+        let backend = |address: &SocketAddr| {
+            let local = service.local.contains(address);
+            Backend { address: *address, usable: true, usable_local: local, serving: true, local }
         };
-        let backends = service.backends.iter().map(backend).collect();
-        let frontends = vec![Frontend { vip, port, protocol }];
-        (id, Port { created: String::new(), frontends, backends })
+        let has = |flag| service.flags & flag != 0;
+        let access = Access {
+            refuses: has(ServiceValue::REFUSES),
+            local_for_all: has(ServiceValue::LOCAL_FOR_ALL),
+            local_for_outside: has(ServiceValue::LOCAL_FOR_OUTSIDE),
+            source_ranges: has(ServiceValue::SOURCE_RANGES),
+            node_allowed: has(ServiceValue::NODE_ALLOWED),
+        };
+        let range = |(ip, bits): &(IpAddr, u8)| IpNet::new(*ip, *bits).unwrap().trunc();
+        let port = Port {
+            frontends: [(Frontend { vip, port, protocol }, access)].into(),
+            backends: service.backends.iter().map(backend).collect(),
+            source_ranges: service.ranges.iter().map(range).collect(),
+            ..Port::default()
+        };
+        (id, port)
     };
     services.iter().map(port).collect()
 }
@@ -164,8 +194,11 @@ fn tables(services: &[Service]) -> Tables {
 /// The code of tc that goes with an outcome: on, out of the link it came from, or dropped.
 fn verdict(outcome: Outcome) -> i32 {
     match outcome {
-        Outcome::Hairpin | Outcome::Reset | Outcome::Unreachable => 7,
+        Outcome::Masqueraded | Outcome::Hairpin | Outcome::Reset | Outcome::Unreachable => 7,
         Outcome::FragmentUnknown
+        | Outcome::NoLocal
+        | Outcome::NotAllowed
+        | Outcome::NoRoute
         | Outcome::Silent
         | Outcome::NoPort
         | Outcome::TableFull
@@ -180,8 +213,8 @@ fn run(bench: &mut Bench, case: &Case) {
         let place = format!("{}, step {number}", case.name);
         match step {
             Step::Services(services) => bench.serve(services),
-            Step::Packet { side, frame, outcome, becomes } => {
-                let (done, code, bytes) = bench.see(*side, frame);
+            Step::Packet { hook, frame, outcome, becomes } => {
+                let (done, code, bytes) = bench.see(*hook, frame);
                 assert_eq!((done, code), (*outcome, verdict(*outcome)), "{place}");
                 judge(&place, frame, &bytes, becomes);
             }
@@ -218,8 +251,8 @@ fn what_is_not_ip_is_not_touched() {
         let bench = Bench::new(&options);
         let mut arp = vec![0xff; 60];
         arp[12..14].copy_from_slice(&[0x08, 0x06]);
-        for side in [Side::Ingress, Side::Egress] {
-            assert_eq!(bench.see(side, &arp), (Outcome::NotIp, -1, arp.clone()));
+        for hook in [Hook::Ingress, Hook::Uplink, Hook::Egress] {
+            assert_eq!(bench.see(hook, &arp), (Outcome::NotIp, -1, arp.clone()));
         }
     });
 }
@@ -230,11 +263,11 @@ fn a_full_flow_table_refuses_new_flows_and_keeps_old_ones() {
         options.max_flows = 8;
         let mut bench = Bench::new(&options);
         let (vip, pod) = (at("10.96.0.1:80"), at("10.0.1.1:8080"));
-        bench.serve(&[Service { frontend: vip, proto: proto::UDP, backends: vec![pod] }]);
+        bench.serve(&[Service::new(vip, proto::UDP, &[pod])]);
         let exchange = |client: SocketAddr| {
             let there =
-                bench.see(Side::Ingress, &Packet::udp(Side::Ingress, client, vip).frame()).0;
-            let back = bench.see(Side::Egress, &Packet::udp(Side::Egress, pod, client).frame()).0;
+                bench.see(Hook::Ingress, &Packet::udp(Side::Ingress, client, vip).frame()).0;
+            let back = bench.see(Hook::Egress, &Packet::udp(Side::Egress, pod, client).frame()).0;
             (there, back)
         };
         let clients = || (1..=100).map(|host| SocketAddr::from(([10, 0, 0, host], 4000)));
@@ -257,10 +290,10 @@ fn the_sweep_removes_what_has_ended_and_nothing_else() {
     on_bpffs(|options| {
         let mut bench = Bench::new(&options);
         let (vip, pod) = (at("10.96.0.1:80"), at("10.0.1.1:8080"));
-        bench.serve(&[Service { frontend: vip, proto: proto::UDP, backends: vec![pod] }]);
+        bench.serve(&[Service::new(vip, proto::UDP, &[pod])]);
         for client in [at("10.0.0.1:4000"), at("10.0.0.2:4000")] {
-            bench.see(Side::Ingress, &Packet::udp(Side::Ingress, client, vip).frame());
-            bench.see(Side::Egress, &Packet::udp(Side::Egress, pod, client).frame());
+            bench.see(Hook::Ingress, &Packet::udp(Side::Ingress, client, vip).frame());
+            bench.see(Hook::Egress, &Packet::udp(Side::Egress, pod, client).frame());
         }
         assert_eq!(bench.datapath.sweep().unwrap().removed, 0);
         let path = maps_folder(&options.bpffs_root).join("flows_v4");
@@ -301,11 +334,7 @@ fn the_verifier_needs_no_more_than_its_budget() {
 fn maps_are_pinned_by_name_and_show_their_fields_to_bpftool() {
     on_bpffs(|options| {
         let mut bench = Bench::new(&options);
-        bench.serve(&[Service {
-            frontend: at("10.96.0.1:80"),
-            proto: proto::TCP,
-            backends: vec![at("10.0.1.1:8080")],
-        }]);
+        bench.serve(&[Service::new(at("10.96.0.1:80"), proto::TCP, &[at("10.0.1.1:8080")])]);
         let maps = maps_folder(&options.bpffs_root);
         for shape in shapes() {
             let info = MapData::from_pin(maps.join(shape.name)).unwrap().info().unwrap();
@@ -322,7 +351,7 @@ fn maps_are_pinned_by_name_and_show_their_fields_to_bpftool() {
             String::from_utf8_lossy(&output.stdout).into_owned()
         };
         for (map, fields) in [
-            ("services_v4", ["vip", "proto", "cluster", "first"]),
+            ("services_v4", ["vip", "proto", "cluster", "flags"]),
             ("names", ["namespace", "service", "port", "proto"]),
         ] {
             let text = dump(map);

@@ -5,11 +5,15 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
-use portal::desired::{Backend, Frontend, Port, PortId, Tables};
+use ipnet::IpNet;
+use portal::desired::{Access, Backend, Frontend, Port, PortId, Tables};
 use portal::model::{IpFamily, ObjectName, Protocol};
-use portal::plan::{Actual, ActualBackend, ActualService, BackendEntry, Capacity, Op, Planner};
+use portal::plan::{
+    Actual, ActualBackend, ActualService, BackendEntry, Capacity, Lead, Op, Planner,
+};
 use proptest::prelude::*;
-use proxy_common::tables::Range;
+use proxy_common::settings::ticks;
+use proxy_common::tables::{Range, ServiceValue};
 
 const CAPACITY: Capacity = Capacity { services: 200, slots: 400, backends: 200 };
 const FAMILIES: [IpFamily; 2] = [IpFamily::V4, IpFamily::V6];
@@ -17,8 +21,9 @@ const FAMILIES: [IpFamily; 2] = [IpFamily::V4, IpFamily::V6];
 /// The kernel's maps, simulated.
 #[derive(Clone, Default)]
 struct Maps {
-    services: BTreeMap<Frontend, (u32, Range)>,
-    vips: BTreeSet<IpAddr>,
+    services: BTreeMap<Frontend, Lead>,
+    marks: BTreeMap<IpAddr, u32>,
+    ranges: BTreeSet<(u32, IpNet)>,
     names: HashMap<u32, PortId>,
     slots: HashMap<u32, u32>,
     backends: HashMap<(IpFamily, u32), BackendEntry>,
@@ -39,24 +44,29 @@ impl Maps {
             Op::Unname { id } => {
                 self.names.remove(id);
             }
-            Op::Lead { frontend, id, range } => {
-                self.services.insert(*frontend, (*id, *range));
+            Op::Lead { frontend, lead } => {
+                self.services.insert(*frontend, *lead);
             }
             Op::Remove { frontend } => {
                 self.services.remove(frontend).expect("removes what is there");
             }
-            Op::MarkVip { vip } => assert!(self.vips.insert(*vip), "{vip} was marked already"),
-            Op::UnmarkVip { vip } => assert!(self.vips.remove(vip), "{vip} was not marked"),
+            Op::Mark { address, flags } => {
+                assert_ne!(self.marks.insert(*address, *flags), Some(*flags), "written twice");
+            }
+            Op::Unmark { address } => {
+                self.marks.remove(address).expect("removes what is there");
+            }
+            Op::Allow { id, range } => assert!(self.ranges.insert((*id, *range))),
+            Op::Forbid { id, range } => assert!(self.ranges.remove(&(*id, *range))),
         }
     }
 
     /// What a restarted agent reads. The maps of names do not know families.
     fn actual(&self) -> Actual {
-        let services = self.services.iter().map(|(frontend, (id, range))| ActualService {
-            frontend: *frontend,
-            id: *id,
-            range: *range,
-        });
+        let services = self
+            .services
+            .iter()
+            .map(|(frontend, lead)| ActualService { frontend: *frontend, lead: *lead });
         let backends = self.backends.iter().map(|((family, number), entry)| ActualBackend {
             family: *family,
             number: *number,
@@ -65,47 +75,62 @@ impl Maps {
         let nameless = |port: &PortId| PortId { family: IpFamily::V4, ..port.clone() };
         Actual {
             services: services.collect(),
-            vips: self.vips.iter().copied().collect(),
+            marks: self.marks.iter().map(|(ip, flags)| (*ip, *flags)).collect(),
+            ranges: self.ranges.iter().copied().collect(),
             names: self.names.iter().map(|(id, port)| (*id, nameless(port))).collect(),
             backends: backends.collect(),
             slots: self.slots.clone(),
         }
     }
 
-    /// Where a packet to a frontend may go, and which Service port's it is. Fails if it leads to a
-    /// place that makes no sense.
-    fn resolve(&self, frontend: &Frontend) -> (PortId, BTreeSet<SocketAddr>) {
-        let (id, range) = self.services[frontend];
+    /// Where a packet to a frontend may go, anywhere and on this node, and which Service port's it is.
+    /// Fails if it leads to a place that makes no sense.
+    fn resolve(&self, frontend: &Frontend) -> (PortId, [BTreeSet<SocketAddr>; 2]) {
+        let Lead { id, cluster, local, .. } = self.services[frontend];
         let port = self.names.get(&id).expect("a frontend leads to a Service port with a name");
-        let slots = range.first..range.first + range.count;
-        let backends = slots.map(|slot| {
-            let number = self.slots[&slot];
-            let entry = self.backends[&(IpFamily::of(frontend.vip), number)];
-            assert_eq!(entry.service, id, "a slot leads to another Service port's backend");
-            entry.address
-        });
-        let backends: Vec<SocketAddr> = backends.collect();
-        let addresses: BTreeSet<SocketAddr> = backends.iter().copied().collect();
-        assert_eq!(addresses.len(), backends.len(), "a backend has two slots");
-        (port.clone(), addresses)
+        let addresses = |range: Range| {
+            let slots = range.first..range.first + range.count;
+            let backends = slots.map(|slot| {
+                let number = self.slots[&slot];
+                let entry = self.backends[&(IpFamily::of(frontend.vip), number)];
+                assert_eq!(entry.service, id, "a slot leads to another Service port's backend");
+                entry.address
+            });
+            let backends: Vec<SocketAddr> = backends.collect();
+            let addresses: BTreeSet<SocketAddr> = backends.iter().copied().collect();
+            assert_eq!(addresses.len(), backends.len(), "a backend has two slots");
+            addresses
+        };
+        (port.clone(), [addresses(cluster), addresses(local)])
     }
 
-    fn resolved(&self) -> impl Iterator<Item = (PortId, BTreeSet<SocketAddr>)> {
+    fn resolved(&self) -> impl Iterator<Item = (PortId, [BTreeSet<SocketAddr>; 2])> {
         self.services.keys().map(|frontend| self.resolve(frontend))
     }
 
     /// Asserts that the maps hold `wanted` and nothing else.
     fn assert_holds(&self, wanted: &Tables) {
         let winners = winners(wanted);
-        let led: BTreeMap<Frontend, PortId> =
+        let leading: BTreeMap<Frontend, PortId> =
             self.services.keys().map(|f| (*f, self.resolve(f).0)).collect();
-        assert_eq!(led, winners);
-        assert_eq!(self.vips, winners.keys().map(|frontend| frontend.vip).collect());
+        assert_eq!(leading, winners);
+        assert_eq!(self.marks, marks(wanted, &winners));
+        let ranges = self
+            .names
+            .iter()
+            .flat_map(|(id, port)| wanted[port].source_ranges.iter().map(|range| (*id, *range)));
+        assert_eq!(self.ranges, ranges.collect());
         let names: BTreeSet<&PortId> = self.names.values().collect();
         assert_eq!(names, wanted.keys().collect());
         assert_eq!(names.len(), self.names.len(), "a Service port has two numbers");
         for (frontend, port) in &winners {
             assert_eq!(self.resolve(frontend).1, usable(&wanted[port]));
+            let lead = self.services[frontend];
+            assert_eq!(lead.affinity, ticks(wanted[port].affinity.into()));
+            let has = |flag| lead.flags & flag != 0;
+            let access = wanted[port].frontends[frontend];
+            assert_eq!(has(ServiceValue::REFUSES), access.refuses);
+            assert_eq!(has(ServiceValue::LOCAL_FOR_OUTSIDE), access.local_for_outside);
         }
         for (id, port) in &self.names {
             let serving = self.backends.iter().filter(|((family, _), entry)| {
@@ -118,15 +143,28 @@ impl Maps {
     }
 }
 
-fn usable(port: &Port) -> BTreeSet<SocketAddr> {
-    port.backends.iter().filter(|b| b.usable).map(|b| b.address).collect()
+fn usable(port: &Port) -> [BTreeSet<SocketAddr>; 2] {
+    let of = |usable: fn(&Backend) -> bool| {
+        port.backends.iter().filter(|b| usable(b)).map(|b| b.address).collect()
+    };
+    [of(|backend| backend.usable), of(|backend| backend.usable_local)]
+}
+
+/// The marks of addresses that go with frontends.
+fn marks(wanted: &Tables, winners: &BTreeMap<Frontend, PortId>) -> BTreeMap<IpAddr, u32> {
+    let mut marks: BTreeMap<IpAddr, u32> = BTreeMap::new();
+    for (frontend, port) in winners.iter().filter(|(f, _)| !f.vip.is_unspecified()) {
+        let refuses = wanted[port].frontends[frontend].refuses;
+        *marks.entry(frontend.vip).or_default() |= if refuses { ServiceValue::REFUSES } else { 0 };
+    }
+    marks
 }
 
 /// Who has each frontend: the oldest, then the first by name.
 fn winners(wanted: &Tables) -> BTreeMap<Frontend, PortId> {
     let mut claims: BTreeMap<Frontend, (&str, &PortId)> = BTreeMap::new();
     for (id, port) in wanted {
-        for frontend in &port.frontends {
+        for frontend in port.frontends.keys() {
             let claim = (port.created.as_str(), id);
             claims.entry(*frontend).and_modify(|best| *best = claim.min(*best)).or_insert(claim);
         }
@@ -164,26 +202,42 @@ fn address(family: IpFamily, host: u8) -> IpAddr {
 }
 
 fn any_port(family: IpFamily) -> impl Strategy<Value = Port> {
-    let frontends = proptest::collection::btree_set((0..2_u8, 80..82_u16), 0..4);
-    let backends = proptest::collection::btree_map(10..16_u8, any::<bool>(), 0..5);
-    (1..4_u8, frontends, backends).prop_map(move |(created, frontends, backends)| Port {
-        created: created.to_string(),
-        frontends: frontends
-            .into_iter()
-            .map(|(vip, port)| Frontend {
-                vip: address(family, vip),
-                port,
-                protocol: Protocol::Tcp,
-            })
-            .collect(),
-        backends: backends
-            .into_iter()
-            .map(|(host, usable)| {
-                let address = SocketAddr::new(address(family, host), 8080);
-                Backend { address, usable, serving: true, local: host % 2 == 0 }
-            })
-            .collect(),
-    })
+    // Host 0 stands for the unspecified address: a NodePort.
+    let frontends =
+        proptest::collection::btree_map((0..3_u8, 80..82_u16), any::<(bool, bool)>(), 0..4);
+    let backends = proptest::collection::btree_map(10..16_u8, any::<(bool, bool)>(), 0..5);
+    let ranges = proptest::collection::btree_set(1..4_u8, 0..3);
+    (1..4_u8, frontends, backends, ranges, 0..2_u32).prop_map(
+        move |(created, frontends, backends, ranges, affinity)| Port {
+            created: created.to_string(),
+            frontends: frontends
+                .into_iter()
+                .map(|((host, port), (refuses, local_for_outside))| {
+                    let vip = if host == 0 { any_address(family) } else { address(family, host) };
+                    let access = Access { refuses, local_for_outside, ..Access::default() };
+                    (Frontend { vip, port, protocol: Protocol::Tcp }, access)
+                })
+                .collect(),
+            backends: backends
+                .into_iter()
+                .map(|(host, (usable, usable_local))| {
+                    let address = SocketAddr::new(address(family, host), 8080);
+                    // Whoever is usable here makes the Service usable at all.
+                    let usable = usable || usable_local;
+                    Backend { address, usable, usable_local, serving: true, local: usable_local }
+                })
+                .collect(),
+            source_ranges: ranges.into_iter().map(|h| IpNet::from(address(family, h))).collect(),
+            affinity: affinity * 100,
+        },
+    )
+}
+
+fn any_address(family: IpFamily) -> IpAddr {
+    match family {
+        IpFamily::V4 => IpAddr::from([0; 4]),
+        IpFamily::V6 => IpAddr::from([0_u16; 8]),
+    }
 }
 
 fn any_tables() -> impl Strategy<Value = Tables> {
@@ -225,22 +279,23 @@ impl Agent {
     }
 
     fn plan(&mut self, wanted: &Tables) -> Vec<Op> {
-        let mut gone: Vec<PortId> = self.planner.ports().cloned().collect();
-        gone.retain(|port| !wanted.contains_key(port));
-        let gone = gone.iter().map(|port| (port, None));
-        let mut refusals = Vec::new();
-        let mut ops = Vec::new();
-        for (port, tables) in gone.chain(wanted.iter().map(|(port, tables)| (port, Some(tables)))) {
-            ops.extend(self.planner.plan(self.now, port, tables, &mut refusals));
-        }
-        ops
+        let held: Vec<PortId> = self.planner.ports().cloned().collect();
+        let gone = held.into_iter().filter(|port| !wanted.contains_key(port));
+        let put = wanted.iter().map(|(port, tables)| (port.clone(), Some(tables.clone())));
+        let changes: Vec<_> = gone.map(|port| (port, None)).chain(put).collect();
+        self.planner.plan(self.now, &changes, &mut Vec::new())
     }
 
     /// Writes, and looks after each write whether every frontend leads to all the backends that its
     /// Service port had or is to have.
     fn write(&mut self, ops: &[Op], wanted: &Tables) {
+        let after = winners(wanted);
+        let stays: Vec<Frontend> =
+            self.maps.services.keys().filter(|f| after.contains_key(f)).copied().collect();
         for op in ops {
             self.maps.apply(op);
+            let missing = stays.iter().find(|f| !self.maps.services.contains_key(f));
+            assert_eq!(missing, None, "it was and will be, but is not after {op:?}");
             for (port, backends) in self.maps.resolved() {
                 let is = |tables: &Tables| tables.get(&port).is_some_and(|p| usable(p) == backends);
                 let whole = is(&self.held) || is(wanted);

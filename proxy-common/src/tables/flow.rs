@@ -12,6 +12,7 @@
 use core::marker::PhantomData;
 use core::ptr::NonNull;
 
+use super::service::{AffinityKey, SourceRange};
 use crate::addr::{Address, Port, mix};
 use crate::{Family, map_type};
 
@@ -90,14 +91,16 @@ impl<F: Family> FlowKey<F> {
 pub enum State {
     /// Not answered yet.
     Embryo = 0,
-    /// Answered.
-    Established = 1,
+    /// Answered once, and the client has not been heard of since.
+    Answered = 1,
+    /// Both sides have heard of each other.
+    Established = 2,
     /// TCP: one side has sent its FIN.
-    HalfClosed = 2,
+    HalfClosed = 3,
     /// TCP: both sides have sent their FIN.
-    Closing = 3,
-    /// TCP: reset. The record may be replaced or swept at once.
-    Closed = 4,
+    Closing = 4,
+    /// TCP: reset. Another flow may have the record's place at once.
+    Closed = 5,
 }
 
 impl State {
@@ -105,10 +108,11 @@ impl State {
     pub const fn label(number: u8) -> &'static str {
         match number {
             0 => "embryo",
-            1 => "established",
-            2 => "half-closed",
-            3 => "closing",
-            4 => "closed",
+            1 => "answered",
+            2 => "established",
+            3 => "half-closed",
+            4 => "closing",
+            5 => "closed",
             _ => "?",
         }
     }
@@ -129,6 +133,10 @@ map_type! {
         pub service: u32,
         /// The backend's number.
         pub backend: u32,
+        /// The link that this direction's packets leave by, past the host stack; 0: by the host stack.
+        pub link: u32,
+        /// The link that the other direction's packets leave by.
+        pub other_link: u32,
         /// The backend's generation when it was chosen.
         pub generation: u16,
         /// The [`State`] as a number.
@@ -149,8 +157,15 @@ impl<F: Family> FlowValue<F> {
     /// Whether the record has been idle for longer than it may.
     #[inline(always)]
     pub const fn expired(&self, now: u32) -> bool {
-        now.wrapping_sub(self.seen) > self.timeout
+        expired(self.seen, self.timeout, now)
     }
+}
+
+/// Whether a record seen at `seen` has been idle for longer than `timeout`. `now` may be older than
+/// `seen`: another CPU's clock, or one read before a long scan.
+#[inline(always)]
+const fn expired(seen: u32, timeout: u32, now: u32) -> bool {
+    now.wrapping_sub(seen).cast_signed() > timeout.cast_signed()
 }
 
 /// Which part of a datagram a packet is.
@@ -215,6 +230,12 @@ map_type! {
         pub forward: FlowValue<F>,
         /// The record of the backend's packets. Each record's `other` is the other's key.
         pub reply: FlowValue<F>,
+        /// The link that the packet leaves by, past the host stack; 0: by the host stack.
+        pub link: u32,
+        /// A client with affinity, to be looked up.
+        pub affinity: AffinityKey<F>,
+        /// A client's address, to be looked up among source ranges.
+        pub range: SourceRange<F>,
     }
 }
 
@@ -275,6 +296,10 @@ impl<F: Family> FlowRecord<'_, F> {
         service, set_service: u32;
         /// The backend's number.
         backend, set_backend: u32;
+        /// The link that this direction's packets leave by, see [`FlowValue::link`].
+        link, set_link: u32;
+        /// The link that the other direction's packets leave by.
+        other_link, set_other_link: u32;
         /// The backend's generation when it was chosen.
         generation, set_generation: u16;
         /// The [`State`] as a number.
@@ -318,7 +343,7 @@ impl<F: Family> FlowRecord<'_, F> {
     /// Whether the record has been idle for longer than it may.
     #[inline(always)]
     pub fn expired(&self, now: u32) -> bool {
-        now.wrapping_sub(self.seen()) > self.timeout()
+        expired(self.seen(), self.timeout(), now)
     }
 
     /// Notes that the record was used. Stores only when the tick has changed, so that a busy flow's

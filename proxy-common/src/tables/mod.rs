@@ -5,6 +5,8 @@
 //! | `services_v4/6` | hash | [`ServiceKey`] → [`ServiceValue`] | agent | datapath |
 //! | `slots` | array, memory-mapped | slot → backend number (`u64`) | agent | datapath |
 //! | `backends_v4/6` | array, memory-mapped | backend number → [`Backend`] | agent | datapath |
+//! | `affinity_v4/6` | LRU hash | [`AffinityKey`] → [`AffinityValue`] | datapath | datapath |
+//! | `ranges_v4/6` | LPM trie | [`SourceRange`] → 1 (`u32`) | agent | datapath |
 //! | `flows_v4/6` | hash | [`FlowKey`] → [`FlowValue`] | datapath, agent's sweep | datapath |
 //! | `embryos_v4/6` | LRU hash | [`FlowKey`] → [`FlowValue`] | datapath | datapath |
 //! | `fragments_v4/6` | LRU hash | [`FragmentKey`] → [`FragmentValue`] | datapath | datapath |
@@ -24,4 +26,6 @@ pub use config::{Config, Name};
 pub use flow::{FlowKey, FlowRecord, FlowValue, Packet, Part, Side, State, Work};
 pub use fragment::{FragmentKey, FragmentValue};
 pub use peer::{PeerKey, PeerValue};
-pub use service::{Backend, Range, ServiceKey, ServiceValue};
+pub use service::{
+    AffinityKey, AffinityValue, Backend, Range, RangeData, ServiceKey, ServiceValue, SourceRange,
+};

@@ -4,6 +4,8 @@
 //! ServiceKey ──services──▶ ServiceValue.cluster ──slots──▶ backend number ──backends──▶ Backend
 //! ```
 //!
+//! A `NodePort` is a frontend at the zero address; the marks of the node's own addresses lead there.
+//!
 //! A change is one switch: new backends and slots are written first, into free places, then the one
 //! hash value is replaced. Old places are used again only after a grace period.
 
@@ -11,8 +13,8 @@ use crate::addr::{Address, Port, mix};
 use crate::{Family, map_type, proto};
 
 map_type! {
-    /// A frontend: where clients send to. With port 0 and protocol [`proto::ANY`] it says that the
-    /// address is a VIP, so that the ports it does not have are refused.
+    /// A frontend: where clients send to. With port 0 and protocol [`proto::ANY`] it is the mark of an
+    /// address: its value's flags say what the address is.
     pub struct ServiceKey<F> {
         /// The virtual IP.
         pub vip: F::Addr,
@@ -32,10 +34,16 @@ impl<F: Family> ServiceKey<F> {
         Self { vip, port, proto, pad: 0 }
     }
 
-    /// The key that marks an address as a VIP.
+    /// The key of an address's mark.
     #[inline(always)]
-    pub const fn vip(vip: F::Addr) -> Self {
-        Self::new(vip, Port::new(0), proto::ANY)
+    pub const fn mark(address: F::Addr) -> Self {
+        Self::new(address, Port::new(0), proto::ANY)
+    }
+
+    /// The key of a `NodePort`.
+    #[inline(always)]
+    pub fn node_port(port: Port, proto: u8) -> Self {
+        Self::new(bytemuck::Zeroable::zeroed(), port, proto)
     }
 
     /// What [`ServiceValue::tag`] must be for this key.
@@ -65,7 +73,30 @@ map_type! {
         pub id: u32,
         /// Backends of the whole cluster.
         pub cluster: Range,
+        /// Backends on this node; right behind those of the cluster.
+        pub local: Range,
+        /// For how many ticks a client stays with its backend; 0 if it does not (KP-95).
+        pub affinity: u32,
+        /// [`ServiceValue::REFUSES`] and its like.
+        pub flags: u32,
     }
+}
+
+impl ServiceValue {
+    /// Mark: the address is a `ClusterIP`, whose unused ports are refused (KP-40).
+    pub const REFUSES: u32 = 1;
+    /// Mark: the address takes `NodePorts`.
+    pub const NODE_PORTS: u32 = 2;
+    /// Mark: the address is this node's, so answers to it may belong to masqueraded flows.
+    pub const NODE: u32 = 4;
+    /// Frontend: only backends on this node, whoever asks (internalTrafficPolicy, KP-59).
+    pub const LOCAL_FOR_ALL: u32 = 8;
+    /// Frontend: only backends on this node for who asks from outside (externalTrafficPolicy, KP-52).
+    pub const LOCAL_FOR_OUTSIDE: u32 = 16;
+    /// Frontend: only for clients in the Service's source ranges (KP-90).
+    pub const SOURCE_RANGES: u32 = 32;
+    /// Frontend: with source ranges that this node's own address is in (KP-92).
+    pub const NODE_ALLOWED: u32 = 64;
 }
 
 map_type! {
@@ -74,14 +105,19 @@ map_type! {
     pub struct Backend<F> {
         /// The endpoint's address.
         pub addr: F::Addr,
+        /// The address by which the node itself reaches the endpoint: what masqueraded flows come from.
+        /// Zero if it is not known.
+        pub source: F::Addr,
         /// The endpoint's port.
         pub port: Port,
         /// Raised when the number is given to another endpoint; flows remember it.
         pub generation: u16,
-        /// [`Backend::SERVING`] or 0, and [`Backend::LOCAL`].
+        /// [`Backend::SERVING`] and its like.
         pub flags: u32,
         /// The Service port's number.
         pub service: u32,
+        /// The link by which the node reaches the endpoint. 0 if it is not known.
+        pub link: u32,
     }
 }
 
@@ -90,4 +126,60 @@ impl<F: Family> Backend<F> {
     pub const SERVING: u32 = 1;
     /// The endpoint is on this node.
     pub const LOCAL: u32 = 2;
+    /// The endpoint takes new flows of the cluster's range.
+    pub const IN_CLUSTER: u32 = 4;
+    /// The endpoint takes new flows of the local range.
+    pub const IN_LOCAL: u32 = 8;
+}
+
+map_type! {
+    /// A client that stays with its backend (KP-95): by address, and not by port; of one Service port,
+    /// over all its frontends.
+    pub struct AffinityKey<F> {
+        /// The client's address; zero for sockets, which have none when they choose.
+        pub client: F::Addr,
+        /// The Service port's number.
+        pub service: u32,
+        /// The cookie of the client's network namespace in two halves, for sockets; zero otherwise.
+        pub netns: [u32; 2],
+    }
+}
+
+map_type! {
+    /// The backend that a client stays with.
+    pub struct AffinityValue {
+        /// The backend's number.
+        pub backend: u32,
+        /// When a flow last chose it, in ticks.
+        pub seen: u32,
+        /// The backend's generation then.
+        pub generation: u16,
+        /// Zero.
+        pub pad: u16,
+    }
+}
+
+map_type! {
+    /// A range of a Service port's source ranges: what the trie's prefix counts the bits of.
+    pub struct RangeData<F> {
+        /// The Service port's number, in network byte order: it is matched bit by bit.
+        pub service: [u8; 4],
+        /// The range's address.
+        pub address: F::Addr,
+    }
+}
+
+impl<F: Family> RangeData<F> {
+    /// The bits of the number, which every prefix counts.
+    pub const SERVICE_BITS: u32 = 32;
+}
+
+map_type! {
+    /// A key of the source ranges, laid out as the kernel's tries have it.
+    pub struct SourceRange<F> {
+        /// How many bits of what follows count.
+        pub prefix: u32,
+        /// What follows.
+        pub data: RangeData<F>,
+    }
 }

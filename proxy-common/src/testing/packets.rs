@@ -61,6 +61,8 @@ pub struct Packet {
     pub transport: Transport,
     /// With IPv4 options, or IPv6 extension headers.
     pub options: bool,
+    /// Time to live, or hop limit.
+    pub hops: u8,
     /// What the transport carries.
     pub payload: Vec<u8>,
 }
@@ -71,20 +73,20 @@ impl Packet {
         let (sequence, acknowledgement) = (1000, if flags & 16 == 0 { 0 } else { 2000 });
         let transport = Transport::Tcp { flags, sequence, acknowledgement, window: 512 };
         let payload = if flags & 2 == 0 { b"hello".to_vec() } else { Vec::new() };
-        Self { side, src, dst, transport, options: false, payload }
+        Self { side, src, dst, transport, options: false, hops: 64, payload }
     }
 
     /// A UDP datagram with a few bytes.
     pub fn udp(side: Side, src: SocketAddr, dst: SocketAddr) -> Self {
         let payload = b"hello, hello".to_vec();
-        Self { side, src, dst, transport: Transport::Udp, options: false, payload }
+        Self { side, src, dst, transport: Transport::Udp, options: false, hops: 64, payload }
     }
 
     /// An ICMP message.
     pub fn icmp(side: Side, src: IpAddr, dst: IpAddr, head: [u8; 2], payload: Vec<u8>) -> Self {
         let (src, dst) = (SocketAddr::new(src, 0), SocketAddr::new(dst, 0));
         let transport = Transport::Icmp { kind: head[0], code: head[1], rest: [0; 4] };
-        Self { side, src, dst, transport, options: false, payload }
+        Self { side, src, dst, transport, options: false, hops: 64, payload }
     }
 
     /// The same packet with IPv4 options or IPv6 extension headers.
@@ -214,7 +216,7 @@ impl Packet {
         part: Option<(u16, bool)>,
     ) -> Vec<u8> {
         let mut header =
-            Ipv4Header::new(0, 64, IpNumber(self.protocol()), src, dst).expect("valid");
+            Ipv4Header::new(0, self.hops, IpNumber(self.protocol()), src, dst).expect("valid");
         if self.options {
             // Router alert (RFC 2113) and three no-operations with their end.
             header.options = [0x94, 4, 0, 0, 1, 1, 1, 0].into();
@@ -255,7 +257,7 @@ impl Packet {
         let header = Ipv6Header {
             payload_length: u16::try_from(extensions.len() + length).expect("it is short"),
             next_header: IpNumber(next),
-            hop_limit: 64,
+            hop_limit: self.hops,
             source,
             destination,
             ..Ipv6Header::default()

@@ -23,6 +23,10 @@ pub fn established<F: Family, T: Tables<F>>(tables: &T, work: &mut Work<F>) -> b
         return false;
     }
     record.touch(now);
+    work.link = record.link();
+    if record.state() == State::Answered as u8 {
+        confirm(record, now, tables, work);
+    }
     if work.packet.proto == proto::TCP {
         follow_tcp(record, now, tables, work);
     }
@@ -56,6 +60,29 @@ pub fn is_stale<F: Family, T: Tables<F>>(record: FlowRecord<'_, F>, tables: &T) 
             backend.flags & Backend::<F>::SERVING == 0 || backend.generation != record.generation()
         }
         None => true,
+    }
+}
+
+/// The client goes on after the first answer: from now on the flow counts as established.
+#[inline(always)]
+fn confirm<F: Family, T: Tables<F>>(
+    record: FlowRecord<'_, F>,
+    now: u32,
+    tables: &T,
+    work: &Work<F>,
+) {
+    if record.flags() & FlowValue::<F>::IS_REPLY != 0 {
+        return;
+    }
+    let timeout = if work.packet.proto == proto::TCP {
+        tables.setting(|s| &s.tcp_timeout)
+    } else {
+        tables.setting(|s| &s.udp_stream_timeout)
+    };
+    write_state(record, State::Established, timeout, 0);
+    if let Some(other) = tables.flow(&work.other) {
+        other.set_seen(now);
+        write_state(other, State::Established, timeout, 0);
     }
 }
 

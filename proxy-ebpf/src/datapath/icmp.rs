@@ -39,6 +39,9 @@ pub fn error<F: Wire, P: Frame, T: Tables<F>>(
     if translate(frame, work).is_none() {
         return Outcome::NotWritable;
     }
+    if work.link != 0 {
+        return Outcome::Masqueraded;
+    }
     if work.other.side == work.key.side {
         return match rewrite::turn_around(frame) {
             Some(()) => Outcome::Hairpin,
@@ -77,6 +80,7 @@ fn find<F: Family, T: Tables<F>>(tables: &T, work: &mut Work<F>) -> bool {
         },
     };
     record.read_other(&mut work.other);
+    work.link = record.link();
     record.verified(&work.quoted)
 }
 

@@ -1,13 +1,15 @@
 //! What is decided about a packet. Two stories and their steps:
 //!
-//! - [`ingress`]: from a client toward a backend. parse → flow → service → open → rewrite.
+//! - [`ingress`]: from a client toward a backend. parse → flow → service → open (which chooses) →
+//!   rewrite.
 //! - [`egress`]: from a backend back to a client. parse → flow → promote → rewrite.
 //! - [`socket`]: the same decision at connect and sendmsg, before there is a packet.
 //!
-//! Steps: [`flow`] (an existing flow wins), [`open`] (otherwise one is recorded), [`rewrite`] (the only
+//! Steps: [`flow`] (an existing flow wins), [`choose`] and [`open`] (otherwise one is recorded), [`rewrite`] (the only
 //! code that changes a packet that goes on), [`icmp`] (errors about flows), [`refuse`] (answers to
 //! what no backend serves).
 
+pub mod choose;
 pub mod flow;
 pub mod icmp;
 pub mod open;
@@ -18,20 +20,44 @@ mod story;
 
 use proxy_common::settings::Settings;
 use proxy_common::tables::{
-    Backend, FlowKey, FlowRecord, FlowValue, FragmentKey, FragmentValue, PeerKey, PeerValue, Range,
-    ServiceKey,
+    AffinityKey, AffinityValue, Backend, FlowKey, FlowRecord, FlowValue, FragmentKey,
+    FragmentValue, PeerKey, PeerValue, Range, ServiceKey, SourceRange,
 };
 use proxy_common::{Family, Outcome};
 
 pub use story::{egress, ingress};
 
-/// A Service port, as the datapath needs it.
+/// A frontend or a mark, as the datapath needs it.
 #[derive(Clone, Copy)]
 pub struct Service {
     /// The Service port's number.
     pub id: u32,
-    /// Its backends.
-    pub range: Range,
+    /// Backends of the whole cluster.
+    pub cluster: Range,
+    /// Backends on this node.
+    pub local: Range,
+    /// For how many ticks a client stays with its backend; 0 if it does not.
+    pub affinity: u32,
+    /// The flags of [`proxy_common::tables::ServiceValue`].
+    pub flags: u32,
+}
+
+impl Service {
+    /// Whether one of these flags is set.
+    #[inline(always)]
+    pub const fn has(&self, flags: u32) -> bool {
+        self.flags & flags != 0
+    }
+}
+
+/// Whose packets come in at a link.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Client {
+    /// A pod's of this node: its answers come back by this link.
+    Pod,
+    /// Those of anyone outside the node. To reach a backend elsewhere they are masqueraded, so that the
+    /// answers come back to this node.
+    Outside,
 }
 
 /// Why a record could not be inserted.
@@ -55,12 +81,21 @@ pub trait Tables<F: Family> {
     /// Counts an outcome.
     fn count(&self, outcome: Outcome);
 
-    /// The Service port at a frontend.
+    /// A frontend's Service port, or an address's mark.
     fn service(&self, key: &ServiceKey<F>) -> Option<Service>;
     /// The backend number in a slot.
     fn slot(&self, index: u32) -> Option<u32>;
     /// A backend.
     fn backend(&self, number: u32) -> Option<Backend<F>>;
+
+    /// The backend that a client stays with.
+    fn affinity(&self, key: &AffinityKey<F>) -> Option<AffinityValue>;
+    /// Keeps the backend that a client stays with.
+    fn remember_affinity(&self, key: &AffinityKey<F>, value: &AffinityValue);
+    /// Whether a client is in one of a Service's source ranges.
+    fn is_in_range(&self, key: &SourceRange<F>) -> bool;
+    /// Whether an address is in the pods' range.
+    fn is_pod(&self, address: &F::Addr) -> bool;
 
     /// The record of an answered flow.
     fn flow(&self, key: &FlowKey<F>) -> Option<FlowRecord<'_, F>>;
@@ -76,7 +111,7 @@ pub trait Tables<F: Family> {
     /// # Errors
     /// Says why not.
     fn insert_embryo(&self, key: &FlowKey<F>, value: &FlowValue<F>) -> Result<(), Refused>;
-    /// Removes a record from both tables of flows.
+    /// Removes a record from the table of answered flows.
     fn remove(&self, key: &FlowKey<F>);
     /// Removes a record from the table of flows not answered yet.
     fn remove_embryo(&self, key: &FlowKey<F>);

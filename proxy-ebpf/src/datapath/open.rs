@@ -5,48 +5,58 @@
 //! a backend could not tell apart, the second gets another source port.
 
 use proxy_common::addr::mix;
-use proxy_common::tables::{
-    Backend, FlowKey, FlowRecord, FlowValue, ServiceKey, Side, State, Work,
-};
+use proxy_common::tables::{AffinityKey, Backend, FlowValue, ServiceValue, Side, State, Work};
 use proxy_common::{Family, Outcome, Port, proto};
 
-use super::{Refused, Service, Tables, flow};
+use super::choose::{self, Asker, Failure};
+use super::{Client, Refused, Service, Tables, flow};
 use crate::packet::tcp;
 
 /// How many source ports are tried before a flow is refused.
 const PORT_TRIES: u32 = 16;
 
-/// Why no flow was opened.
-pub enum Failure {
-    /// The VIP has no such port, or the port has no endpoint.
-    NoBackend,
-    /// All source ports that were tried are taken.
-    NoPort,
-}
-
-/// Finds the flow in the making that the packet belongs to, or opens one. The other direction's key is
-/// then in the work area.
+/// Finds the flow in the making that the packet belongs to, or opens one. The other direction's key and
+/// the link to leave by are then in the work area.
+///
+/// `mark` is the destination's; `link` is the one that the packet has come by.
 ///
 /// # Errors
 /// Says why there is none.
 #[inline(always)]
-pub fn open<F: Family, T: Tables<F>>(tables: &T, work: &mut Work<F>) -> Result<Outcome, Failure> {
+pub fn open<F: Family, T: Tables<F>>(
+    tables: &T,
+    work: &mut Work<F>,
+    mark: &Service,
+    client: Client,
+    link: u32,
+) -> Result<Outcome, Failure> {
     if embryo(tables, work) {
         return Ok(Outcome::Forwarded);
     }
-    let frontend = ServiceKey::new(work.key.dst, work.key.dport, work.key.proto);
-    let Some(service) = tables.service(&frontend) else { return Err(Failure::NoBackend) };
-    let hash = work.key.hash(tables.setting(|s| &s.seed));
-    let Some((number, backend)) = select(service, hash, tables) else {
-        return Err(Failure::NoBackend);
+    let key = &work.key;
+    let service = choose::frontend(tables, mark, key.dst, key.dport, key.proto)?;
+    let hash = key.hash(tables.setting(|s| &s.seed));
+    let asker = asker(tables, work, &service, client);
+    work.affinity = AffinityKey { client: work.key.src, service: service.id, netns: [0; 2] };
+    let (number, backend) = choose::backend(tables, &service, asker, &work.affinity, hash)?;
+    let timeout = unanswered(tables, work.packet.proto);
+    let mut origin = Origin {
+        service: service.id,
+        backend: number,
+        generation: backend.generation,
+        link: 0,
+        reply_link: 0,
     };
-    address(work, &backend);
-    let timeout = if work.packet.proto == proto::TCP {
-        tables.setting(|s| &s.syn_timeout)
+    if client == Client::Outside && backend.flags & Backend::<F>::LOCAL == 0 {
+        if backend.link == 0 {
+            return Err(Failure::Dropped(Outcome::NoRoute));
+        }
+        (origin.link, origin.reply_link) = (backend.link, link);
+        masquerade(work, &backend, spare_port(hash, tables));
     } else {
-        tables.setting(|s| &s.udp_timeout)
-    };
-    let origin = Origin { service: service.id, backend: number, generation: backend.generation };
+        address(work, &backend);
+    }
+    work.forward.tag = work.key.tag();
     fill(work, tables.now(), timeout, State::Embryo, origin);
     lock(work, hash, tables)?;
     // A record left over from a flow that has ended would hide the new one. Losing a race for the
@@ -54,7 +64,34 @@ pub fn open<F: Family, T: Tables<F>>(tables: &T, work: &mut Work<F>) -> Result<O
     tables.remove_embryo(&work.key);
     let _ = tables.insert_embryo(&work.key, &work.forward);
     work.other = work.forward.other;
+    work.link = work.forward.link;
     Ok(Outcome::Opened)
+}
+
+/// How many ticks a flow lives that only one side has been heard of.
+#[inline(always)]
+fn unanswered<F: Family, T: Tables<F>>(tables: &T, number: u8) -> u32 {
+    if number == proto::TCP {
+        tables.setting(|s| &s.syn_timeout)
+    } else {
+        tables.setting(|s| &s.udp_timeout)
+    }
+}
+
+#[inline(always)]
+fn asker<F: Family, T: Tables<F>>(
+    tables: &T,
+    work: &mut Work<F>,
+    service: &Service,
+    client: Client,
+) -> Asker {
+    let allowed = if service.has(ServiceValue::SOURCE_RANGES) {
+        work.range = choose::source_range(service, work.key.src);
+        tables.is_in_range(&work.range)
+    } else {
+        true
+    };
+    Asker { outside: client == Client::Outside && !tables.is_pod(&work.key.src), allowed }
 }
 
 /// Whether the packet belongs to a flow in the making whose backend has not been withdrawn.
@@ -71,29 +108,8 @@ fn embryo<F: Family, T: Tables<F>>(tables: &T, work: &mut Work<F>) -> bool {
         return false;
     }
     record.touch(now);
+    work.link = record.link();
     true
-}
-
-/// One of the Service's backends, chosen by `hash`: the same flow finds the same backend again as
-/// long as the Service does not change.
-#[inline(always)]
-pub fn select<F: Family, T: Tables<F>>(
-    service: Service,
-    hash: u32,
-    tables: &T,
-) -> Option<(u32, Backend<F>)> {
-    if service.range.count == 0 {
-        return None;
-    }
-    let index = scale(hash, service.range.count);
-    let number = tables.slot(service.range.first.wrapping_add(index))?;
-    Some((number, tables.backend(number)?))
-}
-
-/// Scales a hash to a number below `count`, without a division.
-#[inline(always)]
-fn scale(hash: u32, count: u32) -> u32 {
-    ((u64::from(hash) * u64::from(count)) >> 32) as u32
 }
 
 /// The keys of both directions of a flow to `backend`, each in the other's record.
@@ -123,13 +139,32 @@ struct Origin {
     service: u32,
     backend: u32,
     generation: u16,
+    /// The link that the client's packets leave by.
+    link: u32,
+    /// The link that the backend's packets leave by.
+    reply_link: u32,
 }
 
-/// Fills in all of both records but the keys and the reply's tag.
+/// The keys of both directions of a flow to a `backend` elsewhere that takes this node for its client.
+#[inline(always)]
+fn masquerade<F: Family>(work: &mut Work<F>, backend: &Backend<F>, port: Port) {
+    let reply = &mut work.forward.other;
+    reply.src = backend.addr;
+    reply.sport = backend.port;
+    reply.dst = backend.source;
+    reply.dport = port;
+    reply.proto = work.key.proto;
+    reply.side = Side::Ingress as u8;
+    reply.pad = [0; 2];
+    work.reply.other = work.key;
+}
+
+/// Fills in all of both records but the keys and the tags.
 #[inline(always)]
 fn fill<F: Family>(work: &mut Work<F>, now: u32, timeout: u32, state: State, origin: Origin) {
-    work.forward.tag = work.reply.other.tag();
     for record in [&mut work.forward, &mut work.reply] {
+        record.link = origin.link;
+        record.other_link = origin.reply_link;
         record.seen = now;
         record.timeout = timeout;
         record.service = origin.service;
@@ -137,6 +172,7 @@ fn fill<F: Family>(work: &mut Work<F>, now: u32, timeout: u32, state: State, ori
         record.generation = origin.generation;
         record.state = state as u8;
     }
+    (work.reply.link, work.reply.other_link) = (origin.reply_link, origin.link);
     work.forward.flags = 0;
     work.reply.flags = FlowValue::<F>::IS_REPLY;
 }
@@ -148,43 +184,49 @@ fn lock<F: Family, T: Tables<F>>(work: &mut Work<F>, hash: u32, tables: &T) -> R
     let mut hash = hash;
     for _ in 0..PORT_TRIES {
         work.reply.tag = work.forward.other.tag();
-        if try_lock(work, tables) {
-            return Ok(());
+        if vacate(work, tables) {
+            match tables.insert_embryo(&work.forward.other, &work.reply) {
+                Ok(()) => return Ok(()),
+                Err(Refused::Full) => return Err(Failure::Dropped(Outcome::TableFull)),
+                // Another CPU was faster.
+                Err(Refused::Exists) => {}
+            }
         }
         hash = mix(hash, PORT_TRIES);
         work.forward.other.dport = spare_port(hash, tables);
     }
-    Err(Failure::NoPort)
+    Err(Failure::Dropped(Outcome::NoPort))
 }
 
-/// Inserts the reply's record; false if another flow has its place.
+/// Makes the reply's place free; false if a flow that is alive has it. What makes way goes with its
+/// other half: left alone, either would take a packet of the new flow for its own.
 #[inline(always)]
-fn try_lock<F: Family, T: Tables<F>>(work: &Work<F>, tables: &T) -> bool {
+fn vacate<F: Family, T: Tables<F>>(work: &mut Work<F>, tables: &T) -> bool {
     let key = &work.forward.other;
     let now = tables.now();
-    if tables.flow(key).is_some_and(|found| !may_replace(found, &work.key, now)) {
-        return false;
+    if let Some(found) = tables.flow(key) {
+        found.read_other(&mut work.quoted);
+        let is_over = found.state() == State::Closed as u8
+            || found.expired(now)
+                && tables.flow(&work.quoted).is_none_or(|other| other.expired(now));
+        if !is_over && !found.leads_to(&work.key) {
+            return false;
+        }
+        tables.remove(key);
+        tables.remove(&work.quoted);
     }
-    if tables.insert_embryo(key, &work.reply) != Err(Refused::Exists) {
-        return true;
+    if let Some(found) = tables.embryo(key) {
+        if !found.leads_to(&work.key) && !found.expired(now) {
+            return false;
+        }
+        tables.remove_embryo(key);
     }
-    if tables.embryo(key).is_some_and(|found| !may_replace(found, &work.key, now)) {
-        return false;
-    }
-    tables.remove_embryo(key);
-    tables.insert_embryo(key, &work.reply).is_ok()
-}
-
-/// Whether a reply's record that is in the way may be replaced: it is the same client's, whose other
-/// half was lost, or its flow has ended.
-#[inline(always)]
-fn may_replace<F: Family>(found: FlowRecord<'_, F>, client: &FlowKey<F>, now: u32) -> bool {
-    found.leads_to(client) || found.expired(now) || found.state() == State::Closed as u8
+    true
 }
 
 #[inline(always)]
 fn spare_port<F: Family, T: Tables<F>>(hash: u32, tables: &T) -> Port {
-    let offset = scale(hash, tables.setting(|s| &s.port_count));
+    let offset = choose::scale(hash, tables.setting(|s| &s.port_count));
     Port::new((tables.setting(|s| &s.first_port) + offset) as u16)
 }
 
@@ -202,7 +244,10 @@ pub fn promote<F: Family, T: Tables<F>>(tables: &T, work: &mut Work<F>) -> Optio
         service: record.service(),
         backend: record.backend(),
         generation: record.generation(),
+        link: record.other_link(),
+        reply_link: record.link(),
     };
+    work.link = origin.reply_link;
     if !record.verified(&work.key) {
         return None;
     }
@@ -210,15 +255,12 @@ pub fn promote<F: Family, T: Tables<F>>(tables: &T, work: &mut Work<F>) -> Optio
         // The backend refused: nothing to keep, the embryo ends by itself.
         return Some(Outcome::Replied);
     }
-    let timeout = if work.packet.proto == proto::TCP {
-        tables.setting(|s| &s.tcp_timeout)
-    } else {
-        tables.setting(|s| &s.udp_stream_timeout)
-    };
+    // One answer is cheap to come by: until the client is heard of again, it counts for little.
+    let timeout = unanswered(tables, work.packet.proto);
     work.forward.other = work.key;
     work.reply.other = work.other;
-    work.reply.tag = work.key.tag();
-    fill(work, tables.now(), timeout, State::Established, origin);
+    (work.reply.tag, work.forward.tag) = (work.key.tag(), work.other.tag());
+    fill(work, tables.now(), timeout, State::Answered, origin);
     Some(establish(tables, work))
 }
 

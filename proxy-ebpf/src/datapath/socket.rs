@@ -3,11 +3,13 @@
 //! The kernel never sees the VIP, so established traffic costs nothing. What the socket asked for is
 //! kept under its cookie, so that getpeername and recvmsg show the VIP.
 
+use bytemuck::Zeroable;
 use proxy_common::addr::mix;
-use proxy_common::tables::{PeerKey, PeerValue, ServiceKey};
+use proxy_common::tables::{AffinityKey, PeerKey, PeerValue, ServiceKey, ServiceValue};
 use proxy_common::{Address, Family, Outcome, Port};
 
-use super::{Tables, open};
+use super::choose::{self, Asker, Failure};
+use super::{Service, Tables};
 
 /// The address in a socket call, and who makes it.
 pub trait Socket<F: Family> {
@@ -27,29 +29,47 @@ pub trait Socket<F: Family> {
 #[inline(always)]
 pub fn send<F: Family, S: Socket<F>, T: Tables<F>>(socket: &mut S, tables: &T) -> Outcome {
     let wanted = tables.setting(|s| &s.netns_cookie);
-    if wanted != [0; 2] && halves(socket.netns_cookie()) != wanted {
+    let netns = halves(socket.netns_cookie());
+    if wanted != [0; 2] && netns != wanted {
         return Outcome::NotService;
     }
-    let (vip, port) = socket.address();
-    if tables.service(&ServiceKey::vip(vip)).is_none() {
+    let (address, port) = socket.address();
+    let Some(mark) = tables.service(&ServiceKey::mark(address)) else {
         return Outcome::NotService;
-    }
-    let cookie = socket.cookie();
-    let Some(service) = tables.service(&ServiceKey::new(vip, port, socket.protocol())) else {
-        return Outcome::SocketRefused;
     };
+    let service = match choose::frontend(tables, &mark, address, port, socket.protocol()) {
+        Ok(service) => service,
+        Err(Failure::NotService) => return Outcome::NotService,
+        Err(_) => return Outcome::SocketRefused,
+    };
+    match lead(socket, tables, &service, netns) {
+        Ok(()) => Outcome::SocketTranslated,
+        Err(Failure::NotService) => Outcome::NotService,
+        Err(_) => Outcome::SocketRefused,
+    }
+}
+
+/// Leads the socket to a backend.
+#[inline(always)]
+fn lead<F: Family, S: Socket<F>, T: Tables<F>>(
+    socket: &mut S,
+    tables: &T,
+    service: &Service,
+    netns: [u32; 2],
+) -> Result<(), Failure> {
+    let (vip, port) = socket.address();
+    let [low, high] = halves(socket.cookie());
     // By the socket and not at random: an unconnected socket's datagrams stay with one backend.
-    let [low, high] = halves(cookie);
     let hash = mix(mix(mix(tables.setting(|s| &s.seed), low), high), u32::from(port.word()));
     let hash = mix(vip.mix(hash), service.id);
-    let Some((_, backend)) = open::select(service, hash, tables) else {
-        return Outcome::SocketRefused;
-    };
+    let client = AffinityKey { client: Zeroable::zeroed(), service: service.id, netns };
+    let asker = Asker { outside: false, allowed: service.has(ServiceValue::NODE_ALLOWED) };
+    let (_, backend) = choose::backend(tables, service, asker, &client, hash)?;
     let key =
         PeerKey { cookie: [low, high], backend: backend.addr, port: backend.port, pad: [0; 2] };
     tables.remember_peer(&key, &PeerValue { vip, port, pad: [0; 2] });
     socket.set_address(backend.addr, backend.port);
-    Outcome::SocketTranslated
+    Ok(())
 }
 
 /// recvmsg or getpeername: shows the VIP where the socket asked for one.

@@ -1,17 +1,20 @@
 //! The two stories of a packet.
 
 use proxy_common::Outcome;
-use proxy_common::tables::{FragmentValue, Part, ServiceKey, Side, Work};
+use proxy_common::tables::{FragmentValue, Part, ServiceKey, ServiceValue, Side, Work};
 
-use super::{Tables, flow, icmp, open, refuse, rewrite};
+use super::choose::Failure;
+use super::{Client, Tables, flow, icmp, open, refuse, rewrite};
 use crate::packet::{Frame, Wire, fragment_key, has_ports, parse};
 
-/// A packet that comes in from a client's link: toward a backend, if it is for a Service.
+/// A packet that comes in from a client's link: toward a backend, if it is for a Service. Answers of
+/// masqueraded and of hairpin flows come in here too.
 #[inline(always)]
 pub fn ingress<F: Wire, P: Frame, T: Tables<F>>(
     frame: &mut P,
     tables: &T,
     work: &mut Work<F>,
+    client: Client,
 ) -> Outcome {
     if let Err(outcome) = parse(frame, Side::Ingress, &mut work.packet, &mut work.key) {
         return outcome;
@@ -28,16 +31,17 @@ pub fn ingress<F: Wire, P: Frame, T: Tables<F>>(
     if flow::established(tables, work) {
         return pass_on(frame, tables, work, Outcome::Forwarded);
     }
-    if tables.service(&ServiceKey::vip(work.key.dst)).is_none() {
+    let Some(mark) = tables.service(&ServiceKey::mark(work.key.dst)) else {
         return Outcome::NotService;
-    }
+    };
     if let Some(outcome) = open::promote(tables, work) {
         return pass_on(frame, tables, work, outcome);
     }
-    match open::open(tables, work) {
+    match open::open(tables, work, &mark, client, frame.link()) {
         Ok(outcome) => pass_on(frame, tables, work, outcome),
-        Err(open::Failure::NoBackend) => refuse::refuse(frame, work),
-        Err(open::Failure::NoPort) => Outcome::NoPort,
+        Err(Failure::NotService) => Outcome::NotService,
+        Err(Failure::Refused) => refuse::refuse(frame, work),
+        Err(Failure::Dropped(outcome)) => outcome,
     }
 }
 
@@ -66,8 +70,8 @@ pub fn egress<F: Wire, P: Frame, T: Tables<F>>(
     }
 }
 
-/// Translates the packet and says which way it goes: on, or, when the other direction is seen on the
-/// same side of the same link, back to the pod it came from.
+/// Translates the packet and says which way it goes: on; or by the flow's own link; or, when the other
+/// direction is seen on the same side of the same link, back to the pod it came from.
 #[inline(always)]
 fn pass_on<F: Wire, P: Frame, T: Tables<F>>(
     frame: &mut P,
@@ -84,6 +88,12 @@ fn pass_on<F: Wire, P: Frame, T: Tables<F>>(
     }
     if rewrite::translate(frame, work).is_none() {
         return Outcome::NotWritable;
+    }
+    if work.link != 0 {
+        return match F::hop(frame, P::NETWORK) {
+            Some(()) => Outcome::Masqueraded,
+            None => Outcome::NotWritable,
+        };
     }
     if work.other.side == work.key.side {
         return match rewrite::turn_around(frame) {
@@ -106,11 +116,12 @@ fn recall_ports<F: Wire, T: Tables<F>>(tables: &T, work: &mut Work<F>) -> bool {
     }
 }
 
-/// A fragment whose first was not seen. To a VIP it can go nowhere: no backend knows its datagram.
+/// A fragment whose first was not seen. To a VIP it can go nowhere: no backend knows its datagram. To
+/// the node itself it may be for a socket.
 #[inline(always)]
 fn unknown_fragment<F: Wire, T: Tables<F>>(tables: &T, work: &Work<F>) -> Outcome {
-    match tables.service(&ServiceKey::vip(work.key.dst)) {
-        Some(_) => Outcome::FragmentUnknown,
-        None => Outcome::NotService,
+    match tables.service(&ServiceKey::mark(work.key.dst)) {
+        Some(mark) if !mark.has(ServiceValue::NODE) => Outcome::FragmentUnknown,
+        _ => Outcome::NotService,
     }
 }

@@ -4,7 +4,8 @@
 //! | program | attach point | story |
 //! |---|---|---|
 //! | `portal_ingress` | tc ingress of a pod's host-side link | `datapath::ingress` |
-//! | `portal_egress` | tc egress of the same link | `datapath::egress` |
+//! | `portal_uplink` | tc ingress of an uplink | `datapath::ingress` |
+//! | `portal_egress` | tc egress of both | `datapath::egress` |
 //! | `portal_connect4/6` | cgroup connect | `datapath::socket::send` |
 //! | `portal_sendmsg4/6` | cgroup sendmsg (UDP) | `datapath::socket::send` |
 //! | `portal_recvmsg4/6` | cgroup recvmsg (UDP) | `datapath::socket::restore` |

@@ -52,6 +52,12 @@ impl Frame for Skb<'_> {
     const NETWORK: usize = 14;
 
     #[inline(always)]
+    fn link(&self) -> u32 {
+        // SAFETY: the context is the kernel's and outlives the program.
+        unsafe { (*self.ctx.skb.skb).ifindex }
+    }
+
+    #[inline(always)]
     fn want(&mut self, length: usize) {
         let reachable = self.ctx.data_end() - self.ctx.data();
         let packet = self.ctx.len() as usize;

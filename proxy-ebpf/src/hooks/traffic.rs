@@ -1,49 +1,56 @@
 //! tc ingress and egress of a pod's host-side link.
 
 use aya_ebpf::bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC};
-use aya_ebpf::helpers::bpf_redirect;
+use aya_ebpf::helpers::{bpf_redirect, bpf_redirect_neigh};
 use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
 use proxy_common::{Family, Outcome, V4, V6};
-use proxy_ebpf::datapath;
+use proxy_ebpf::datapath::{self, Client};
 
 use super::skb::Skb;
 use super::trace;
 use crate::maps::{self, Tables4, Tables6};
 
 macro_rules! hooks {
-    ($($(#[$doc:meta])+ $name:ident: $story:ident;)+) => {$(
+    ($($(#[$doc:meta])+ $name:ident: $story:ident($($client:ident)?);)+) => {$(
         $(#[$doc])+
         #[classifier]
         pub fn $name(ctx: TcContext) -> i32 {
             let mut skb = Skb::new(&ctx);
-            let outcome = match skb.ethertype() {
+            match skb.ethertype() {
                 V4::ETHERTYPE => match Tables4.work() {
-                    Some(work) => datapath::$story(&mut skb, &Tables4, work),
-                    None => Outcome::NotService,
+                    Some(work) => {
+                        let outcome = datapath::$story(&mut skb, &Tables4, work $(, Client::$client)?);
+                        verdict(&ctx, outcome, work.link)
+                    }
+                    None => verdict(&ctx, Outcome::NotService, 0),
                 },
                 V6::ETHERTYPE => match Tables6.work() {
-                    Some(work) => datapath::$story(&mut skb, &Tables6, work),
-                    None => Outcome::NotService,
+                    Some(work) => {
+                        let outcome = datapath::$story(&mut skb, &Tables6, work $(, Client::$client)?);
+                        verdict(&ctx, outcome, work.link)
+                    }
+                    None => verdict(&ctx, Outcome::NotService, 0),
                 },
-                _ => Outcome::NotIp,
-            };
-            verdict(&ctx, outcome)
+                _ => verdict(&ctx, Outcome::NotIp, 0),
+            }
         }
     )+};
 }
 
 hooks! {
-    /// From a client toward a backend.
-    portal_ingress: ingress;
-    /// From a backend back to a client.
-    portal_egress: egress;
+    /// A pod's packets, toward a backend.
+    portal_ingress: ingress(Pod);
+    /// Packets from outside the node, toward a backend; answers of masqueraded flows.
+    portal_uplink: ingress(Outside);
+    /// From a backend back to a client, by a pod's link or an uplink.
+    portal_egress: egress();
 }
 
 /// What the kernel does with the packet. "On" is UNSPEC and not OK, so that the programs behind ours
 /// run too.
 #[inline(always)]
-fn verdict(ctx: &TcContext, outcome: Outcome) -> i32 {
+fn verdict(ctx: &TcContext, outcome: Outcome, link: u32) -> i32 {
     maps::count(outcome);
     trace::log(ctx, outcome);
     match outcome {
@@ -57,8 +64,12 @@ fn verdict(ctx: &TcContext, outcome: Outcome) -> i32 {
         | Outcome::IcmpError
         | Outcome::Fragment => TC_ACT_UNSPEC,
         Outcome::Hairpin | Outcome::Reset | Outcome::Unreachable => send_back(ctx),
+        Outcome::Masqueraded => send_on(link),
         Outcome::FragmentUnknown
         | Outcome::Silent
+        | Outcome::NoLocal
+        | Outcome::NotAllowed
+        | Outcome::NoRoute
         | Outcome::NoPort
         | Outcome::TableFull
         | Outcome::NotWritable
@@ -67,6 +78,14 @@ fn verdict(ctx: &TcContext, outcome: Outcome) -> i32 {
         | Outcome::SocketRefused
         | Outcome::SocketRestored => TC_ACT_SHOT,
     }
+}
+
+/// Out of a link, to the neighbour that leads to the packet's destination there.
+#[inline(always)]
+fn send_on(link: u32) -> i32 {
+    // SAFETY: the helper only notes where to send the packet after the program's end; without
+    // parameters it looks up the neighbour itself.
+    unsafe { bpf_redirect_neigh(link, core::ptr::null_mut(), 0, 0) as i32 }
 }
 
 /// Out of the link it came from.

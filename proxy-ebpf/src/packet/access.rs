@@ -11,6 +11,9 @@ pub trait Frame {
     /// Where the network header begins: the length of the link-layer header.
     const NETWORK: usize;
 
+    /// The index of the link that the packet is seen on.
+    fn link(&self) -> u32;
+
     /// Makes the first `length` bytes reachable, if the packet is that long. A packet's end may lie in
     /// other memory than its start; loads and stores beyond what is reachable fail.
     fn want(&mut self, length: usize);

@@ -36,6 +36,9 @@ pub trait Wire: Family {
         new: (&Self::Addr, &Self::Addr),
     ) -> Option<()>;
 
+    /// Counts a hop, as a router does.
+    fn hop<P: Frame>(frame: &mut P, l3: usize) -> Option<()>;
+
     /// Writes a fresh header at `l3` for `length` bytes of payload.
     fn write_header<P: Frame>(
         frame: &mut P,

@@ -23,6 +23,8 @@ struct Header {
     dst: Addr4,
 }
 
+/// The time to live, and the protocol behind it.
+const TTL: usize = 8;
 const CHECKSUM: usize = 10;
 const MORE_FRAGMENTS: u16 = 0x2000;
 const FRAGMENT_OFFSET: u16 = 0x1fff;
@@ -79,6 +81,17 @@ impl Wire for V4 {
         let checksum: u16 = frame.load(l3 + CHECKSUM)?;
         frame.store(l3 + CHECKSUM, delta.apply(checksum))?;
         frame.store(l3 + Self::SOURCE, [*new.0, *new.1])
+    }
+
+    #[inline(always)]
+    fn hop<P: Frame>(frame: &mut P, l3: usize) -> Option<()> {
+        let old: [u8; 2] = frame.load(l3 + TTL)?;
+        // The last hop is not ours to end: that would need an answer to the sender.
+        let new = [old[0].saturating_sub(1).max(1), old[1]];
+        let delta = Delta::default().half(u16::from_ne_bytes(old), u16::from_ne_bytes(new));
+        let checksum: u16 = frame.load(l3 + CHECKSUM)?;
+        frame.store(l3 + CHECKSUM, delta.apply(checksum))?;
+        frame.store(l3 + TTL, new)
     }
 
     #[inline(always)]

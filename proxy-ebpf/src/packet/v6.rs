@@ -37,6 +37,9 @@ const AUTHENTICATION: u8 = 51;
 const DESTINATION: u8 = 60;
 const MOBILITY: u8 = 135;
 
+/// The next header, and the hop limit behind it.
+const HOPS: usize = 6;
+
 /// How many extension headers are passed over. Linux has no limit, but nobody sends more.
 const MAX_EXTENSIONS: usize = 6;
 
@@ -117,6 +120,12 @@ impl Wire for V6 {
     ) -> Option<()> {
         frame.store(l3 + Self::SOURCE, *new.0)?;
         frame.store(l3 + Self::SOURCE + size_of::<Addr6>(), *new.1)
+    }
+
+    #[inline(always)]
+    fn hop<P: Frame>(frame: &mut P, l3: usize) -> Option<()> {
+        let [next, hops]: [u8; 2] = frame.load(l3 + HOPS)?;
+        frame.store(l3 + HOPS, [next, hops.saturating_sub(1).max(1)])
     }
 
     #[inline(always)]

@@ -18,8 +18,8 @@ fn run<F: HostFamily>(case: &Case) -> BTreeSet<Outcome> {
         let place = format!("{}, step {number}", case.name);
         match step {
             Step::Services(services) => host.serve(services),
-            Step::Packet { side, frame, outcome, becomes } => {
-                let (done, bytes) = host.see(*side, frame);
+            Step::Packet { hook, frame, outcome, becomes } => {
+                let (done, bytes) = host.see(*hook, frame);
                 assert_eq!(done, *outcome, "{place}");
                 judge(&place, frame, &bytes, becomes);
             }
@@ -56,6 +56,7 @@ fn every_case_and_between_them_every_outcome() {
         // Told by the hook, before there is a family.
         Outcome::NotIp,
         // life.rs
+        Outcome::NoRoute,
         Outcome::NoPort,
         Outcome::TableFull,
         Outcome::NotWritable,

@@ -9,12 +9,12 @@ use bytemuck::{Pod, Zeroable};
 use proxy_common::checksum::Delta;
 use proxy_common::settings::Settings;
 use proxy_common::tables::{
-    Backend, FlowKey, FlowRecord, FlowValue, FragmentKey, FragmentValue, PeerKey, PeerValue, Range,
-    ServiceKey, Side, Work,
+    AffinityKey, AffinityValue, Backend, FlowKey, FlowRecord, FlowValue, FragmentKey,
+    FragmentValue, PeerKey, PeerValue, Range, ServiceKey, ServiceValue, SourceRange, Work,
 };
-use proxy_common::testing::Service as ServiceSpec;
+use proxy_common::testing::{Hook, LINK, NODE, Service as ServiceSpec};
 use proxy_common::{Family, Outcome, Port, V4, V6};
-use proxy_ebpf::datapath::{self, Refused, Service, Tables};
+use proxy_ebpf::datapath::{self, Client, Refused, Service, Tables};
 use proxy_ebpf::packet::{Frame, Wire};
 
 /// A packet whose end may lie in other memory than its start, as a socket buffer's.
@@ -37,6 +37,10 @@ impl Buffer {
 
 impl Frame for Buffer {
     const NETWORK: usize = 14;
+
+    fn link(&self) -> u32 {
+        LINK
+    }
 
     fn want(&mut self, length: usize) {
         self.reachable = self.reachable.max(length.min(self.bytes.len()));
@@ -77,6 +81,15 @@ fn bytes<T: Pod>(key: &T) -> Vec<u8> {
     bytemuck::bytes_of(key).to_vec()
 }
 
+fn is_within(address: IpAddr, range: IpAddr, bits: u8) -> bool {
+    let number = |ip: IpAddr| match ip {
+        IpAddr::V4(ip) => u128::from(u32::from(ip)) << 96,
+        IpAddr::V6(ip) => u128::from(ip),
+    };
+    let differences = number(address) ^ number(range);
+    bits == 0 || differences >> (128 - u32::from(bits)) == 0
+}
+
 fn index(number: usize) -> u32 {
     u32::try_from(number).expect("it is small")
 }
@@ -87,10 +100,17 @@ type Records<F> = RefCell<BTreeMap<Vec<u8>, NonNull<FlowValue<F>>>>;
 pub struct Host<F: Family> {
     pub settings: Settings,
     pub now: Cell<u32>,
+    /// The link that leads to backends; 0 if there is none.
+    pub link: u32,
+    /// The pods' range.
+    pub pods: Option<(IpAddr, u8)>,
     /// How many records the table of answered flows holds.
     pub capacity: usize,
     services: BTreeMap<Vec<u8>, Service>,
     slots: Vec<u32>,
+    /// Service port, range and its bits.
+    ranges: Vec<(u32, IpAddr, u8)>,
+    affinity: RefCell<BTreeMap<Vec<u8>, AffinityValue>>,
     backends: Vec<Backend<F>>,
     flows: Records<F>,
     embryos: Records<F>,
@@ -129,9 +149,13 @@ impl<F: HostFamily> Host<F> {
         Self {
             settings: Settings::DEFAULT,
             now: Cell::new(1),
+            link: LINK,
+            pods: None,
             capacity: usize::MAX,
             services: BTreeMap::new(),
             slots: Vec::new(),
+            ranges: Vec::new(),
+            affinity: RefCell::default(),
             backends: Vec::new(),
             flows: RefCell::default(),
             embryos: RefCell::default(),
@@ -145,51 +169,83 @@ impl<F: HostFamily> Host<F> {
     /// Serves these Services and no others. Backends of before are withdrawn.
     pub fn serve(&mut self, services: &[ServiceSpec]) {
         self.services.clear();
-        let end = |at: SocketAddr| F::address(at.ip()).map(|ip| (ip, Port::new(at.port())));
-        let wanted: BTreeSet<SocketAddr> =
-            services.iter().flat_map(|service| service.backends.clone()).collect();
-        for backend in &mut self.backends {
-            let at = SocketAddr::new(backend.addr.into(), backend.port.number());
-            backend.flags = u32::from(wanted.contains(&at));
-        }
+        self.ranges.clear();
+        self.backends.iter_mut().for_each(|backend| backend.flags = 0);
+        let node = NODE.iter().find_map(|ip| F::address(*ip)).expect("one of each family");
+        self.mark(node, ServiceValue::NODE | ServiceValue::NODE_PORTS);
         for (id, service) in (1..).zip(services) {
-            let Some((vip, port)) = end(service.frontend) else { continue };
-            let first = index(self.slots.len());
-            for (addr, port) in service.backends.iter().filter_map(|backend| end(*backend)) {
-                let known = self.backends.iter().position(|b| (b.addr, b.port) == (addr, port));
-                let number = known.unwrap_or(self.backends.len());
-                if known.is_none() {
-                    self.backends.push(Backend {
-                        addr,
-                        port,
-                        generation: 1,
-                        flags: 1,
-                        service: id,
-                    });
-                }
-                self.slots.push(index(number));
+            let Some(vip) = F::address(service.frontend.ip()) else { continue };
+            let port = Port::new(service.frontend.port());
+            let cluster = self.slots_of(id, node, service, &service.backends);
+            let local = self.slots_of(id, node, service, &service.local);
+            let (affinity, flags) = (service.affinity, service.flags);
+            let value = Service { id, cluster, local, affinity, flags };
+            self.services.insert(bytes(&ServiceKey::<F>::new(vip, port, service.proto)), value);
+            if !service.frontend.ip().is_unspecified() {
+                self.mark(vip, flags & ServiceValue::REFUSES);
             }
-            let range = Range { first, count: index(self.slots.len()) - first };
-            let vip_key = ServiceKey::<F>::vip(vip);
-            self.services.insert(bytes(&vip_key), Service { id: 0, range: Range::default() });
-            let key = ServiceKey::<F>::new(vip, port, service.proto);
-            self.services.insert(bytes(&key), Service { id, range });
+            let ranges = service.ranges.iter().filter(|(ip, _)| F::address(*ip).is_some());
+            self.ranges.extend(ranges.map(|(ip, bits)| (id, *ip, *bits)));
         }
+    }
+
+    fn mark(&mut self, address: F::Addr, flags: u32) {
+        let none = Range::default();
+        let value = Service { id: 0, cluster: none, local: none, affinity: 0, flags };
+        self.services.insert(bytes(&ServiceKey::<F>::mark(address)), value);
+    }
+
+    /// A run of slots with these backends.
+    fn slots_of(
+        &mut self,
+        id: u32,
+        node: F::Addr,
+        service: &ServiceSpec,
+        backends: &[SocketAddr],
+    ) -> Range {
+        let first = index(self.slots.len());
+        for at in backends {
+            let Some(addr) = F::address(at.ip()) else { continue };
+            let port = Port::new(at.port());
+            let known =
+                self.backends.iter().position(|b| (b.addr, b.port, b.service) == (addr, port, id));
+            let number = known.unwrap_or(self.backends.len());
+            let local = service.local.contains(at);
+            let kinds = Backend::<F>::SERVING | Backend::<F>::IN_CLUSTER;
+            let here = Backend::<F>::LOCAL | Backend::<F>::IN_LOCAL;
+            let flags = kinds | if local { here } else { 0 };
+            let backend = Backend {
+                addr,
+                source: node,
+                port,
+                generation: 1,
+                flags,
+                service: id,
+                link: self.link,
+            };
+            match known {
+                Some(known) => self.backends[known] = backend,
+                None => self.backends.push(backend),
+            }
+            self.slots.push(index(number));
+        }
+        Range { first, count: index(self.slots.len()) - first }
     }
 
     /// A packet is seen at a hook: what is done with it, and what it is then.
-    pub fn see(&self, side: Side, frame: &[u8]) -> (Outcome, Vec<u8>) {
+    pub fn see(&self, hook: Hook, frame: &[u8]) -> (Outcome, Vec<u8>) {
         let mut buffer = Buffer::new(frame);
-        let outcome = self.see_buffer(side, &mut buffer);
+        let outcome = self.see_buffer(hook, &mut buffer);
         (outcome, buffer.bytes)
     }
 
-    pub fn see_buffer(&self, side: Side, buffer: &mut Buffer) -> Outcome {
+    pub fn see_buffer(&self, hook: Hook, buffer: &mut Buffer) -> Outcome {
         let mut work = self.work.borrow_mut();
         let work = &mut *work;
-        let outcome = match side {
-            Side::Ingress => datapath::ingress(buffer, self, work),
-            Side::Egress => datapath::egress(buffer, self, work),
+        let outcome = match hook {
+            Hook::Ingress => datapath::ingress(buffer, self, work, Client::Pod),
+            Hook::Uplink => datapath::ingress(buffer, self, work, Client::Outside),
+            Hook::Egress => datapath::egress(buffer, self, work),
         };
         self.count(outcome);
         outcome
@@ -251,6 +307,27 @@ impl<F: HostFamily> Tables<F> for Host<F> {
         self.backends.get(number as usize).copied()
     }
 
+    fn affinity(&self, key: &AffinityKey<F>) -> Option<AffinityValue> {
+        self.affinity.borrow().get(&bytes(key)).copied()
+    }
+
+    fn remember_affinity(&self, key: &AffinityKey<F>, value: &AffinityValue) {
+        self.affinity.borrow_mut().insert(bytes(key), *value);
+    }
+
+    fn is_in_range(&self, key: &SourceRange<F>) -> bool {
+        assert_eq!(key.prefix, 32 + u32::from(F::BITS));
+        let id = u32::from_be_bytes(key.data.service);
+        let client: IpAddr = key.data.address.into();
+        self.ranges
+            .iter()
+            .any(|(service, range, bits)| *service == id && is_within(client, *range, *bits))
+    }
+
+    fn is_pod(&self, address: &F::Addr) -> bool {
+        self.pods.is_some_and(|(range, bits)| is_within((*address).into(), range, bits))
+    }
+
     fn flow(&self, key: &FlowKey<F>) -> Option<FlowRecord<'_, F>> {
         find(&self.flows, key)
     }
@@ -269,7 +346,6 @@ impl<F: HostFamily> Tables<F> for Host<F> {
 
     fn remove(&self, key: &FlowKey<F>) {
         self.flows.borrow_mut().remove(&bytes(key));
-        self.remove_embryo(key);
     }
 
     fn remove_embryo(&self, key: &FlowKey<F>) {

@@ -5,7 +5,7 @@ use std::net::{IpAddr, SocketAddr};
 
 use proptest::prelude::*;
 use proxy_common::tables::Side::{Egress, Ingress};
-use proxy_common::testing::{Packet, Service, Step, cases, is_valid};
+use proxy_common::testing::{Hook, Packet, Service, Step, cases, is_valid};
 use proxy_common::{Outcome, V4, V6, proto};
 
 use crate::host::{Host, HostFamily};
@@ -33,15 +33,15 @@ fn any_packet(src: SocketAddr, dst: SocketAddr) -> impl Strategy<Value = Packet>
 
 fn there_and_back<F: HostFamily>(sent: &Packet, pod: SocketAddr) {
     let mut host = Host::<F>::new();
-    let service = |proto| Service { frontend: sent.dst, proto, backends: vec![pod] };
+    let service = |proto| Service::new(sent.dst, proto, &[pod]);
     host.serve(&[service(proto::TCP), service(proto::UDP)]);
-    let (outcome, arrived) = host.see(Ingress, &sent.frame());
+    let (outcome, arrived) = host.see(Hook::Ingress, &sent.frame());
     assert_eq!(outcome, Outcome::Opened);
     assert!(is_valid(&arrived), "a checksum is wrong on the way there");
     assert_eq!(arrived, Packet { dst: pod, ..sent.clone() }.frame());
     // The pod sends the same packet back, as an echo; the client gets what it sent, turned around.
     let echo = Packet { side: Egress, src: pod, dst: sent.src, ..sent.clone() };
-    let (outcome, returned) = host.see(Egress, &echo.frame());
+    let (outcome, returned) = host.see(Hook::Egress, &echo.frame());
     assert_eq!(outcome, Outcome::Established);
     assert!(is_valid(&returned), "a checksum is wrong on the way back");
     assert_eq!(
@@ -60,8 +60,8 @@ fn no_panic<F: HostFamily>(frames: &[Vec<u8>]) {
     });
     host.serve(&services.unwrap());
     for frame in frames {
-        for side in [Ingress, Egress] {
-            let (outcome, after) = host.see(side, frame);
+        for hook in [Hook::Ingress, Hook::Uplink, Hook::Egress] {
+            let (outcome, after) = host.see(hook, frame);
             if matches!(outcome, Outcome::NotService | Outcome::Malformed) {
                 assert!(after == *frame, "{outcome:?} was touched");
             }
@@ -120,13 +120,13 @@ proptest! {
     fn no_two_flows_are_mixed_up(ports in proptest::collection::vec((0..3_u8, 1000..1004_u16, 0..2_u8), 1..40)) {
         let mut host = Host::<V4>::new();
         let vips = [vip(), at("10.96.0.2:80")];
-        let services = vips.map(|frontend| Service { frontend, proto: proto::UDP, backends: vec![pod()] });
+        let services = vips.map(|frontend| Service::new(frontend, proto::UDP, &[pod()]));
         host.serve(&services);
         let mut seen_as = BTreeMap::new();
         for (client, port, vip) in ports {
             let client = SocketAddr::from(([10, 0, 0, client], port));
             let vip = vips[usize::from(vip)];
-            let (_, arrived) = host.see(Ingress, &Packet::udp(Ingress, client, vip).frame());
+            let (_, arrived) = host.see(Hook::Ingress, &Packet::udp(Ingress, client, vip).frame());
             let port = u16::from_be_bytes(arrived[34..36].try_into().unwrap());
             let flow = (client, vip);
             let known = seen_as.insert((client.ip(), port), flow);
@@ -134,7 +134,7 @@ proptest! {
         }
         for ((ip, port), (client, vip)) in seen_as {
             let answer = Packet::udp(Egress, pod(), SocketAddr::new(ip, port));
-            let (_, returned) = host.see(Egress, &answer.frame());
+            let (_, returned) = host.see(Hook::Egress, &answer.frame());
             let wanted = Packet { src: vip, dst: client, ..answer };
             prop_assert_eq!(returned, wanted.frame());
         }

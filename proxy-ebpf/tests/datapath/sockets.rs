@@ -63,7 +63,7 @@ fn a_socket_is_led_to_a_backend_and_shown_the_vip<F: HostFamily>(
     [vip, one, two, other]: [SocketAddr; 4],
 ) {
     let mut host = Host::<F>::new();
-    host.serve(&[Service { frontend: vip, proto: proto::UDP, backends: vec![one, two] }]);
+    host.serve(&[Service::new(vip, proto::UDP, &[one, two])]);
     let mut reached = BTreeSet::new();
     for cookie in 1..50 {
         let mut call = Call::<F>::new(vip, cookie << 32 | cookie);
@@ -87,18 +87,18 @@ fn a_socket_is_led_to_a_backend_and_shown_the_vip<F: HostFamily>(
 
 fn what_nobody_serves_is_refused<F: HostFamily>([vip, one, ..]: [SocketAddr; 4]) {
     let mut host = Host::<F>::new();
-    host.serve(&[Service { frontend: vip, proto: proto::UDP, backends: vec![one] }]);
+    host.serve(&[Service::new(vip, proto::UDP, &[one])]);
     let mut unused = Call::<F>::new(SocketAddr::new(vip.ip(), 54), 1);
     assert_eq!(send(&mut unused, &host), Outcome::SocketRefused);
     let mut tcp = Call { protocol: proto::TCP, ..Call::<F>::new(vip, 1) };
     assert_eq!(send(&mut tcp, &host), Outcome::SocketRefused);
-    host.serve(&[Service { frontend: vip, proto: proto::UDP, backends: vec![] }]);
+    host.serve(&[Service::new(vip, proto::UDP, &[])]);
     assert_eq!(send(&mut Call::<F>::new(vip, 1), &host), Outcome::SocketRefused);
 }
 
 fn only_sockets_of_the_wanted_namespace_are_led<F: HostFamily>([vip, one, ..]: [SocketAddr; 4]) {
     let mut host = Host::<F>::new();
-    host.serve(&[Service { frontend: vip, proto: proto::UDP, backends: vec![one] }]);
+    host.serve(&[Service::new(vip, proto::UDP, &[one])]);
     for (wanted, outcome) in [
         ([0, 0], Outcome::SocketTranslated),
         ([7, 1 << 8], Outcome::SocketTranslated),

@@ -1,6 +1,7 @@
 //! `portal services`, `backends` and `flows`: the pinned maps as kubectl would show them.
 
 use std::collections::HashMap;
+use std::net::IpAddr;
 
 use anyhow::Result;
 use proxy_common::settings::seconds;
@@ -10,7 +11,7 @@ use super::table::{Column, Output, Table};
 use crate::desired::PortId;
 use crate::kernel::read;
 use crate::model::IpFamily;
-use crate::plan::{Actual, ActualService, BackendEntry};
+use crate::plan::{Actual, ActualService, BackendEntry, Lead};
 
 /// The flags of listings.
 #[derive(clap::Args)]
@@ -44,20 +45,26 @@ pub fn services(args: &Args) -> Result<()> {
         Column::always("PORT"),
         Column::always("PROTOCOL"),
         Column::always("BACKENDS"),
+        Column::wide("LOCAL"),
+        Column::wide("FAMILY"),
         Column::wide("ID"),
         Column::wide("SLOTS"),
     ]);
     for service in sorted(&actual) {
-        let port = actual.names.get(&service.id);
+        let Lead { id, cluster, local, .. } = service.lead;
+        let port = actual.names.get(&id);
         if args.wants(port) {
-            let range = service.range;
+            let vip = service.frontend.vip;
+            let vip = if vip.is_unspecified() { "(node)".to_owned() } else { vip.to_string() };
             table.row(names(port).into_iter().chain([
-                service.frontend.vip.to_string(),
+                vip,
                 service.frontend.port.to_string(),
                 read::protocol(service.frontend.protocol.number()).to_owned(),
-                range.count.to_string(),
-                service.id.to_string(),
-                format!("{}+{}", range.first, range.count),
+                cluster.count.to_string(),
+                local.count.to_string(),
+                family(service.frontend.vip).to_owned(),
+                id.to_string(),
+                format!("{}+{}", cluster.first, cluster.count + local.count),
             ]));
         }
     }
@@ -66,7 +73,7 @@ pub fn services(args: &Args) -> Result<()> {
 
 fn sorted(actual: &Actual) -> Vec<&ActualService> {
     let mut services: Vec<&ActualService> = actual.services.iter().collect();
-    services.sort_by_key(|service| (actual.names.get(&service.id), service.frontend));
+    services.sort_by_key(|service| (actual.names.get(&service.lead.id), service.frontend));
     services
 }
 
@@ -115,13 +122,21 @@ fn slots_by_family(actual: &Actual) -> HashMap<(IpFamily, u32), u32> {
     let mut found = HashMap::new();
     for service in &actual.services {
         let family = IpFamily::of(service.frontend.vip);
-        for slot in service.range.first..service.range.first + service.range.count {
+        let Lead { cluster, local, .. } = service.lead;
+        for slot in cluster.first..cluster.first + cluster.count + local.count {
             if let Some(number) = actual.slots.get(&slot) {
                 found.insert((family, *number), slot);
             }
         }
     }
     found
+}
+
+const fn family(vip: IpAddr) -> &'static str {
+    match vip {
+        IpAddr::V4(_) => "IPv4",
+        IpAddr::V6(_) => "IPv6",
+    }
 }
 
 const fn state(usable: bool) -> &'static str {

@@ -5,10 +5,13 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result};
+use ipnet::IpNet;
 use tracing_subscriber::EnvFilter;
 
 use super::Place;
+use crate::desired::node_ports::NodePortAddresses;
 use crate::kernel::{Options, SocketLb, TcMode, probe};
+use crate::model::from_k8s::parse_range;
 use crate::netlink::Rule;
 use crate::run::{Settings, run};
 use crate::watch::{ApiServer, Source};
@@ -33,11 +36,13 @@ pub struct Args {
     #[arg(long, value_name = "NAME")]
     hostname_override: Option<String>,
 
-    /// The pods' address ranges, one per family. (Not needed for `ClusterIPs`)
-    #[arg(long, value_name = "CIDR", value_delimiter = ',')]
-    cluster_cidr: Vec<String>,
+    /// The pods' address ranges, one per family: by them a pod of another node is known as a pod
+    /// where a policy asks (externalTrafficPolicy)
+    #[arg(long, value_name = "CIDR", value_delimiter = ',', value_parser = range)]
+    cluster_cidr: Vec<IpNet>,
 
-    /// Which of the node's addresses take `NodePorts`. (They are not served yet)
+    /// Which of the node's addresses take `NodePorts`: ranges, or "primary" for the node's first
+    /// address of each family, which is the default
     #[arg(long, value_name = "CIDR|primary", value_delimiter = ',')]
     nodeport_addresses: Vec<String>,
 
@@ -60,11 +65,11 @@ pub struct Args {
     #[arg(long, value_enum, default_value = "host")]
     socket_lb: SocketLb,
 
-    /// How programs are attached to uplinks by XDP. (Uplinks are not served yet)
+    /// How programs are attached to uplinks by XDP. (Not yet: uplinks are served by tc)
     #[arg(long, value_enum, default_value = "auto")]
     xdp: Xdp,
 
-    /// How programs are attached to pods' links
+    /// How programs are attached to links
     #[arg(long, value_enum, default_value = "auto")]
     tc: TcMode,
 
@@ -111,16 +116,8 @@ impl Args {
     }
 
     fn resolve(self) -> Result<Settings> {
-        for (flag, given) in [
-            ("--cluster-cidr", !self.cluster_cidr.is_empty()),
-            ("--nodeport-addresses", !self.nodeport_addresses.is_empty()),
-        ] {
-            if given {
-                tracing::info!("{flag} has no effect yet: only ClusterIPs are served");
-            }
-        }
         if !matches!(self.xdp, Xdp::Off | Xdp::Auto) {
-            tracing::info!("--xdp has no effect yet: only pods' links are served, by tc");
+            tracing::info!("--xdp has no effect yet: uplinks are served by tc");
         }
         let Algorithm::Hash = self.lb_algorithm;
         let cgroup_root = match self.cgroup_root {
@@ -144,11 +141,31 @@ impl Args {
                 tc: self.tc,
                 max_flows: self.max_flows,
                 trace: self.trace,
+                cluster_cidrs: self.cluster_cidr,
             },
             interfaces: self.interfaces,
+            node_ports: node_ports(&self.nodeport_addresses)?,
             healthz: address("--healthz-bind-address", &self.healthz_bind_address)?,
             metrics: address("--metrics-bind-address", &self.metrics_bind_address)?,
         })
+    }
+}
+
+fn range(text: &str) -> Result<IpNet, String> {
+    parse_range(text).ok_or_else(|| "expected a range of addresses, as in 10.0.0.0/8".to_owned())
+}
+
+fn node_ports(given: &[String]) -> Result<NodePortAddresses> {
+    match given {
+        [] => Ok(NodePortAddresses::Primary),
+        [word] if word == "primary" => Ok(NodePortAddresses::Primary),
+        ranges => {
+            let ranges = ranges.iter().map(|text| range(text).map_err(|error| (text, error)));
+            let ranges = ranges.collect::<Result<_, _>>().map_err(|(text, error)| {
+                anyhow::anyhow!("--nodeport-addresses: \"{text}\": {error}, or \"primary\" alone")
+            })?;
+            Ok(NodePortAddresses::Within(ranges))
+        }
     }
 }
 

@@ -5,12 +5,17 @@
 //! depends on another's, so that a change costs in proportion to the change. What two Services may not
 //! share, a frontend, is settled in [`crate::plan`].
 
+mod doors;
 mod eligible;
+pub mod node_ports;
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 
+use ipnet::IpNet;
+
 use crate::model::{Cluster, IpFamily, Node, ObjectName, Protocol};
+use doors::doors;
 
 /// The identity of a Service port in one family: what keeps its number over changes and restarts.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
@@ -25,7 +30,7 @@ pub struct PortId {
     pub family: IpFamily,
 }
 
-/// Where clients send to.
+/// Where clients send to. At the unspecified address it is a `NodePort`.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct Frontend {
     /// The virtual IP.
@@ -36,13 +41,32 @@ pub struct Frontend {
     pub protocol: Protocol,
 }
 
+/// Through which door of a Service a frontend leads, and what is asked there.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default)]
+#[allow(clippy::struct_excessive_bools, reason = "independent facts, each with a name")]
+pub struct Access {
+    /// Unused ports of the address are refused (KP-40).
+    pub refuses: bool,
+    /// Only this node's endpoints, whoever asks (KP-59).
+    pub local_for_all: bool,
+    /// Only this node's endpoints for who asks from outside (KP-52).
+    pub local_for_outside: bool,
+    /// Only for clients in the source ranges (KP-90).
+    pub source_ranges: bool,
+    /// With source ranges that this node is in (KP-92).
+    pub node_allowed: bool,
+}
+
 /// An endpoint of a Service port.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+#[allow(clippy::struct_excessive_bools, reason = "independent facts, each with a name")]
 pub struct Backend {
     /// Its address and port.
     pub address: SocketAddr,
     /// Takes new flows.
     pub usable: bool,
+    /// Takes new flows that stay on this node.
+    pub usable_local: bool,
     /// Keeps the flows that it has.
     pub serving: bool,
     /// Runs on this node (KP-12).
@@ -54,10 +78,14 @@ pub struct Backend {
 pub struct Port {
     /// When its Service was created.
     pub created: String,
-    /// Its frontends, sorted.
-    pub frontends: Vec<Frontend>,
+    /// Its frontends.
+    pub frontends: BTreeMap<Frontend, Access>,
     /// Its endpoints, sorted by address, each address once (KP-14).
     pub backends: Vec<Backend>,
+    /// For how many seconds a client stays with its endpoint; 0 if it does not.
+    pub affinity: u32,
+    /// Who may come through frontends with source ranges, sorted.
+    pub source_ranges: Vec<IpNet>,
 }
 
 /// What the kernel should hold, by Service port.
@@ -73,19 +101,24 @@ pub fn desired(cluster: &Cluster, node: &Node) -> Tables {
 pub fn desired_service(cluster: &Cluster, node: &Node, name: &ObjectName) -> Tables {
     let Some(service) = cluster.service(name) else { return Tables::new() };
     let mut tables = Tables::new();
-    for vip in &service.cluster_ips {
+    for cluster_ip in &service.cluster_ips {
+        let doors = doors(service, node, *cluster_ip);
         // SCTP's ports are not translated yet (docs/conformance.md, KP-26).
         for port in service.ports.iter().filter(|port| port.protocol != Protocol::Sctp) {
             let id = PortId {
                 service: name.clone(),
                 port: port.name.clone(),
                 protocol: port.protocol,
-                family: IpFamily::of(*vip),
+                family: IpFamily::of(*cluster_ip),
             };
-            let frontend = Frontend { vip: *vip, port: port.port, protocol: port.protocol };
-            let backends = eligible::backends(cluster, node, &id);
-            let created = service.created.clone();
-            tables.insert(id, Port { created, frontends: vec![frontend], backends });
+            let wanted = Port {
+                created: service.created.clone(),
+                frontends: doors.frontends(port),
+                backends: eligible::backends(cluster, node, &id),
+                affinity: service.affinity.unwrap_or_default(),
+                source_ranges: doors.ranges.clone(),
+            };
+            tables.insert(id, wanted);
         }
     }
     tables

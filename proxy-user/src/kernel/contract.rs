@@ -1,8 +1,8 @@
 //! The pinned maps, by name and shape, as `proxy_common::tables` lays them out.
 
 use proxy_common::tables::{
-    Backend, Config, FlowKey, FlowValue, FragmentKey, FragmentValue, Name, PeerKey, PeerValue,
-    ServiceKey, ServiceValue, Work,
+    AffinityKey, AffinityValue, Backend, Config, FlowKey, FlowValue, FragmentKey, FragmentValue,
+    Name, PeerKey, PeerValue, ServiceKey, ServiceValue, SourceRange, Work,
 };
 use proxy_common::{Family, V4, V6};
 
@@ -21,7 +21,7 @@ const fn shape<K, V>(name: &'static str) -> Shape {
     Shape { name, key: size_of::<K>(), value: size_of::<V>() }
 }
 
-const fn family<F: Family>(names: [&'static str; 7]) -> [Shape; 7] {
+const fn family<F: Family>(names: [&'static str; 9]) -> [Shape; 9] {
     [
         shape::<ServiceKey<F>, ServiceValue>(names[0]),
         shape::<u32, Backend<F>>(names[1]),
@@ -29,26 +29,32 @@ const fn family<F: Family>(names: [&'static str; 7]) -> [Shape; 7] {
         shape::<FlowKey<F>, FlowValue<F>>(names[3]),
         shape::<FragmentKey<F>, FragmentValue>(names[4]),
         shape::<PeerKey<F>, PeerValue<F>>(names[5]),
-        shape::<u32, Work<F>>(names[6]),
+        shape::<AffinityKey<F>, AffinityValue>(names[6]),
+        shape::<SourceRange<F>, u32>(names[7]),
+        shape::<u32, Work<F>>(names[8]),
     ]
 }
 
-const FAMILY_V4: [Shape; 7] = family::<V4>([
+const FAMILY_V4: [Shape; 9] = family::<V4>([
     "services_v4",
     "backends_v4",
     "flows_v4",
     "embryos_v4",
     "fragments_v4",
     "peers_v4",
+    "affinity_v4",
+    "ranges_v4",
     "scratch_v4",
 ]);
-const FAMILY_V6: [Shape; 7] = family::<V6>([
+const FAMILY_V6: [Shape; 9] = family::<V6>([
     "services_v6",
     "backends_v6",
     "flows_v6",
     "embryos_v6",
     "fragments_v6",
     "peers_v6",
+    "affinity_v6",
+    "ranges_v6",
     "scratch_v6",
 ]);
 const COMMON: [Shape; 4] = [

@@ -7,8 +7,9 @@ use anyhow::{Context, Result, bail, ensure};
 use aya::maps::{Array, Map, MapData, MapInfo};
 use aya::programs::Program;
 use aya::{Ebpf, EbpfLoader};
+use ipnet::IpNet;
 use proxy_common::abi::ABI;
-use proxy_common::settings::Settings;
+use proxy_common::settings::{Range4, Range6, Settings};
 use proxy_common::tables::Config;
 
 use super::contract::shapes;
@@ -136,8 +137,30 @@ fn settings(options: &Options, seed: u32) -> Settings {
         coarse_clock: probe::coarse_clock().into(),
         socket_errno: probe::socket_errno().into(),
         netns_cookie: bytemuck::cast(cookie),
+        pods4: pods4(&options.cluster_cidrs),
+        pods6: pods6(&options.cluster_cidrs),
         ..Settings::DEFAULT
     }
+}
+
+fn pods4(ranges: &[IpNet]) -> Range4 {
+    let mut of_family = ranges.iter().filter_map(|range| match range {
+        IpNet::V4(range) => {
+            Some(Range4 { address: range.network().octets(), mask: range.netmask().octets() })
+        }
+        IpNet::V6(_) => None,
+    });
+    of_family.next().unwrap_or(Settings::DEFAULT.pods4)
+}
+
+fn pods6(ranges: &[IpNet]) -> Range6 {
+    let mut of_family = ranges.iter().filter_map(|range| match range {
+        IpNet::V6(range) => {
+            Some(Range6 { address: range.network().octets(), mask: range.netmask().octets() })
+        }
+        IpNet::V4(_) => None,
+    });
+    of_family.next().unwrap_or(Settings::DEFAULT.pods6)
 }
 
 /// A verifier's error holds its whole log: its end says what is wrong.

@@ -27,9 +27,13 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use aya::Ebpf;
 use aya_log::EbpfLogger;
+use ipnet::IpNet;
 use nix::fcntl::{Flock, FlockArg};
+use proxy_common::Outcome;
 
+use crate::netlink::Role;
 use crate::plan::{Capacity, Op, Planner};
+use crate::routes::Routes;
 pub use contract::{Shape, name_of, shapes};
 use links::PinnedLinks;
 pub use load::has_object;
@@ -53,6 +57,8 @@ pub struct Options {
     pub max_flows: u32,
     /// Whether refused and dropped packets are logged.
     pub trace: bool,
+    /// The pods' ranges, by which pods of other nodes are known; the first of each family counts.
+    pub cluster_cidrs: Vec<IpNet>,
 }
 
 /// The installed datapath.
@@ -89,8 +95,13 @@ impl Datapath {
         let mut ebpf = load::load(options, &maps)?;
         let mut links = PinnedLinks::new(links_folder(&options.bpffs_root))?;
         let writer = Writer::open(&maps)?;
-        sockets::attach(&mut ebpf, &mut links, options)?;
         let tc = tc::resolve(options.tc, &ebpf)?;
+        let before = links.names();
+        if let Err(error) = sockets::attach(&mut ebpf, &mut links, options) {
+            let fresh = links.names().into_iter().filter(|name| !before.contains(name));
+            fresh.for_each(|name| links.remove(&name));
+            return Err(error);
+        }
         let (planner, repairs) = Planner::recover(writer.capacity(), &writer.actual()?);
         let mut datapath = Self { ebpf, links, writer, tc, maps, _lock: lock };
         datapath.apply(&repairs)?;
@@ -118,22 +129,36 @@ impl Datapath {
         ops.iter().try_for_each(|op| self.writer.apply(op))
     }
 
-    /// Attaches the datapath to a pod's link, or renews it there.
+    /// Takes in which ways lead to backends, where that has changed.
+    pub fn set_routes(&mut self, changed: &Routes) {
+        self.writer.set_routes(changed);
+    }
+
+    /// Attaches the datapath to a link, or renews it there.
     ///
     /// # Errors
     /// If the kernel refuses, most often because the link has just gone.
-    pub fn attach_pod(&mut self, ifindex: u32, name: &str) -> Result<()> {
-        tc::attach(&mut self.ebpf, &mut self.links, self.tc, ifindex, name)
+    pub fn attach(&mut self, ifindex: u32, name: &str, role: Role) -> Result<()> {
+        tc::attach(&mut self.ebpf, &mut self.links, self.tc, ifindex, name, role)
     }
 
-    /// Detaches the datapath from a link that is gone or no pod's any more.
-    pub fn detach_pod(&mut self, ifindex: u32, name: &str) {
+    /// Detaches the datapath from a link that is gone or has another role.
+    pub fn detach(&mut self, ifindex: u32, name: &str) {
         tc::detach(&mut self.links, self.tc, ifindex, name);
     }
 
     /// The links that an earlier agent has left programs on.
-    pub fn attached_pods(&self) -> Vec<u32> {
+    pub fn attached(&self) -> Vec<u32> {
         tc::attached(&self.links)
+    }
+
+    /// How often an outcome was.
+    ///
+    /// # Errors
+    /// If the counters can't be read.
+    pub fn count(&self, outcome: Outcome) -> Result<u64> {
+        let root = self.maps.parent().context("the maps have a folder")?;
+        Ok(read::outcomes(root)?.get(&outcome).copied().unwrap_or_default())
     }
 
     /// Removes flows that have ended from the tables.

@@ -6,7 +6,10 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 use aya::maps::{Map, MapData, PerCpuArray};
-use proxy_common::tables::{Backend, FlowKey, FlowValue, Name, ServiceKey};
+use ipnet::IpNet;
+use proxy_common::tables::{
+    Backend, FlowKey, FlowValue, Name, RangeData, ServiceKey, ServiceValue,
+};
 use proxy_common::{Addr4, Addr6, Family, Outcome, V4, V6, proto};
 
 use super::sys::for_each;
@@ -14,7 +17,7 @@ use super::writer::{FamilyTables, Writer};
 use super::{maps_folder, name_of};
 use crate::desired::{Frontend, PortId};
 use crate::model::{IpFamily, ObjectName, Protocol};
-use crate::plan::{Actual, ActualBackend, ActualService, BackendEntry};
+use crate::plan::{Actual, ActualBackend, ActualService, BackendEntry, Lead};
 
 /// An address of one family from an address of any.
 pub trait FromIp: Sized {
@@ -52,8 +55,9 @@ pub(super) fn read_actual(writer: &Writer) -> Result<Actual> {
     read_family(&writer.v4, IpFamily::V4, &mut actual)?;
     read_family(&writer.v6, IpFamily::V6, &mut actual)?;
     for service in &actual.services {
-        let end = service.range.first.saturating_add(service.range.count);
-        for slot in service.range.first..end.min(writer.slots.length()) {
+        let Lead { cluster, local, .. } = service.lead;
+        let end = cluster.first.saturating_add(cluster.count).saturating_add(local.count);
+        for slot in cluster.first..end.min(writer.slots.length()) {
             let number = u32::try_from(writer.slots.get(slot)).unwrap_or(u32::MAX);
             actual.slots.insert(slot, number);
         }
@@ -70,10 +74,19 @@ fn read_family<F: Family>(
         let (key, value) = entry.context("cannot read the Services")?;
         match frontend(&key) {
             Some(frontend) => {
-                let (id, range) = (value.id, value.cluster);
-                actual.services.push(ActualService { frontend, id, range });
+                actual.services.push(ActualService { frontend, lead: lead(&value) });
             }
-            None => actual.vips.push(key.vip.into()),
+            None => actual.marks.push((key.vip.into(), value.flags)),
+        }
+    }
+    for key in tables.ranges.keys() {
+        let key = key.context("cannot read the source ranges")?;
+        let (prefix, data) = (key.prefix_len(), key.data());
+        let bits = u8::try_from(prefix.saturating_sub(RangeData::<F>::SERVICE_BITS));
+        let address: IpAddr = data.address.into();
+        if let Ok(range) = bits.map(|bits| IpNet::new(address, bits)) {
+            let range = range.context("a source range is longer than an address")?;
+            actual.ranges.push((u32::from_be_bytes(data.service), range));
         }
     }
     for number in 0..tables.backends.length() {
@@ -86,12 +99,19 @@ fn read_family<F: Family>(
     Ok(())
 }
 
+fn lead(value: &ServiceValue) -> Lead {
+    let ServiceValue { id, cluster, local, affinity, flags, .. } = *value;
+    Lead { id, cluster, local, affinity, flags }
+}
+
 fn entry_of<F: Family>(backend: &Backend<F>) -> BackendEntry {
     BackendEntry {
         address: SocketAddr::new(backend.addr.into(), backend.port.number()),
         generation: backend.generation,
         serving: backend.flags & Backend::<F>::SERVING != 0,
         local: backend.flags & Backend::<F>::LOCAL != 0,
+        usable: backend.flags & Backend::<F>::IN_CLUSTER != 0,
+        usable_local: backend.flags & Backend::<F>::IN_LOCAL != 0,
         service: backend.service,
     }
 }

@@ -12,6 +12,7 @@ use aya::programs::tc::{
 
 use super::links::PinnedLinks;
 use super::sys::{self, AttachPoint};
+use crate::netlink::Role;
 
 /// How programs are attached to network links.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, clap::ValueEnum)]
@@ -24,30 +25,48 @@ pub enum TcMode {
     Clsact,
 }
 
-/// Program, direction, pin and the kernel's number of the tcx hook (`enum bpf_attach_type`).
-const HOOKS: [(&str, TcAttachType, &str, u32); 2] = [
-    ("portal_ingress", TcAttachType::Ingress, "ingress", 46),
-    ("portal_egress", TcAttachType::Egress, "egress", 47),
+/// Direction, pin and the kernel's number of the tcx hook. Egress first: a packet that is translated
+/// on its way there must find its answer translated.
+const HOOKS: [(TcAttachType, &str, u32); 2] = [
+    (TcAttachType::Egress, "egress", sys::TCX_EGRESS),
+    (TcAttachType::Ingress, "ingress", sys::TCX_INGRESS),
 ];
 
-/// Our place among clsact filters. Fixed, so that a later agent finds its filters again, and early,
-/// so that we see a packet before a CNI's filters redirect it.
-const PRIORITY: u16 = 1;
+/// The programs of a link, in the order of [`HOOKS`].
+const fn programs(role: Role) -> [&'static str; 2] {
+    match role {
+        Role::Uplink => ["portal_egress", "portal_uplink"],
+        Role::Pod | Role::Ignore => ["portal_egress", "portal_ingress"],
+    }
+}
+
+/// Our place among clsact filters: fixed, so that a later agent finds its filters again; first on the
+/// way in and last on the way out, so that a CNI's filters see backends' addresses both ways.
+const fn priority(direction: TcAttachType) -> u16 {
+    match direction {
+        TcAttachType::Egress => 0xfffe,
+        _ => 1,
+    }
+}
 const HANDLE: TcHandle = TcHandle::new(0, 0x706f);
 
 /// Decides how to attach, by trying on nothing: a link index that does not exist.
 pub fn resolve(mode: TcMode, ebpf: &Ebpf) -> Result<TcMode> {
-    if mode != TcMode::Auto {
+    if mode == TcMode::Clsact {
         return Ok(mode);
     }
     let program = ebpf.program("portal_ingress").context("the object has no portal_ingress")?;
     let program: &SchedClassifier = program.try_into()?;
-    let at = AttachPoint::Tcx { ifindex: u32::MAX >> 1, attach_type: HOOKS[0].3 };
+    let at = AttachPoint::Tcx { ifindex: u32::MAX >> 1, attach_type: sys::TCX_INGRESS };
     // A kernel with tcx looks for the link; one without does not know the attach type.
     let has_tcx = match sys::link_create(program.fd()?, at) {
         Err(error) => error.raw_os_error() == Some(libc::ENODEV),
         Ok(_) => true,
     };
+    anyhow::ensure!(
+        has_tcx || mode == TcMode::Auto,
+        "this kernel has no tcx, which came with Linux 6.6. Do without --tc=tcx: clsact then serves"
+    );
     Ok(if has_tcx { TcMode::Tcx } else { TcMode::Clsact })
 }
 
@@ -58,8 +77,9 @@ pub fn attach(
     mode: TcMode,
     ifindex: u32,
     name: &str,
+    role: Role,
 ) -> Result<()> {
-    for (program, direction, side, attach_type) in HOOKS {
+    for (program, (direction, side, attach_type)) in programs(role).into_iter().zip(HOOKS) {
         let program: &mut SchedClassifier = ebpf
             .program_mut(program)
             .with_context(|| format!("the object has no program {program}"))?
@@ -95,7 +115,7 @@ pub fn attached(links: &PinnedLinks) -> Vec<u32> {
 
 /// Takes both programs off a link.
 pub fn detach(links: &mut PinnedLinks, mode: TcMode, ifindex: u32, name: &str) {
-    for (_, direction, side, _) in HOOKS {
+    for (direction, side, _) in HOOKS {
         if mode == TcMode::Tcx {
             links.remove(&pin(ifindex, side));
         } else {
@@ -110,12 +130,14 @@ fn attach_filter(program: &mut SchedClassifier, name: &str, direction: TcAttachT
     {
         return Err(error).context("cannot add a clsact qdisc");
     }
-    let options = NlOptions { priority: PRIORITY, handle: HANDLE, ..NlOptions::default() };
+    let options =
+        NlOptions { priority: priority(direction), handle: HANDLE, ..NlOptions::default() };
     let id = match program.attach_with_options(name, direction, TcAttachOptions::Netlink(options)) {
         Ok(id) => id,
         Err(ProgramError::TcError(error)) if exists(&error) => {
             // An earlier agent's filter: only its program is replaced.
-            let link = SchedClassifierLink::attached(name, direction, PRIORITY, HANDLE, None)?;
+            let link =
+                SchedClassifierLink::attached(name, direction, priority(direction), HANDLE, None)?;
             program.attach_to_link(link)?
         }
         Err(error) => return Err(error.into()),
@@ -135,7 +157,7 @@ fn exists(error: &TcError) -> bool {
 
 fn remove_filter(name: &str, direction: TcAttachType) {
     // Dropping a link takes its filter off. A link that is gone has taken it along.
-    drop(SchedClassifierLink::attached(name, direction, PRIORITY, HANDLE, None));
+    drop(SchedClassifierLink::attached(name, direction, priority(direction), HANDLE, None));
 }
 
 /// Removes our clsact filters from all links of this network namespace.
@@ -143,6 +165,6 @@ pub fn remove_filters(_links: &Path) {
     let Ok(interfaces) = nix::net::if_::if_nameindex() else { return };
     for interface in &interfaces {
         let name = interface.name().to_string_lossy();
-        HOOKS.iter().for_each(|(_, direction, _, _)| remove_filter(&name, *direction));
+        HOOKS.iter().for_each(|(direction, ..)| remove_filter(&name, *direction));
     }
 }

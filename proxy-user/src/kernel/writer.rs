@@ -1,21 +1,25 @@
 //! The one writer of Services: planned writes become stores and system calls, in their order.
 
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
+use aya::maps::lpm_trie::{Key, LpmTrie};
 use aya::maps::{HashMap, Map, MapData};
-use proxy_common::tables::{self, Name, Range, ServiceKey, ServiceValue};
+use proxy_common::tables::{self, Name, Range, RangeData, ServiceKey, ServiceValue};
 use proxy_common::{Family, Port, V4, V6};
 
 use super::mapped::Mapped;
 use super::read::{FromIp, read_actual};
 use crate::desired::{Frontend, PortId};
 use crate::model::IpFamily;
-use crate::plan::{Actual, BackendEntry, Capacity, Op};
+use crate::plan::{Actual, BackendEntry, Capacity, Lead, Op};
+use crate::routes::{Route, Routes};
 
 /// One family's tables.
 pub struct FamilyTables<F: Family> {
     pub services: HashMap<MapData, ServiceKey<F>, ServiceValue>,
+    pub ranges: LpmTrie<MapData, RangeData<F>, u32>,
     pub backends: Mapped<tables::Backend<F>>,
 }
 
@@ -26,6 +30,8 @@ pub struct Writer {
     pub names: HashMap<MapData, u32, Name>,
     pub slots: Mapped<u64>,
     services: u32,
+    /// The ways that lead to backends.
+    routes: std::collections::HashMap<IpAddr, Route>,
 }
 
 fn open(maps: &Path, name: &str) -> Result<MapData> {
@@ -42,34 +48,60 @@ fn open_mapped<T: bytemuck::Pod>(maps: &Path, name: &str) -> Result<Mapped<T>> {
 impl<F: Family> FamilyTables<F> {
     fn open(maps: &Path) -> Result<Self> {
         let services = open(maps, &super::name_of::<F>("services"))?;
+        let ranges = open(maps, &super::name_of::<F>("ranges"))?;
         Ok(Self {
             services: HashMap::try_from(Map::HashMap(services))?,
+            ranges: LpmTrie::try_from(Map::LpmTrie(ranges))?,
             backends: open_mapped(maps, &super::name_of::<F>("backends"))?,
         })
     }
 
-    fn write_backend(&self, number: u32, entry: BackendEntry)
+    fn write_backend(&self, number: u32, entry: BackendEntry, route: Option<&Route>)
     where
         F::Addr: FromIp,
     {
         let Some(addr) = F::Addr::from_ip(entry.address.ip()) else { return };
-        let serving = if entry.serving { tables::Backend::<F>::SERVING } else { 0 };
-        let local = if entry.local { tables::Backend::<F>::LOCAL } else { 0 };
+        let (source, link) = way::<F>(route);
         self.backends.set(
             number,
             tables::Backend {
                 addr,
+                source,
                 port: Port::new(entry.address.port()),
                 generation: entry.generation,
-                flags: serving | local,
+                flags: flags::<F>(entry),
                 service: entry.service,
+                link,
             },
         );
     }
 
-    fn put(&mut self, key: ServiceKey<F>, id: u32, range: Range) -> Result<()> {
-        let value = ServiceValue { tag: key.tag(), id, cluster: range };
+    /// Writes the routes that have changed to the backends that they lead to.
+    fn write_routes(&self, changed: &Routes)
+    where
+        F::Addr: FromIp,
+    {
+        for number in 0..self.backends.length() {
+            let backend = self.backends.get(number);
+            if backend.flags == 0 {
+                continue;
+            }
+            if let Some(route) = changed.get(&backend.addr.into()) {
+                let (source, link) = way::<F>(route.as_ref());
+                self.backends.set(number, tables::Backend { source, link, ..backend });
+            }
+        }
+    }
+
+    fn put(&mut self, key: ServiceKey<F>, lead: Lead) -> Result<()> {
+        let Lead { id, cluster, local, affinity, flags } = lead;
+        let value = ServiceValue { tag: key.tag(), id, cluster, local, affinity, flags };
         self.services.insert(key, value, 0).context("cannot write a Service")
+    }
+
+    fn range(address: F::Addr, id: u32, bits: u8) -> Key<RangeData<F>> {
+        let data = RangeData { service: id.to_be_bytes(), address };
+        Key::new(RangeData::<F>::SERVICE_BITS + u32::from(bits), data)
     }
 
     fn remove(&mut self, key: ServiceKey<F>) -> Result<()> {
@@ -78,6 +110,27 @@ impl<F: Family> FamilyTables<F> {
             Err(error) => Err(error).context("cannot remove a Service"),
         }
     }
+}
+
+fn flags<F: Family>(entry: BackendEntry) -> u32 {
+    [
+        (entry.serving, tables::Backend::<F>::SERVING),
+        (entry.local, tables::Backend::<F>::LOCAL),
+        (entry.usable, tables::Backend::<F>::IN_CLUSTER),
+        (entry.usable_local, tables::Backend::<F>::IN_LOCAL),
+    ]
+    .into_iter()
+    .filter(|(set, _)| *set)
+    .fold(0, |flags, (_, flag)| flags | flag)
+}
+
+/// A route as a backend has it.
+fn way<F: Family>(route: Option<&Route>) -> (F::Addr, u32)
+where
+    F::Addr: FromIp,
+{
+    let known = route.and_then(|route| Some((F::Addr::from_ip(route.source)?, route.link)));
+    known.unwrap_or_else(|| (bytemuck::Zeroable::zeroed(), 0))
 }
 
 /// Runs an expression with the tables of an address's family and the address in them.
@@ -107,6 +160,7 @@ impl Writer {
             names: HashMap::try_from(Map::HashMap(names))?,
             slots: open_mapped(maps, "slots")?,
             services,
+            routes: std::collections::HashMap::new(),
         })
     }
 
@@ -124,14 +178,27 @@ impl Writer {
         read_actual(self)
     }
 
+    /// Takes in which ways lead to backends, where that has changed.
+    pub fn set_routes(&mut self, changed: &Routes) {
+        for (address, route) in changed {
+            match route {
+                Some(route) => self.routes.insert(*address, *route),
+                None => self.routes.remove(address),
+            };
+        }
+        self.v4.write_routes(changed);
+        self.v6.write_routes(changed);
+    }
+
     /// Carries out one write.
     pub fn apply(&mut self, op: &Op) -> Result<()> {
         match op {
-            Op::Backend { family: IpFamily::V4, number, backend } => {
-                self.v4.write_backend(*number, *backend);
-            }
-            Op::Backend { family: IpFamily::V6, number, backend } => {
-                self.v6.write_backend(*number, *backend);
+            Op::Backend { family, number, backend } => {
+                let route = self.routes.get(&backend.address.ip());
+                match family {
+                    IpFamily::V4 => self.v4.write_backend(*number, *backend, route),
+                    IpFamily::V6 => self.v6.write_backend(*number, *backend, route),
+                }
             }
             Op::Slot { index, number } => self.slots.set(*index, u64::from(*number)),
             Op::Name { id, port } => {
@@ -140,7 +207,7 @@ impl Writer {
             Op::Unname { id } => {
                 let _ = self.names.remove(id);
             }
-            Op::Lead { frontend, id, range } => return self.lead(*frontend, *id, *range),
+            Op::Lead { frontend, lead } => return self.lead(*frontend, *lead),
             Op::Remove { frontend } => {
                 let Frontend { vip, port, protocol } = *frontend;
                 return with_family!(self, vip, |tables, address| tables.remove(ServiceKey::new(
@@ -149,30 +216,39 @@ impl Writer {
                     protocol.number()
                 )));
             }
-            Op::MarkVip { vip } => {
-                return with_family!(self, *vip, |tables, address| tables.put(
-                    ServiceKey::vip(address),
-                    0,
-                    Range::default()
-                ));
+            Op::Mark { address, flags } => return self.mark(*address, *flags),
+            Op::Unmark { address } => {
+                return with_family!(self, *address, |tables, address| tables
+                    .remove(ServiceKey::mark(address)));
             }
-            Op::UnmarkVip { vip } => {
-                return with_family!(self, *vip, |tables, address| tables
-                    .remove(ServiceKey::vip(address)));
+            Op::Allow { id, range } => {
+                return with_family!(self, range.addr(), |tables, address| {
+                    let key = FamilyTables::range(address, *id, range.prefix_len());
+                    tables.ranges.insert(&key, 1, 0).context("cannot write a source range")
+                });
+            }
+            Op::Forbid { id, range } => {
+                with_family!(self, range.addr(), |tables, address| {
+                    let key = FamilyTables::range(address, *id, range.prefix_len());
+                    let _ = tables.ranges.remove(&key);
+                });
             }
         }
         Ok(())
     }
 
-    fn lead(&mut self, frontend: Frontend, id: u32, range: Range) -> Result<()> {
+    fn mark(&mut self, address: IpAddr, flags: u32) -> Result<()> {
+        let none = Range::default();
+        let lead = Lead { id: 0, cluster: none, local: none, affinity: 0, flags };
+        with_family!(self, address, |tables, address| tables.put(ServiceKey::mark(address), lead))
+    }
+
+    fn lead(&mut self, frontend: Frontend, lead: Lead) -> Result<()> {
         // What the programs find behind the frontend must be there first.
         std::sync::atomic::fence(std::sync::atomic::Ordering::Release);
         let Frontend { vip, port, protocol } = frontend;
-        with_family!(self, vip, |tables, address| tables.put(
-            ServiceKey::new(address, Port::new(port), protocol.number()),
-            id,
-            range
-        ))
+        with_family!(self, vip, |tables, address| tables
+            .put(ServiceKey::new(address, Port::new(port), protocol.number()), lead))
     }
 }
 

@@ -3,7 +3,11 @@
 
 use std::net::{IpAddr, Ipv4Addr};
 
-use super::{Endpoint, IpFamily, ObjectName, Protocol, Service, ServicePort, Slice};
+use ipnet::IpNet;
+
+use super::{
+    Endpoint, EndpointPort, IpFamily, Node, ObjectName, Protocol, Service, ServicePort, Slice,
+};
 use crate::watch::raw;
 
 /// A Service with this label is another proxy's (KP-3).
@@ -12,6 +16,9 @@ const PROXY_NAME: &str = "service.kubernetes.io/service-proxy-name";
 const HEADLESS: &str = "service.kubernetes.io/headless";
 /// The label that ties a slice to its Service (KP-7).
 const SERVICE_NAME: &str = "kubernetes.io/service-name";
+
+/// The label that names a node's zone (KP-65).
+const ZONE: &str = "topology.kubernetes.io/zone";
 
 /// Something in an object that can't be used, in words for the operator.
 pub type Problem = String;
@@ -26,9 +33,87 @@ pub fn service(raw: &raw::Service, problems: &mut Vec<Problem>) -> Option<Servic
     {
         return None;
     }
-    let cluster_ips = cluster_ips(spec, problems);
-    let ports = spec.ports.iter().filter_map(|port| service_port(port, problems)).collect();
-    Some(Service { created: raw.metadata.creation_timestamp.clone(), cluster_ips, ports })
+    let external_ips = addresses("external IP", &spec.external_ips, problems);
+    let external_local = spec.external_traffic_policy == "Local"
+        && (matches!(spec.r#type.as_str(), "LoadBalancer" | "NodePort")
+            || !external_ips.is_empty());
+    let is_checked = external_local && spec.r#type == "LoadBalancer";
+    Some(Service {
+        created: raw.metadata.creation_timestamp.clone(),
+        cluster_ips: cluster_ips(spec, problems),
+        ports: spec.ports.iter().filter_map(|port| service_port(port, problems)).collect(),
+        external_ips,
+        balancer_ips: balancer_ips(&raw.status, problems),
+        internal_local: spec.internal_traffic_policy == "Local",
+        external_local,
+        affinity: affinity(spec),
+        source_ranges: source_ranges(spec, problems),
+        health_check_port: port_number(spec.health_check_node_port).filter(|_| is_checked),
+    })
+}
+
+/// The addresses in a list, without those that are none.
+fn addresses(what: &str, list: &[String], problems: &mut Vec<Problem>) -> Vec<IpAddr> {
+    let mut found = Vec::new();
+    for text in list {
+        match parse_address(text) {
+            Some(address) if !found.contains(&address) => found.push(address),
+            Some(_) => {}
+            None => problems.push(format!("{what} \"{text}\" is no IP address; it is left out")),
+        }
+    }
+    found
+}
+
+/// Mode Proxy means that packets go out to the load balancer (KP-39); no mode means VIP.
+fn balancer_ips(status: &raw::ServiceStatus, problems: &mut Vec<Problem>) -> Vec<IpAddr> {
+    let ingress = &status.load_balancer.ingress;
+    let vips = ingress.iter().filter(|i| !i.ip.is_empty() && i.ip_mode != "Proxy");
+    let list: Vec<String> = vips.map(|ingress| ingress.ip.clone()).collect();
+    addresses("load balancer IP", &list, problems)
+}
+
+/// The API's default is three hours (KP-96).
+fn affinity(spec: &raw::ServiceSpec) -> Option<u32> {
+    let seconds = spec.session_affinity_config.client_ip.timeout_seconds.unwrap_or(10_800);
+    let seconds = u32::try_from(seconds).ok().filter(|seconds| *seconds > 0).unwrap_or(10_800);
+    (spec.session_affinity == "ClientIP").then_some(seconds)
+}
+
+fn source_ranges(spec: &raw::ServiceSpec, problems: &mut Vec<Problem>) -> Vec<IpNet> {
+    let mut found = Vec::new();
+    for text in &spec.load_balancer_source_ranges {
+        match parse_range(text) {
+            Some(range) => found.push(range),
+            None => problems.push(format!("source range \"{text}\" is no CIDR; it is left out")),
+        }
+    }
+    found.sort_unstable();
+    found.dedup();
+    found
+}
+
+/// A CIDR, sloppy ones included (KP-21).
+pub fn parse_range(text: &str) -> Option<IpNet> {
+    let (address, prefix) = text.trim().split_once('/')?;
+    let net = IpNet::new(parse_address(address)?, prefix.trim().parse().ok()?).ok()?;
+    Some(net.trunc())
+}
+
+/// What the object says of the agent's own node.
+pub fn node(raw: &raw::Node) -> Node {
+    let of_type = |wanted: &str| -> Vec<IpAddr> {
+        let listed = raw.status.addresses.iter().filter(|address| address.r#type == wanted);
+        listed.filter_map(|address| parse_address(&address.address)).collect()
+    };
+    let mut addresses: Vec<IpAddr> = Vec::new();
+    for address in of_type("InternalIP").into_iter().chain(of_type("ExternalIP")) {
+        if addresses.iter().all(|known| IpFamily::of(*known) != IpFamily::of(address)) {
+            addresses.push(address);
+        }
+    }
+    let zone = raw.metadata.labels.get(ZONE).filter(|zone| !zone.is_empty()).cloned();
+    Node { name: raw.metadata.name.clone(), zone, addresses }
 }
 
 /// The cluster IPs, the first of each family. `clusterIPs` counts; a Service that has none, from
@@ -68,7 +153,12 @@ fn service_port(raw: &raw::ServicePort, problems: &mut Vec<Problem>) -> Option<S
         return None;
     };
     let protocol = protocol(raw.protocol.as_deref(), problems)?;
-    Some(ServicePort { name: raw.name.clone(), protocol, port })
+    Some(ServicePort {
+        name: raw.name.clone(),
+        protocol,
+        port,
+        node_port: port_number(raw.node_port),
+    })
 }
 
 fn port_number(number: i64) -> Option<u16> {
@@ -117,7 +207,7 @@ pub fn slice(raw: &raw::EndpointSlice, problems: &mut Vec<Problem>) -> Option<Sl
 }
 
 /// A port without a name or without a number matches nothing (KP-9). That is legal, so no problem.
-fn slice_port(raw: &raw::EndpointPort, problems: &mut Vec<Problem>) -> Option<ServicePort> {
+fn slice_port(raw: &raw::EndpointPort, problems: &mut Vec<Problem>) -> Option<EndpointPort> {
     let (name, number) = (raw.name.clone()?, raw.port?);
     if number == 0 {
         return None;
@@ -126,7 +216,7 @@ fn slice_port(raw: &raw::EndpointPort, problems: &mut Vec<Problem>) -> Option<Se
         problems.push(format!("port {number} (\"{name}\") is not between 1 and 65535; left out"));
         return None;
     };
-    Some(ServicePort { name, protocol: protocol(raw.protocol.as_deref(), problems)?, port })
+    Some(EndpointPort { name, protocol: protocol(raw.protocol.as_deref(), problems)?, port })
 }
 
 /// The first address counts (KP-10).
@@ -148,7 +238,13 @@ fn endpoint(
         serving: conditions.serving.unwrap_or(true),
         terminating: conditions.terminating.unwrap_or(false),
         node: raw.node_name.clone(),
+        zones: names(&raw.hints.for_zones),
+        nodes: names(&raw.hints.for_nodes),
     })
+}
+
+fn names(hints: &[raw::Hint]) -> Vec<String> {
+    hints.iter().map(|hint| hint.name.clone()).collect()
 }
 
 /// An address, sloppy ones included: Kubernetes accepts leading zeros in IPv4, as decimal (KP-21).

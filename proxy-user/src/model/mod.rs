@@ -9,6 +9,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::net::IpAddr;
 
+use ipnet::IpNet;
 use proxy_common::proto;
 
 /// An object's namespace and name.
@@ -93,12 +94,39 @@ pub struct Service {
     pub cluster_ips: Vec<IpAddr>,
     /// Its ports.
     pub ports: Vec<ServicePort>,
+    /// Its external IPs, of both families (KP-37).
+    pub external_ips: Vec<IpAddr>,
+    /// The IPs that its load balancer gave it, in mode VIP (KP-38, KP-39).
+    pub balancer_ips: Vec<IpAddr>,
+    /// Only endpoints of the node that is asked by pods and by itself (KP-59).
+    pub internal_local: bool,
+    /// Only endpoints of the node that is asked from outside (KP-52).
+    pub external_local: bool,
+    /// For how many seconds a client stays with its endpoint, if it does (KP-95, KP-96).
+    pub affinity: Option<u32>,
+    /// Who may ask the load balancer's IPs; everyone if there are none of a family (KP-93).
+    pub source_ranges: Vec<IpNet>,
+    /// Where the load balancer asks whether this node has endpoints (KP-101).
+    pub health_check_port: Option<u16>,
 }
 
 /// A Service's port.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct ServicePort {
     /// Its name; empty if it has none.
+    pub name: String,
+    /// Its protocol.
+    pub protocol: Protocol,
+    /// Its number.
+    pub port: u16,
+    /// The port of every node that leads to it, if any.
+    pub node_port: Option<u16>,
+}
+
+/// An endpoint's port.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct EndpointPort {
+    /// The name of the Service's port that it is for.
     pub name: String,
     /// Its protocol.
     pub protocol: Protocol,
@@ -114,7 +142,7 @@ pub struct Slice {
     /// The family of its addresses.
     pub family: IpFamily,
     /// Its ports; those without a number are left out (KP-9).
-    pub ports: Vec<ServicePort>,
+    pub ports: Vec<EndpointPort>,
     /// Its endpoints.
     pub endpoints: Vec<Endpoint>,
 }
@@ -132,6 +160,10 @@ pub struct Endpoint {
     pub terminating: bool,
     /// The node that it runs on, if known.
     pub node: Option<String>,
+    /// The zones that it is meant for (KP-65).
+    pub zones: Vec<String>,
+    /// The nodes that it is meant for (KP-66).
+    pub nodes: Vec<String>,
 }
 
 /// Everything known of the cluster.
@@ -214,4 +246,8 @@ impl Cluster {
 pub struct Node {
     /// The node's name, as endpoints carry it (KP-139).
     pub name: String,
+    /// Its zone.
+    pub zone: Option<String>,
+    /// Its primary addresses, at most one per family: internal before external ones (KP-140).
+    pub addresses: Vec<IpAddr>,
 }

@@ -1,24 +1,46 @@
 //! Who has which frontend. Two Services may claim the same one (KP-44 leaves it to chance): the older
 //! has it, by creation time and then by name, and the younger gets it when the older gives it up.
+//!
+//! Which addresses are marked follows from that, and from what the node's own addresses are for.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
 
-use proxy_common::tables::Range;
+use proxy_common::tables::ServiceValue;
 
-use super::Op;
+use super::{Lead, Op};
 use crate::desired::{Frontend, PortId};
+use crate::model::IpFamily;
 
 /// A claim: creation time, then identity, so that the first in order is the one that counts.
 type Claim = (String, PortId);
 
-/// Claims to frontends, where frontends lead, and which addresses are marked as VIPs.
+/// What is known of an address.
+#[derive(Clone, Copy, Default, PartialEq, Eq)]
+struct Mark {
+    /// How many frontends it has.
+    frontends: usize,
+    /// How many of them refuse unused ports.
+    refusing: usize,
+    /// What it is for the node: flags of [`ServiceValue`].
+    node: u32,
+    /// The flags that the maps hold; `None` if they hold no mark.
+    written: Option<u32>,
+}
+
+impl Mark {
+    fn wanted(self) -> Option<u32> {
+        let refuses = if self.refusing > 0 { ServiceValue::REFUSES } else { 0 };
+        (self.frontends > 0 || self.node != 0).then_some(refuses | self.node)
+    }
+}
+
+/// Claims to frontends, where frontends lead, and the marks of addresses.
 #[derive(Default)]
 pub struct Frontends {
     claims: HashMap<Frontend, BTreeSet<Claim>>,
-    leads: HashMap<Frontend, PortId>,
-    /// How many frontends an address has.
-    marks: HashMap<IpAddr, usize>,
+    leads: HashMap<Frontend, (PortId, Lead)>,
+    marks: HashMap<IpAddr, Mark>,
 }
 
 impl Frontends {
@@ -44,62 +66,104 @@ impl Frontends {
         Some(&self.claims.get(&frontend)?.first()?.1)
     }
 
-    /// Whether a frontend leads to a Service port.
-    pub fn leads(&self, frontend: Frontend, port: &PortId) -> bool {
-        self.leads.get(&frontend) == Some(port)
-    }
-
-    /// The addresses that are marked as VIPs.
-    pub fn vips(&self) -> BTreeSet<IpAddr> {
-        self.marks.keys().copied().collect()
+    /// Whether the family's table, which holds `room` entries, takes so many more frontends, each with
+    /// a mark. On the safe side: those that are there already are counted twice.
+    pub fn has_room(&self, family: IpFamily, frontends: usize, room: usize) -> bool {
+        // Far from the bound no one need count.
+        if 2 * (self.leads.len() + self.marks.len() + frontends) <= room {
+            return true;
+        }
+        let of_family = |address: &IpAddr| IpFamily::of(*address) == family;
+        let leads = self.leads.keys().filter(|frontend| of_family(&frontend.vip)).count();
+        let marks = self.marks.keys().filter(|address| of_family(address)).count();
+        leads + marks + 2 * frontends <= room
     }
 
     /// Notes that the maps hold a frontend of a Service port whose age is not known.
-    pub fn adopt(&mut self, frontend: Frontend, port: &PortId) {
+    pub fn adopt(&mut self, frontend: Frontend, port: &PortId, lead: Lead) {
         self.claim(frontend, port, "");
-        self.leads.insert(frontend, port.clone());
-        *self.marks.entry(frontend.vip).or_default() += 1;
+        self.leads.insert(frontend, (port.clone(), lead));
+        self.count(frontend, None, Some(lead));
     }
 
-    /// Leads a frontend to the one whose claim counts; `place` knows the number and the slots of
-    /// Service ports.
+    /// Notes that the maps hold a mark, and keeps what it says of the node's addresses until that is
+    /// known again.
+    pub fn adopt_mark(&mut self, address: IpAddr, flags: u32) {
+        let mark = self.marks.entry(address).or_default();
+        mark.node = flags & (ServiceValue::NODE | ServiceValue::NODE_PORTS);
+        mark.written = Some(flags);
+    }
+
+    /// Writes all marks that are not as they should be.
+    pub fn repair_marks(&mut self, ops: &mut Vec<Op>) {
+        let addresses: BTreeSet<IpAddr> = self.marks.keys().copied().collect();
+        addresses.into_iter().for_each(|address| self.write_mark(address, ops));
+    }
+
+    /// Leads a frontend to the one whose claim counts; `lead` says where the frontends of a Service
+    /// port lead.
     pub fn settle(
         &mut self,
         frontend: Frontend,
-        place: impl Fn(&PortId) -> (u32, Range),
+        lead: impl Fn(&PortId) -> Lead,
         ops: &mut Vec<Op>,
     ) {
-        let Some(winner) = self.winner(frontend).cloned() else {
-            if self.leads.remove(&frontend).is_some() {
-                ops.push(Op::Remove { frontend });
-                self.unmark(frontend.vip, ops);
-            }
-            return;
+        let before = self.leads.get(&frontend).map(|(_, lead)| *lead);
+        let after = self.winner(frontend).cloned().map(|winner| {
+            let lead = lead(&winner);
+            (winner, lead)
+        });
+        match &after {
+            Some((_, lead)) if before == Some(*lead) => {}
+            Some((_, lead)) => ops.push(Op::Lead { frontend, lead: *lead }),
+            None if before.is_some() => ops.push(Op::Remove { frontend }),
+            None => return,
+        }
+        self.count(frontend, before, after.as_ref().map(|(_, lead)| *lead));
+        match after {
+            Some(after) => self.leads.insert(frontend, after),
+            None => self.leads.remove(&frontend),
         };
-        if self.leads(frontend, &winner) {
+        self.write_mark(frontend.vip, ops);
+    }
+
+    /// Says what the node's own addresses are for.
+    pub fn set_node(&mut self, addresses: &BTreeMap<IpAddr, u32>, ops: &mut Vec<Op>) {
+        for (address, mark) in &mut self.marks {
+            mark.node = addresses.get(address).copied().unwrap_or_default();
+        }
+        for (address, flags) in addresses {
+            self.marks.entry(*address).or_default().node = *flags;
+        }
+        self.repair_marks(ops);
+    }
+
+    /// Counts what a frontend was and is at its address. A `NodePort` is at none.
+    fn count(&mut self, frontend: Frontend, before: Option<Lead>, after: Option<Lead>) {
+        if frontend.vip.is_unspecified() {
             return;
         }
-        let (id, range) = place(&winner);
-        ops.push(Op::Lead { frontend, id, range });
-        if self.leads.insert(frontend, winner).is_none() {
-            self.mark(frontend.vip, ops);
-        }
+        let refuses = |lead: Option<Lead>| {
+            usize::from(lead.is_some_and(|lead| lead.flags & ServiceValue::REFUSES != 0))
+        };
+        let mark = self.marks.entry(frontend.vip).or_default();
+        mark.frontends =
+            mark.frontends + usize::from(after.is_some()) - usize::from(before.is_some());
+        mark.refusing = mark.refusing + refuses(after) - refuses(before);
     }
 
-    fn mark(&mut self, vip: IpAddr, ops: &mut Vec<Op>) {
-        let marks = self.marks.entry(vip).or_default();
-        *marks += 1;
-        if *marks == 1 {
-            ops.push(Op::MarkVip { vip });
+    fn write_mark(&mut self, address: IpAddr, ops: &mut Vec<Op>) {
+        let Some(mark) = self.marks.get_mut(&address) else { return };
+        let wanted = mark.wanted();
+        if mark.written != wanted {
+            mark.written = wanted;
+            ops.push(match wanted {
+                Some(flags) => Op::Mark { address, flags },
+                None => Op::Unmark { address },
+            });
         }
-    }
-
-    fn unmark(&mut self, vip: IpAddr, ops: &mut Vec<Op>) {
-        let marks = self.marks.get_mut(&vip).expect("it was marked");
-        *marks -= 1;
-        if *marks == 0 {
-            self.marks.remove(&vip);
-            ops.push(Op::UnmarkVip { vip });
+        if wanted.is_none() {
+            self.marks.remove(&address);
         }
     }
 }

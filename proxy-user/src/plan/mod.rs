@@ -10,14 +10,16 @@ mod allocate;
 mod frontends;
 mod recover;
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
-use proxy_common::tables::Range;
+use ipnet::IpNet;
+use proxy_common::settings::ticks;
+use proxy_common::tables::{Range, ServiceValue};
 
 pub use self::recover::{Actual, ActualBackend, ActualService};
-use crate::desired::{Frontend, Port, PortId};
+use crate::desired::{Access, Backend, Frontend, Port, PortId};
 use crate::model::IpFamily;
 use allocate::{Numbers, Runs};
 use frontends::Frontends;
@@ -29,7 +31,7 @@ const GRACE: Duration = Duration::from_secs(1);
 /// One write to the kernel's maps.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Op {
-    /// Writes a backend; not serving and without address if it is withdrawn.
+    /// Writes a backend; without flags if it is withdrawn.
     Backend {
         /// The family's table.
         family: IpFamily,
@@ -61,30 +63,60 @@ pub enum Op {
     Lead {
         /// The frontend.
         frontend: Frontend,
-        /// The Service port's number.
-        id: u32,
-        /// The run.
-        range: Range,
+        /// Where it leads.
+        lead: Lead,
     },
     /// Removes a frontend.
     Remove {
         /// The frontend.
         frontend: Frontend,
     },
-    /// Marks an address as a VIP: ports that it does not have are refused (KP-40).
-    MarkVip {
+    /// Says what an address is: flags of [`ServiceValue`].
+    Mark {
         /// The address.
-        vip: IpAddr,
+        address: IpAddr,
+        /// The flags.
+        flags: u32,
     },
-    /// Takes the mark away.
-    UnmarkVip {
+    /// Takes an address's mark away.
+    Unmark {
         /// The address.
-        vip: IpAddr,
+        address: IpAddr,
     },
+    /// Lets clients in a range ask a Service port that has source ranges.
+    Allow {
+        /// The Service port's number.
+        id: u32,
+        /// The range.
+        range: IpNet,
+    },
+    /// Takes that back.
+    Forbid {
+        /// The Service port's number.
+        id: u32,
+        /// The range.
+        range: IpNet,
+    },
+}
+
+/// Where a frontend leads.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Lead {
+    /// The Service port's number.
+    pub id: u32,
+    /// The slots of the whole cluster's backends.
+    pub cluster: Range,
+    /// The slots of this node's backends.
+    pub local: Range,
+    /// For how many ticks a client stays with its backend.
+    pub affinity: u32,
+    /// Flags of [`ServiceValue`].
+    pub flags: u32,
 }
 
 /// A backend as it is written.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[allow(clippy::struct_excessive_bools, reason = "independent facts, each with a name")]
 pub struct BackendEntry {
     /// Its address and port.
     pub address: SocketAddr,
@@ -94,8 +126,19 @@ pub struct BackendEntry {
     pub serving: bool,
     /// Runs on this node.
     pub local: bool,
+    /// Takes new flows.
+    pub usable: bool,
+    /// Takes new flows that stay on this node.
+    pub usable_local: bool,
     /// The Service port's number.
     pub service: u32,
+}
+
+impl BackendEntry {
+    /// The backend, gone.
+    fn withdrawn(self) -> Self {
+        Self { serving: false, usable: false, usable_local: false, ..self }
+    }
 }
 
 /// What can't be done, in words for the operator.
@@ -119,10 +162,13 @@ pub enum Refusal {
     },
 }
 
+/// A change of a Service port: what is wanted of it, or that it is gone.
+pub type Change = (PortId, Option<Port>);
+
 /// How much each table holds.
 #[derive(Clone, Copy, Debug)]
 pub struct Capacity {
-    /// Service ports, by id.
+    /// Service ports; and, of each family, frontends with the marks of their addresses.
     pub services: u32,
     /// Slots.
     pub slots: u32,
@@ -135,7 +181,16 @@ pub struct Capacity {
 struct Held {
     id: u32,
     wanted: Port,
+    /// Its slots: the cluster's backends, then this node's.
     range: Range,
+    /// How many of them are the cluster's.
+    cluster: u32,
+    /// It was taken over and not planned since: nothing of it is sure.
+    adopted: bool,
+    /// Runs of slots that frontends led to when it was taken over, beside its own.
+    strays: Vec<Range>,
+    /// The source ranges that the maps hold.
+    ranges: BTreeSet<IpNet>,
     /// Backend numbers by address, with the flags that were written.
     numbers: HashMap<SocketAddr, (u32, BackendEntry)>,
 }
@@ -144,6 +199,8 @@ struct Held {
 pub struct Planner {
     held: HashMap<PortId, Held>,
     frontends: Frontends,
+    /// How many frontends and marks a family's table holds.
+    entries: usize,
     ids: Numbers,
     runs: Runs,
     backends: HashMap<IpFamily, Numbers>,
@@ -158,6 +215,7 @@ impl Planner {
         Self {
             held: HashMap::new(),
             frontends: Frontends::default(),
+            entries: capacity.services as usize,
             // Id 0 is "no Service": marked VIPs have it.
             ids: Numbers::new(1, capacity.services),
             runs: Runs::new(capacity.slots),
@@ -165,25 +223,53 @@ impl Planner {
         }
     }
 
+    /// Plans the marks of the node's own addresses, with the flags of each.
+    pub fn plan_node(&mut self, addresses: &BTreeMap<IpAddr, u32>) -> Vec<Op> {
+        let mut ops = Vec::new();
+        self.frontends.set_node(addresses, &mut ops);
+        ops
+    }
+
     /// The Service ports that the kernel holds.
     pub fn ports(&self) -> impl Iterator<Item = &PortId> {
         self.held.keys()
     }
 
-    /// Plans the change of one Service port to `wanted`; `None` removes it. `now` orders the reuse of
-    /// what becomes free.
+    /// Whether a Service port that the kernel holds has a backend at an address.
+    pub fn has_backend(&self, address: IpAddr) -> bool {
+        self.held.values().any(|held| held.numbers.keys().any(|at| at.ip() == address))
+    }
+
+    /// Plans changes of Service ports, each to what is wanted; `None` removes one. `now` orders the reuse
+    /// of what becomes free.
+    ///
+    /// Together, so that a frontend that passes from one Service port to another is led there in one
+    /// switch: first all claims, then all that is given up.
     pub fn plan(
         &mut self,
         now: Instant,
-        port: &PortId,
-        wanted: Option<&Port>,
+        changes: &[Change],
         refusals: &mut Vec<Refusal>,
     ) -> Vec<Op> {
         self.reclaim(now);
         let mut ops = Vec::new();
-        match wanted {
-            Some(wanted) => self.put(now, port, wanted, &mut ops, refusals),
-            None => self.remove(now, port, &mut ops, refusals),
+        let mut entered = Vec::new();
+        for (port, wanted) in changes {
+            let Some(wanted) = wanted else { continue };
+            match self.enter(now, port, wanted, &mut ops) {
+                Ok(true) => entered.push((port, wanted)),
+                Ok(false) => {}
+                Err(refusal) => refusals.push(*refusal),
+            }
+        }
+        for (port, wanted) in &entered {
+            self.leave(now, port, wanted, &mut ops);
+        }
+        for (port, _) in changes.iter().filter(|(_, wanted)| wanted.is_none()) {
+            self.remove(now, port, &mut ops);
+        }
+        for (port, wanted) in changes {
+            self.tell_taken(port, wanted.as_ref(), refusals);
         }
         ops
     }
@@ -197,33 +283,36 @@ impl Planner {
         }
     }
 
-    fn put(
+    /// Brings a Service port to what is wanted, but for what it gives up. False if nothing changes.
+    fn enter(
         &mut self,
         now: Instant,
         port: &PortId,
         wanted: &Port,
         ops: &mut Vec<Op>,
-        refusals: &mut Vec<Refusal>,
-    ) {
-        if self.held.get(port).is_some_and(|held| held.wanted == *wanted) {
-            return;
+    ) -> Result<bool, Box<Refusal>> {
+        if self.held.get(port).is_some_and(|held| !held.adopted && held.wanted == *wanted) {
+            return Ok(false);
+        }
+        if !self.frontends.has_room(port.family, wanted.frontends.len(), self.entries) {
+            return Err(Box::new(Refusal::Full { port: port.clone(), table: "services" }));
         }
         let mut held = match self.held.remove(port) {
             Some(held) => held,
-            None => match self.admit(port, ops) {
-                Ok(held) => held,
-                Err(refusal) => return refusals.push(*refusal),
-            },
+            None => self.admit(port, ops)?,
         };
         let result = self.put_backends(now, port, &mut held, wanted, ops);
-        self.held.insert(port.clone(), held);
-        match result {
-            Ok(()) => {
-                self.put_frontends(port, wanted, ops, refusals);
-                self.withdraw(now, port, wanted, ops);
-            }
-            Err(refusal) => refusals.push(*refusal),
+        if result.is_ok() {
+            held.wanted.frontends.extend(wanted.frontends.clone());
+            held.wanted.affinity = wanted.affinity;
         }
+        self.held.insert(port.clone(), held);
+        result?;
+        for frontend in wanted.frontends.keys() {
+            self.frontends.claim(*frontend, port, &wanted.created);
+            self.settle(*frontend, ops);
+        }
+        Ok(true)
     }
 
     /// A new Service port: a number and a name.
@@ -231,7 +320,16 @@ impl Planner {
         let full = || Box::new(Refusal::Full { port: port.clone(), table: "services" });
         let id = self.ids.take().ok_or_else(full)?;
         ops.push(Op::Name { id, port: port.clone() });
-        Ok(Held { id, wanted: Port::default(), range: Range::default(), numbers: HashMap::new() })
+        Ok(Held {
+            id,
+            wanted: Port::default(),
+            range: Range::default(),
+            cluster: 0,
+            adopted: false,
+            strays: Vec::new(),
+            ranges: BTreeSet::new(),
+            numbers: HashMap::new(),
+        })
     }
 
     /// Writes new and changed backends, then, if the usable ones are others than before, a fresh run of
@@ -251,61 +349,28 @@ impl Planner {
         if numbers.free() < missing {
             return Err(full("backends"));
         }
-        let usable = || wanted.backends.iter().filter(|b| b.usable);
-        let before = usable_addresses(&held.wanted);
-        let slots_change = !before.eq(usable().map(|b| b.address))
-            || usable().any(|b| !held.numbers.contains_key(&b.address));
-        let count = u32::try_from(usable().count()).map_err(|_| full("slots"))?;
-        let range = if slots_change {
-            self.runs.take(count).ok_or_else(|| full("slots"))?
+        let run = if held.needs_slots(wanted) {
+            let count = u32::try_from(slots(wanted).count()).map_err(|_| full("slots"))?;
+            Some(self.runs.take(count).ok_or_else(|| full("slots"))?)
         } else {
-            held.range
+            None
         };
-        for backend in &wanted.backends {
-            let (number, generation) = match held.numbers.get(&backend.address) {
-                Some((number, entry)) => (*number, entry.generation),
-                None => numbers.take_with_generation().expect("enough are free"),
-            };
-            let entry = BackendEntry {
-                address: backend.address,
-                generation,
-                serving: backend.serving,
-                local: backend.local,
-                service: held.id,
-            };
-            if held.numbers.insert(backend.address, (number, entry)) != Some((number, entry)) {
-                ops.push(Op::Backend { family: port.family, number, backend: entry });
-            }
-        }
-        if slots_change {
-            for (index, backend) in (range.first..).zip(usable()) {
-                ops.push(Op::Slot { index, number: held.numbers[&backend.address].0 });
-            }
+        held.number_backends(port.family, numbers, wanted, ops);
+        if let Some(run) = run {
             self.runs.retire(now + GRACE, held.range);
-            held.range = range;
-            let own = held.wanted.frontends.iter().filter(|f| self.frontends.leads(**f, port));
-            ops.extend(own.map(|frontend| Op::Lead { frontend: *frontend, id: held.id, range }));
+            held.fill_slots(run, wanted, ops);
+        }
+        for range in &wanted.source_ranges {
+            if held.ranges.insert(*range) {
+                ops.push(Op::Allow { id: held.id, range: *range });
+            }
         }
         Ok(())
     }
 
-    /// Claims new frontends and gives up old ones.
-    fn put_frontends(
-        &mut self,
-        port: &PortId,
-        wanted: &Port,
-        ops: &mut Vec<Op>,
-        refusals: &mut Vec<Refusal>,
-    ) {
-        let had =
-            std::mem::take(&mut self.held.get_mut(port).expect("it is held").wanted.frontends);
-        for frontend in had.iter().filter(|frontend| !wanted.frontends.contains(frontend)) {
-            self.frontends.release(*frontend, port);
-            self.settle(*frontend, ops);
-        }
-        for frontend in &wanted.frontends {
-            self.frontends.claim(*frontend, port, &wanted.created);
-            self.settle(*frontend, ops);
+    /// Says which frontends of a Service port another one has.
+    fn tell_taken(&self, port: &PortId, wanted: Option<&Port>, refusals: &mut Vec<Refusal>) {
+        for frontend in wanted.into_iter().flat_map(|wanted| wanted.frontends.keys()) {
             if let Some(holder) = self.frontends.winner(*frontend).filter(|winner| *winner != port)
             {
                 refusals.push(Refusal::Taken {
@@ -320,12 +385,17 @@ impl Planner {
     /// Leads a frontend to the Service port whose claim counts.
     fn settle(&mut self, frontend: Frontend, ops: &mut Vec<Op>) {
         let held = &self.held;
-        let place = |port: &PortId| (held[port].id, held[port].range);
-        self.frontends.settle(frontend, place, ops);
+        self.frontends.settle(frontend, |port| held[port].lead(frontend), ops);
     }
 
-    /// After the switch: backends that are gone stop serving, and their numbers become free.
-    fn withdraw(&mut self, now: Instant, port: &PortId, wanted: &Port, ops: &mut Vec<Op>) {
+    /// After the switch: frontends and backends that are not wanted any more are given up.
+    fn leave(&mut self, now: Instant, port: &PortId, wanted: &Port, ops: &mut Vec<Op>) {
+        let held = self.held.get_mut(port).expect("it is held");
+        let had = std::mem::replace(&mut held.wanted, wanted.clone()).frontends;
+        for frontend in had.keys().filter(|frontend| !wanted.frontends.contains_key(frontend)) {
+            self.frontends.release(*frontend, port);
+            self.settle(*frontend, ops);
+        }
         let held = self.held.get_mut(port).expect("it is held");
         let numbers = self.backends.get_mut(&port.family).expect("both families are there");
         let staying: BTreeSet<SocketAddr> = wanted.backends.iter().map(|b| b.address).collect();
@@ -334,26 +404,21 @@ impl Planner {
         gone.sort_unstable();
         for address in gone {
             let (number, entry) = held.numbers.remove(&address).expect("just found");
-            let backend = BackendEntry { serving: false, ..entry };
-            ops.push(Op::Backend { family: port.family, number, backend });
+            ops.push(Op::Backend { family: port.family, number, backend: entry.withdrawn() });
             numbers.retire(now + GRACE, number);
         }
-        held.wanted = wanted.clone();
+        held.adopted = false;
+        held.strays.drain(..).for_each(|run| self.runs.retire(now + GRACE, run));
+        let id = held.id;
+        let closed = held.ranges.extract_if(.., |range| !wanted.source_ranges.contains(range));
+        ops.extend(closed.map(|range| Op::Forbid { id, range }));
     }
 
-    fn remove(
-        &mut self,
-        now: Instant,
-        port: &PortId,
-        ops: &mut Vec<Op>,
-        refusals: &mut Vec<Refusal>,
-    ) {
+    fn remove(&mut self, now: Instant, port: &PortId, ops: &mut Vec<Op>) {
         if !self.held.contains_key(port) {
             return;
         }
-        let nothing = Port::default();
-        self.put_frontends(port, &nothing, ops, refusals);
-        self.withdraw(now, port, &nothing, ops);
+        self.leave(now, port, &Port::default(), ops);
         let held = self.held.remove(port).expect("it is held");
         self.runs.retire(now + GRACE, held.range);
         ops.push(Op::Unname { id: held.id });
@@ -361,6 +426,87 @@ impl Planner {
     }
 }
 
-fn usable_addresses(port: &Port) -> impl Iterator<Item = SocketAddr> {
-    port.backends.iter().filter(|backend| backend.usable).map(|backend| backend.address)
+impl Held {
+    /// Whether other backends are to be in the slots than are.
+    fn needs_slots(&self, wanted: &Port) -> bool {
+        !slots(&self.wanted).eq(slots(wanted))
+            || slots(wanted).any(|address| !self.numbers.contains_key(&address))
+    }
+
+    /// Gives each backend its number, and writes it if it is new or has changed.
+    fn number_backends(
+        &mut self,
+        family: IpFamily,
+        numbers: &mut Numbers,
+        wanted: &Port,
+        ops: &mut Vec<Op>,
+    ) {
+        for backend in &wanted.backends {
+            let (number, generation) = match self.numbers.get(&backend.address) {
+                Some((number, entry)) => (*number, entry.generation),
+                None => numbers.take_with_generation().expect("enough are free"),
+            };
+            let backend = entry(backend, generation, self.id);
+            if self.numbers.insert(backend.address, (number, backend)) != Some((number, backend)) {
+                ops.push(Op::Backend { family, number, backend });
+            }
+        }
+    }
+
+    /// Fills a run with the backends that are to be in the slots.
+    fn fill_slots(&mut self, run: Range, wanted: &Port, ops: &mut Vec<Op>) {
+        for (index, address) in (run.first..).zip(slots(wanted)) {
+            ops.push(Op::Slot { index, number: self.numbers[&address].0 });
+        }
+        self.range = run;
+        let cluster = wanted.backends.iter().filter(|backend| backend.usable).count();
+        self.cluster = u32::try_from(cluster).expect("no more than all");
+    }
+
+    /// Where one of its frontends leads.
+    fn lead(&self, frontend: Frontend) -> Lead {
+        let Range { first, count } = self.range;
+        let access = self.wanted.frontends.get(&frontend).copied().unwrap_or_default();
+        let local = count - self.cluster;
+        let local_first = if local == 0 { 0 } else { first + self.cluster };
+        Lead {
+            id: self.id,
+            cluster: Range { first, count: self.cluster },
+            local: Range { first: local_first, count: local },
+            affinity: ticks(self.wanted.affinity.into()),
+            flags: flags(access),
+        }
+    }
+}
+
+fn flags(access: Access) -> u32 {
+    [
+        (access.refuses, ServiceValue::REFUSES),
+        (access.local_for_all, ServiceValue::LOCAL_FOR_ALL),
+        (access.local_for_outside, ServiceValue::LOCAL_FOR_OUTSIDE),
+        (access.source_ranges, ServiceValue::SOURCE_RANGES),
+        (access.node_allowed, ServiceValue::NODE_ALLOWED),
+    ]
+    .into_iter()
+    .filter(|(set, _)| *set)
+    .fold(0, |flags, (_, flag)| flags | flag)
+}
+
+fn entry(backend: &Backend, generation: u16, service: u32) -> BackendEntry {
+    BackendEntry {
+        address: backend.address,
+        generation,
+        serving: backend.serving,
+        local: backend.local,
+        usable: backend.usable,
+        usable_local: backend.usable_local,
+        service,
+    }
+}
+
+/// The addresses in a Service port's slots: the cluster's backends, then this node's.
+fn slots(port: &Port) -> impl Iterator<Item = SocketAddr> {
+    let cluster = port.backends.iter().filter(|backend| backend.usable);
+    let local = port.backends.iter().filter(|backend| backend.usable_local);
+    cluster.chain(local).map(|backend| backend.address)
 }

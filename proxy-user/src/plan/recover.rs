@@ -1,13 +1,14 @@
 //! What the maps of an earlier agent hold, taken over: same ids, same backend numbers, so that live
 //! flows keep their meaning.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::{IpAddr, SocketAddr};
 
+use ipnet::IpNet;
 use proxy_common::tables::Range;
 
-use super::{BackendEntry, Capacity, Held, Op, Planner};
-use crate::desired::{Backend, Frontend, Port, PortId};
+use super::{BackendEntry, Capacity, Held, Lead, Op, Planner};
+use crate::desired::{Access, Backend, Frontend, Port, PortId};
 use crate::model::IpFamily;
 
 /// A frontend as the maps hold it.
@@ -15,10 +16,8 @@ use crate::model::IpFamily;
 pub struct ActualService {
     /// The frontend.
     pub frontend: Frontend,
-    /// The Service port's number.
-    pub id: u32,
-    /// Its slots.
-    pub range: Range,
+    /// Where it leads.
+    pub lead: Lead,
 }
 
 /// A backend as the maps hold it.
@@ -37,8 +36,10 @@ pub struct ActualBackend {
 pub struct Actual {
     /// Frontends, without the marks of VIPs.
     pub services: Vec<ActualService>,
-    /// The addresses that are marked as VIPs.
-    pub vips: Vec<IpAddr>,
+    /// The marks of addresses: flags of `ServiceValue`.
+    pub marks: Vec<(IpAddr, u32)>,
+    /// Source ranges, with the numbers of their Service ports.
+    pub ranges: Vec<(u32, IpNet)>,
     /// The names of Service ports, by number; the family is not known from a name.
     pub names: HashMap<u32, PortId>,
     /// All backends that were ever written.
@@ -72,37 +73,48 @@ impl Planner {
         for backend in &actual.backends {
             planner.adopt_backend(backend, owners.get(&backend.entry.service), &mut ops);
         }
+        for (id, range) in &actual.ranges {
+            match owners.get(id).and_then(|port| planner.held.get_mut(port)) {
+                Some(held) => drop(held.ranges.insert(*range)),
+                None => ops.push(Op::Forbid { id: *id, range: *range }),
+            }
+        }
         let unnamed = actual.names.keys().filter(|id| !owners.contains_key(id));
         ops.extend(unnamed.map(|id| Op::Unname { id: *id }));
-        planner.repair_marks(&actual.vips, &mut ops);
+        // An agent may have been killed between a frontend and the mark of its address.
+        for (address, flags) in &actual.marks {
+            planner.frontends.adopt_mark(*address, *flags);
+        }
+        planner.frontends.repair_marks(&mut ops);
         (planner, ops)
-    }
-
-    /// An agent may have been killed between a frontend and the mark of its VIP.
-    fn repair_marks(&self, marked: &[IpAddr], ops: &mut Vec<Op>) {
-        let marked: BTreeSet<IpAddr> = marked.iter().copied().collect();
-        let wanted = self.frontends.vips();
-        ops.extend(wanted.difference(&marked).map(|vip| Op::MarkVip { vip: *vip }));
-        ops.extend(marked.difference(&wanted).map(|vip| Op::UnmarkVip { vip: *vip }));
     }
 
     /// Takes a frontend over, and its Service port if this is its first. False if it contradicts
     /// what was taken over before.
     fn adopt(&mut self, service: &ActualService, index: &Index<'_>) -> bool {
-        let Some(port) = index.actual.names.get(&service.id) else { return false };
-        let port = PortId { family: IpFamily::of(service.frontend.vip), ..port.clone() };
+        let ActualService { frontend, lead } = *service;
+        let Some(port) = index.actual.names.get(&lead.id) else { return false };
+        let port = PortId { family: IpFamily::of(frontend.vip), ..port.clone() };
+        let Some(range) = whole(&lead) else { return false };
         if let Some(held) = self.held.get_mut(&port) {
-            if held.id != service.id || held.range != service.range {
+            if held.id != lead.id {
                 return false;
             }
-            held.wanted.frontends.push(service.frontend);
+            // A change was cut off between two frontends: the next plan leads both alike.
+            if held.range != range && !held.strays.contains(&range) {
+                if !self.runs.adopt(range) {
+                    return false;
+                }
+                held.strays.push(range);
+            }
+            held.wanted.frontends.insert(frontend, Access::default());
         } else {
-            if !self.ids.adopt(service.id, 0) || !self.runs.adopt(service.range) {
+            if !self.ids.adopt(lead.id, 0) || !self.runs.adopt(range) {
                 return false;
             }
-            self.held.insert(port.clone(), adopted(service, index));
+            self.held.insert(port.clone(), adopted(service, range, index));
         }
-        self.frontends.adopt(service.frontend, &port);
+        self.frontends.adopt(frontend, &port, lead);
         true
     }
 
@@ -124,29 +136,50 @@ impl Planner {
         }
         numbers.remember(number, entry.generation);
         if entry.serving {
-            let withdrawn = BackendEntry { serving: false, ..entry };
-            ops.push(Op::Backend { family, number, backend: withdrawn });
+            ops.push(Op::Backend { family, number, backend: entry.withdrawn() });
         }
     }
 }
 
+/// All of a frontend's slots, the cluster's and this node's; `None` if these do not follow those.
+fn whole(lead: &Lead) -> Option<Range> {
+    let Range { first, count } = lead.cluster;
+    let follows = lead.local.count == 0 || lead.local.first == first.wrapping_add(count);
+    follows.then(|| Range { first, count: count.saturating_add(lead.local.count) })
+}
+
 /// A Service port as its first frontend tells of it. Its wish list is what its slots hold; the first
 /// plan compares it with what is wanted now.
-fn adopted(service: &ActualService, index: &Index<'_>) -> Held {
+fn adopted(service: &ActualService, range: Range, index: &Index<'_>) -> Held {
     let family = IpFamily::of(service.frontend.vip);
-    let slots = service.range.first..service.range.first + service.range.count;
-    let numbers = slots.filter_map(|slot| index.actual.slots.get(&slot));
-    let backends = numbers
-        .filter_map(|number| index.addresses.get(&(family, *number)))
-        .map(|address| Backend { address: *address, usable: true, serving: true, local: false });
+    let cluster = service.lead.cluster.count;
+    let mut backends: BTreeMap<SocketAddr, Backend> = BTreeMap::new();
+    for position in 0..range.count {
+        let number = index.actual.slots.get(&(range.first + position));
+        let address = number.and_then(|number| index.addresses.get(&(family, *number)));
+        let Some(address) = address else { continue };
+        let backend = backends.entry(*address).or_insert(Backend {
+            address: *address,
+            usable: false,
+            usable_local: false,
+            serving: true,
+            local: false,
+        });
+        backend.usable |= position < cluster;
+        backend.usable_local |= position >= cluster;
+    }
     Held {
-        id: service.id,
+        id: service.lead.id,
         wanted: Port {
-            created: String::new(),
-            frontends: vec![service.frontend],
-            backends: backends.collect(),
+            frontends: BTreeMap::from([(service.frontend, Access::default())]),
+            backends: backends.into_values().collect(),
+            ..Port::default()
         },
-        range: service.range,
+        range,
+        cluster,
+        adopted: true,
+        strays: Vec::new(),
+        ranges: BTreeSet::new(),
         numbers: HashMap::new(),
     }
 }

@@ -11,7 +11,7 @@
 use std::collections::HashSet;
 use std::time::Duration;
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use futures::{Stream, StreamExt};
 use kube::Client;
 use kube::api::{ListParams, WatchEvent, WatchParams};
@@ -29,6 +29,8 @@ const FIRST_WAIT: Duration = Duration::from_millis(50);
 const LONGEST_WAIT: Duration = Duration::from_secs(5);
 /// The server sends a bookmark every minute. Silence for longer than this is a dead connection.
 const SILENCE: Duration = Duration::from_secs(90);
+/// How long the server may think before it begins to answer.
+const ANSWER: Duration = Duration::from_secs(30);
 /// A streamed list pauses for no longer than this between two objects.
 const LIST_SILENCE: Duration = Duration::from_secs(20);
 /// Asked of the server for a watch, in seconds.
@@ -82,7 +84,7 @@ macro_rules! followed {
             }
 
             fn update(self) -> Update {
-                Update::$update(self)
+                Update::$update(self.into())
             }
         }
     )+};
@@ -211,7 +213,8 @@ impl<T: Followed> Follower<T> {
         };
         loop {
             let request = self.request.list(&parameters)?;
-            let page: Page<T> = self.client.request(request).await?;
+            let answer = timeout(ANSWER, self.client.request(request)).await;
+            let page: Page<T> = answer.context("the API server does not answer")??;
             for object in page.items.unwrap_or_default() {
                 self.tell(object).await?;
             }
@@ -224,7 +227,6 @@ impl<T: Followed> Follower<T> {
 
     async fn listed(&mut self, version: String) -> Result<()> {
         self.version = Some(version);
-        self.wait = FIRST_WAIT;
         let seen = std::mem::take(&mut self.seen);
         self.send(Update::Listed(T::KIND, seen)).await
     }
@@ -241,7 +243,8 @@ impl<T: Followed> Follower<T> {
         self.seen.clear();
         let version = self.version.clone().unwrap_or_else(|| "0".to_owned());
         let request = self.request.watch(&parameters, &version)?;
-        let events = self.client.request_events::<T>(request).await?;
+        let answer = timeout(ANSWER, self.client.request_events::<T>(request)).await;
+        let events = answer.context("the API server does not answer")??;
         let mut events = std::pin::pin!(stream_of(events));
         let mut heard = false;
         loop {
@@ -266,7 +269,9 @@ impl<T: Followed> Follower<T> {
     }
 
     async fn hear(&mut self, event: WatchEvent<T>) -> Result<()> {
-        self.wait = FIRST_WAIT;
+        if !matches!(event, WatchEvent::Error(_)) {
+            self.wait = FIRST_WAIT;
+        }
         match event {
             WatchEvent::Added(object) | WatchEvent::Modified(object) => {
                 self.advance(&object.meta().resource_version);

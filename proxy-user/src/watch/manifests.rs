@@ -163,7 +163,9 @@ fn update<'a>(path: &Path, object: &'a Value) -> Option<(&'a str, ObjectName, Up
         raw::Meta::deserialize(&*meta).unwrap_or_default()
     });
     let read = || match kind {
-        "Service" => Some(serde_json::from_value(object).map(Update::Service)),
+        "Service" => {
+            Some(serde_json::from_value(object).map(|service| Update::Service(Box::new(service))))
+        }
         "EndpointSlice" => Some(serde_json::from_value(object).map(Update::Slice)),
         _ => None,
     };

@@ -8,7 +8,7 @@ pub mod raw;
 use std::collections::HashSet;
 use std::path::PathBuf;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
@@ -33,7 +33,7 @@ pub const KINDS: [Kind; 3] = [Kind::Services, Kind::Slices, Kind::Nodes];
 #[derive(Debug)]
 pub enum Update {
     /// A Service is as given.
-    Service(raw::Service),
+    Service(Box<raw::Service>),
     /// A slice is as given.
     Slice(raw::EndpointSlice),
     /// The node is as given.
@@ -77,6 +77,8 @@ pub async fn start(
             tasks.spawn(nodes.run());
         }
         Source::Manifests(folder) => {
+            std::fs::read_dir(&folder)
+                .with_context(|| format!("cannot read the manifests in {}", folder.display()))?;
             tasks.spawn(manifests::follow(folder, node.to_owned(), updates));
         }
     }

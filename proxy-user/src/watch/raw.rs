@@ -24,6 +24,21 @@ where
     Ok(serde_json::from_value(value).unwrap_or_default())
 }
 
+/// Reads labels. In hand-written YAML a value may be a number or a boolean: its text counts.
+fn labels<'de, D>(deserializer: D) -> Result<BTreeMap<String, String>, D::Error>
+where
+    D: Deserializer<'de>,
+{
+    let Value::Object(labels) = Value::deserialize(deserializer)? else {
+        return Ok(BTreeMap::new());
+    };
+    let text = |value: Value| match value {
+        Value::String(text) => text,
+        other => other.to_string(),
+    };
+    Ok(labels.into_iter().map(|(name, value)| (name, text(value))).collect())
+}
+
 /// Reads an object, or the default if it is something else. Unlike [`small`] it buffers nothing:
 /// metadata carries kilobytes that nobody here reads.
 fn object<'de, D, T>(deserializer: D) -> Result<T, D::Error>
@@ -141,12 +156,13 @@ raw! {
         namespace: String = "small",
         resource_version: String = "small",
         creation_timestamp: String = "small",
-        labels: BTreeMap<String, String> = "small",
+        labels: BTreeMap<String, String> = "labels",
     }
     /// A Service.
     Service {
         metadata: Meta = "object",
         spec: ServiceSpec = "object",
+        status: ServiceStatus = "object",
     }
     /// `ServiceSpec`.
     ServiceSpec {
@@ -157,12 +173,43 @@ raw! {
         cluster_ips: Vec<String> = "small",
         ip_families: Vec<String> = "small",
         ports: Vec<ServicePort> = "objects",
+        #[serde(rename = "externalIPs")]
+        external_ips: Vec<String> = "small",
+        session_affinity: String = "small",
+        session_affinity_config: AffinityConfig = "object",
+        external_traffic_policy: String = "small",
+        internal_traffic_policy: String = "small",
+        load_balancer_source_ranges: Vec<String> = "small",
+        health_check_node_port: i64 = "small",
+    }
+    /// `SessionAffinityConfig`.
+    AffinityConfig {
+        #[serde(rename = "clientIP")]
+        client_ip: ClientIpConfig = "object",
+    }
+    /// `ClientIPConfig`.
+    ClientIpConfig {
+        timeout_seconds: Option<i64> = "small",
+    }
+    /// `ServiceStatus`.
+    ServiceStatus {
+        load_balancer: LoadBalancer = "object",
+    }
+    /// `LoadBalancerStatus`.
+    LoadBalancer {
+        ingress: Vec<Ingress> = "objects",
+    }
+    /// `LoadBalancerIngress`.
+    Ingress {
+        ip: String = "small",
+        ip_mode: String = "small",
     }
     /// `ServicePort`.
     ServicePort {
         name: String = "small",
         protocol: Option<String> = "small",
         port: i64 = "small",
+        node_port: i64 = "small",
     }
     /// An `EndpointSlice`.
     EndpointSlice {
@@ -182,6 +229,16 @@ raw! {
         addresses: Vec<String> = "small",
         conditions: Conditions = "object",
         node_name: Option<String> = "small",
+        hints: Hints = "object",
+    }
+    /// `EndpointHints`.
+    Hints {
+        for_zones: Vec<Hint> = "objects",
+        for_nodes: Vec<Hint> = "objects",
+    }
+    /// `ForZone` and `ForNode`.
+    Hint {
+        name: String = "small",
     }
     /// `EndpointConditions`.
     Conditions {
@@ -192,5 +249,15 @@ raw! {
     /// A Node.
     Node {
         metadata: Meta = "object",
+        status: NodeStatus = "object",
+    }
+    /// `NodeStatus`.
+    NodeStatus {
+        addresses: Vec<NodeAddress> = "objects",
+    }
+    /// `NodeAddress`.
+    NodeAddress {
+        r#type: String = "small",
+        address: String = "small",
     }
 }

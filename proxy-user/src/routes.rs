@@ -1,0 +1,99 @@
+//! The ways from this node to backends, asked of the kernel's routing table: the address that a packet
+//! of the node's own would have, and the link that it would leave by. Masqueraded flows use both.
+
+use std::collections::{HashMap, HashSet};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use anyhow::{Context, Result};
+use futures::TryStreamExt;
+use rtnetlink::packet_route::route::{RouteAddress, RouteAttribute, RouteMessage};
+use rtnetlink::{Handle, RouteMessageBuilder, new_connection};
+
+/// A way to an address.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Route {
+    /// The node's address on this way.
+    pub source: IpAddr,
+    /// The link that it begins with.
+    pub link: u32,
+}
+
+/// Ways that have changed, by destination; `None` where there is none any more.
+pub type Routes = HashMap<IpAddr, Option<Route>>;
+
+/// Asks the routing table, and remembers what it said.
+pub struct Resolver {
+    handle: Handle,
+    known: Routes,
+}
+
+impl Resolver {
+    /// A resolver in the calling thread's network namespace. Must be called within a runtime.
+    ///
+    /// # Errors
+    /// If netlink can't be used.
+    pub fn new() -> Result<Self> {
+        let (connection, handle, _) =
+            new_connection().context("cannot ask for routes by netlink")?;
+        tokio::spawn(connection);
+        Ok(Self { handle, known: Routes::new() })
+    }
+
+    /// Asks for addresses that were not asked for before. Returns what is new.
+    pub async fn learn(&mut self, addresses: impl Iterator<Item = IpAddr>) -> Routes {
+        let fresh: HashSet<IpAddr> = addresses.filter(|a| !self.known.contains_key(a)).collect();
+        let mut changed = Routes::new();
+        for address in fresh {
+            changed.insert(address, self.ask(address).await);
+        }
+        self.known.extend(changed.iter().map(|(address, route)| (*address, *route)));
+        changed
+    }
+
+    /// Asks anew for all addresses but those that are no longer `wanted`. Returns what has changed.
+    pub async fn refresh(&mut self, wanted: impl Fn(IpAddr) -> bool) -> Routes {
+        self.known.retain(|address, _| wanted(*address));
+        let mut changed = Routes::new();
+        let known: Vec<(IpAddr, Option<Route>)> =
+            self.known.iter().map(|(address, route)| (*address, *route)).collect();
+        for (address, before) in known {
+            let route = self.ask(address).await;
+            if route != before {
+                changed.insert(address, route);
+            }
+        }
+        self.known.extend(changed.iter().map(|(address, route)| (*address, *route)));
+        changed
+    }
+
+    async fn ask(&self, address: IpAddr) -> Option<Route> {
+        let message = match address {
+            IpAddr::V4(to) => {
+                RouteMessageBuilder::<Ipv4Addr>::new().destination_prefix(to, 32).build()
+            }
+            IpAddr::V6(to) => {
+                RouteMessageBuilder::<Ipv6Addr>::new().destination_prefix(to, 128).build()
+            }
+        };
+        let answer = self.handle.route().get(message).execute().try_next().await;
+        // An error means that there is no way.
+        answer.ok().flatten().as_ref().and_then(route)
+    }
+}
+
+fn route(answer: &RouteMessage) -> Option<Route> {
+    let (mut source, mut link) = (None, None);
+    for attribute in &answer.attributes {
+        match attribute {
+            RouteAttribute::PrefSource(RouteAddress::Inet(address)) => {
+                source = Some((*address).into());
+            }
+            RouteAttribute::PrefSource(RouteAddress::Inet6(address)) => {
+                source = Some((*address).into());
+            }
+            RouteAttribute::Oif(index) => link = Some(*index),
+            _ => {}
+        }
+    }
+    Some(Route { source: source?, link: link? })
+}
