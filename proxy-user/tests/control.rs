@@ -27,7 +27,7 @@ impl Control {
     fn new() -> Self {
         let (world, api) = (World::new(Cni::Bridge), ApiServer::new());
         provide_api(&world.nodes[0], &api);
-        api.put(objects::node("n0"));
+        api.put(objects::node("n0", &[]));
         Self { agent: None, api, world }
     }
 

@@ -127,7 +127,7 @@ fn frontend((frontend, access): (&Frontend, &Access)) -> String {
 fn backend(backend: &Backend) -> String {
     let told = flags(&[
         (backend.local, " +local"),
-        (!backend.usable && !backend.usable_local, " +draining"),
+        (!backend.usable && !backend.usable_local, " +unused"),
         (backend.usable && backend.local && !backend.usable_local, " +not-for-local"),
         (!backend.usable && backend.usable_local, " +only-for-local"),
         (backend.usable && !backend.serving, " +dead"),

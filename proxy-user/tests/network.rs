@@ -6,8 +6,10 @@ use std::collections::BTreeSet;
 use std::io::ErrorKind;
 use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
-use portal::testing::client::{exchange, tcp, tcp_from_port, udp, udp_socket};
+use portal::testing::client::{Connection, exchange, tcp, tcp_from_port, udp, udp_socket};
 use portal::testing::cluster::{Cluster, PORT, at};
 use portal::testing::world::{CNIS, Cni, Pod};
 use portal::testing::{agent, capture::Capture, eventually, objects, server};
@@ -282,6 +284,15 @@ fn a_nodes_own_processes_are_refused_at_once() {
     }
 }
 
+/// Sets a flag when it goes.
+struct Stopper<'a>(&'a AtomicBool);
+
+impl Drop for Stopper<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 #[test]
 fn killing_the_agent_loses_no_connection_and_its_successor_catches_up() {
     let mut cluster = start(Cni::Bridge);
@@ -299,24 +310,33 @@ fn killing_the_agent_loses_no_connection_and_its_successor_catches_up() {
         services.iter().map(|s| (text(&s["vip"]), text(&s["id"]))).collect()
     };
     let before = ids(&cluster);
-    let mut echo = |round: u8| {
-        for connection in &mut connections {
-            assert_eq!(connection.echo(&[round; 64]).unwrap(), [round; 64]);
+    // All of them keep talking, whatever happens.
+    let stop = AtomicBool::new(false);
+    let talk = |connection: &mut Connection| {
+        let mut rounds = 0_u64;
+        while !stop.load(Ordering::Relaxed) {
+            let bytes = rounds.to_be_bytes();
+            assert_eq!(connection.echo(&bytes).unwrap(), bytes);
+            rounds += 1;
+            // Two hundred of these must leave the agents some time.
+            std::thread::sleep(Duration::from_millis(20));
         }
+        assert!(rounds > 3);
     };
-    echo(1);
-    cluster.agents[0].take().unwrap().kill();
-    echo(2);
-    // Meanwhile the backend changes, and a Service comes.
-    cluster.endpoints("web", &[&two]);
-    cluster.expose("new", &other_vips(), &[&two]);
-    echo(3);
-    cluster.start_agent(0);
-    for vip in vips().into_iter().chain(other_vips()) {
-        cluster.wait_backends(vip, 1);
-        assert_eq!(tcp(&client.namespace, at(vip)).unwrap().server, "two");
-    }
-    echo(4);
+    std::thread::scope(|scope| {
+        // A panic here must not leave the others talking for ever.
+        let _stopper = Stopper(&stop);
+        connections.iter_mut().for_each(|connection| drop(scope.spawn(|| talk(connection))));
+        cluster.agents[0].take().unwrap().kill();
+        // Meanwhile the backend changes, and a Service comes.
+        cluster.endpoints("web", &[&two]);
+        cluster.expose("new", &other_vips(), &[&two]);
+        cluster.start_agent(0);
+        for vip in vips().into_iter().chain(other_vips()) {
+            cluster.wait_backends(vip, 1);
+            assert_eq!(tcp(&client.namespace, at(vip)).unwrap().server, "two");
+        }
+    });
     let after = ids(&cluster);
     assert!(before.iter().all(|id| after.contains(id)), "{before:?} {after:?}");
 }

@@ -47,17 +47,19 @@ pub fn run(args: &Args) -> Result<()> {
     let mut tests = cargo();
     tests.args(["test", "--package", "proxy-user", "--features", "testing", "--quiet"]);
     for tier in with_root {
-        tests.args(["--test", file_of(*tier)]);
+        for file in files_of(*tier) {
+            tests.args(["--test", file]);
+        }
     }
     openly(filtered(tests.env(OBJECT_VARIABLE, object), args))
 }
 
-fn file_of(tier: Tier) -> &'static str {
+fn files_of(tier: Tier) -> &'static [&'static str] {
     match tier {
-        Tier::Pure => "pure",
-        Tier::Kernel => "kernel",
-        Tier::Control => "control",
-        Tier::Network => "network",
+        Tier::Pure => &[],
+        Tier::Kernel => &["kernel"],
+        Tier::Control => &["control"],
+        Tier::Network => &["network", "doors"],
     }
 }
 

@@ -140,7 +140,7 @@ const fn family(vip: IpAddr) -> &'static str {
 }
 
 const fn state(usable: bool) -> &'static str {
-    if usable { "ready" } else { "draining" }
+    if usable { "ready" } else { "unused" }
 }
 
 const fn place(entry: BackendEntry) -> &'static str {

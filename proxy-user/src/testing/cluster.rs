@@ -38,7 +38,7 @@ impl Cluster {
         let api = ApiServer::new();
         for node in &world.nodes {
             provide_api(node, &api);
-            api.put(objects::node(&node.name));
+            api.put(objects::node(&node.name, &[node.v4().into(), node.v6().into()]));
         }
         let arguments = arguments.iter().map(|&argument| argument.to_owned()).collect();
         let agents = world.nodes.iter().map(|_| None).collect();
@@ -81,6 +81,14 @@ impl Cluster {
     /// Makes a Service with a TCP and a UDP port in front of pods, for each family of its VIPs.
     pub fn expose(&self, name: &str, vips: &[IpAddr], pods: &[&Pod]) {
         self.api.put(objects::service(name, vips, &SERVICE_PORTS));
+        self.endpoints(name, pods);
+    }
+
+    /// Makes a Service as [`Cluster::expose`] does, with more fields in its spec and its status.
+    pub fn expose_with(&self, name: &str, vips: &[IpAddr], pods: &[&Pod], more: &Value) {
+        let mut service = objects::service(name, vips, &SERVICE_PORTS);
+        objects::merge(&mut service, more);
+        self.api.put(service);
         self.endpoints(name, pods);
     }
 

@@ -77,12 +77,32 @@ pub fn slice(name: &str, service: &str, ports: &[Port<'_>], endpoints: &[Value])
     })
 }
 
-/// A Node.
-pub fn node(name: &str) -> Value {
+/// A Node with its addresses and its zone, which has the node's name.
+pub fn node(name: &str, addresses: &[IpAddr]) -> Value {
+    let addresses: Vec<Value> =
+        addresses.iter().map(|ip| json!({"type": "InternalIP", "address": ip})).collect();
     json!({
         "apiVersion": "v1",
         "kind": "Node",
-        "metadata": {"name": name, "labels": {"kubernetes.io/hostname": name}},
-        "status": {"addresses": [{"type": "Hostname", "address": name}]},
+        "metadata": {
+            "name": name,
+            "labels": {"kubernetes.io/hostname": name, "topology.kubernetes.io/zone": name},
+        },
+        "status": {"addresses": addresses},
     })
+}
+
+/// Puts fields into an object; lists are merged element by element.
+pub fn merge(object: &mut Value, fields: &Value) {
+    match (object, fields) {
+        (Value::Object(object), Value::Object(fields)) => {
+            for (name, field) in fields {
+                merge(object.entry(name).or_insert(Value::Null), field);
+            }
+        }
+        (Value::Array(object), Value::Array(fields)) if object.len() == fields.len() => {
+            object.iter_mut().zip(fields).for_each(|(object, field)| merge(object, field));
+        }
+        (object, fields) => *object = fields.clone(),
+    }
 }

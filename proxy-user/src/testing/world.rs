@@ -16,8 +16,9 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use rtnetlink::packet_route::address::AddressHeaderFlags;
+use rtnetlink::packet_route::route::RouteMessage;
 use rtnetlink::{
-    Handle, LinkBridge, LinkMessageBuilder, LinkUnspec, LinkVeth, RouteMessageBuilder,
+    Handle, LinkBridge, LinkMessageBuilder, LinkUnspec, LinkVeth, LinkVxlan, RouteMessageBuilder,
 };
 
 use super::namespace::{Mounts, Namespace};
@@ -37,6 +38,11 @@ pub const CNIS: [Cni; 2] = [Cni::Bridge, Cni::Routed];
 /// The gateway of routed pods.
 const GATEWAY4: IpAddr = IpAddr::V4(Ipv4Addr::new(169, 254, 1, 1));
 const GATEWAY6: IpAddr = IpAddr::V6(Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 1));
+
+/// The addresses of [`World::outsider`].
+pub const OUTSIDER4: Ipv4Addr = Ipv4Addr::new(192, 168, 50, 100);
+/// As [`OUTSIDER4`].
+pub const OUTSIDER6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0x50, 0, 0, 0, 0, 0, 0x100);
 
 /// Two nodes and what they need.
 pub struct World {
@@ -124,6 +130,45 @@ impl World {
         }
     }
 
+    /// Sends what goes from node to node's pods through a vxlan tunnel from now on.
+    pub fn overlay(&self) {
+        for (node, other) in [(&self.nodes[0], &self.nodes[1]), (&self.nodes[1], &self.nodes[0])] {
+            node.namespace.netlink(async |net| {
+                net.vxlan("vxlan0", other.v4()).await;
+                net.up("vxlan0").await;
+                net.address("vxlan0", node.overlay4().into(), 24).await;
+                net.address("vxlan0", node.overlay6().into(), 64).await;
+                for (to, bits, old, new) in [
+                    (IpAddr::from(node.pods4(other.number, 0)), 24, false, other.overlay4().into()),
+                    (IpAddr::from(node.pods6(other.number, 0)), 64, true, other.overlay6().into()),
+                ] {
+                    net.unroute(to, bits, other.address(old)).await;
+                    net.route(to, bits, new).await;
+                }
+            });
+        }
+    }
+
+    /// A machine on the wire that is no node: it knows nothing of pods, and sends what it has no route
+    /// for to node 0.
+    pub fn outsider(&self) -> Namespace {
+        let namespace = Namespace::new();
+        self.wire.netlink(async |net| {
+            net.veth("outsider", "eth0", &namespace).await;
+            net.enslave("outsider", "wire").await;
+            net.up("outsider").await;
+        });
+        let node = &self.nodes[0];
+        namespace.netlink(async |net| {
+            net.up("eth0").await;
+            net.address("eth0", OUTSIDER4.into(), 24).await;
+            net.address("eth0", OUTSIDER6.into(), 64).await;
+            net.route(Ipv4Addr::UNSPECIFIED.into(), 0, node.v4().into()).await;
+            net.route(Ipv6Addr::UNSPECIFIED.into(), 0, node.v6().into()).await;
+        });
+        namespace
+    }
+
     /// Adds a pod to a node.
     pub fn pod(&self, node: usize, name: &str) -> Pod {
         self.nodes[node].pod(name)
@@ -191,6 +236,11 @@ impl Node {
         node
     }
 
+    /// Its address of a family.
+    pub fn address(&self, v6: bool) -> IpAddr {
+        if v6 { self.v6().into() } else { self.v4().into() }
+    }
+
     /// Its IPv4 address.
     pub fn v4(&self) -> Ipv4Addr {
         Ipv4Addr::new(192, 168, 50, self.number + 1)
@@ -199,6 +249,14 @@ impl Node {
     /// Its IPv6 address.
     pub fn v6(&self) -> Ipv6Addr {
         Ipv6Addr::new(0xfd00, 0x50, 0, 0, 0, 0, 0, u16::from(self.number) + 1)
+    }
+
+    fn overlay4(&self) -> Ipv4Addr {
+        Ipv4Addr::new(10, 99, 0, self.number + 1)
+    }
+
+    fn overlay6(&self) -> Ipv6Addr {
+        Ipv6Addr::new(0xfd00, 0x99, 0, 0, 0, 0, 0, u16::from(self.number) + 1)
     }
 
     fn pods4(&self, node: u8, host: u8) -> Ipv4Addr {
@@ -327,6 +385,13 @@ impl Net {
         self.handle.link().add(bridge).execute().await.expect("a bridge");
     }
 
+    /// Makes a vxlan tunnel to another node.
+    pub async fn vxlan(&self, name: &str, remote: Ipv4Addr) {
+        let tunnel = LinkVxlan::new(name, 1).remote(remote).port(4789).build();
+        self.handle.link().add(tunnel).execute().await.expect("a vxlan tunnel");
+        self.mtu(name, 1450).await;
+    }
+
     /// Makes a link a bridge's port.
     pub async fn enslave(&self, link: &str, bridge: &str) {
         let controller = self.index(bridge).await;
@@ -371,19 +436,14 @@ impl Net {
 
     /// Adds a route by a gateway.
     pub async fn route(&self, to: IpAddr, prefix: u8, gateway: IpAddr) {
-        let message = match (to, gateway) {
-            (IpAddr::V4(to), IpAddr::V4(gateway)) => RouteMessageBuilder::<Ipv4Addr>::new()
-                .destination_prefix(to, prefix)
-                .gateway(gateway)
-                .build(),
-            (IpAddr::V6(to), IpAddr::V6(gateway)) => RouteMessageBuilder::<Ipv6Addr>::new()
-                .destination_prefix(to, prefix)
-                .gateway(gateway)
-                .build(),
-            _ => panic!("a route to {to} by {gateway}"),
-        };
-        let added = self.handle.route().add(message).execute().await;
+        let added = self.handle.route().add(by_gateway(to, prefix, gateway)).execute().await;
         added.unwrap_or_else(|error| panic!("route to {to}/{prefix}: {error}"));
+    }
+
+    /// Removes a route by a gateway.
+    pub async fn unroute(&self, to: IpAddr, prefix: u8, gateway: IpAddr) {
+        let removed = self.handle.route().del(by_gateway(to, prefix, gateway)).execute().await;
+        removed.unwrap_or_else(|error| panic!("route to {to}/{prefix}: {error}"));
     }
 
     /// Adds an IPv6 route by a link-local gateway.
@@ -413,5 +473,19 @@ impl Net {
         };
         let added = self.handle.route().add(message).execute().await;
         added.unwrap_or_else(|error| panic!("route to {to}/{prefix}: {error}"));
+    }
+}
+
+fn by_gateway(to: IpAddr, prefix: u8, gateway: IpAddr) -> RouteMessage {
+    match (to, gateway) {
+        (IpAddr::V4(to), IpAddr::V4(gateway)) => RouteMessageBuilder::<Ipv4Addr>::new()
+            .destination_prefix(to, prefix)
+            .gateway(gateway)
+            .build(),
+        (IpAddr::V6(to), IpAddr::V6(gateway)) => RouteMessageBuilder::<Ipv6Addr>::new()
+            .destination_prefix(to, prefix)
+            .gateway(gateway)
+            .build(),
+        _ => panic!("a route to {to} by {gateway}"),
     }
 }

@@ -50,8 +50,8 @@ fn is_change(event: EventKind) -> bool {
     }
 }
 
-/// The objects of each file.
-type Files = BTreeMap<PathBuf, Vec<Value>>;
+/// The text of each file and the objects in it.
+type Files = BTreeMap<PathBuf, (String, Vec<Value>)>;
 
 fn read_all(folder: &Path, files: &mut Files) -> io::Result<()> {
     let mut found = HashSet::new();
@@ -67,8 +67,12 @@ fn read_all(folder: &Path, files: &mut Files) -> io::Result<()> {
         match fs::read_to_string(&path) {
             Ok(text) if text.is_empty() => {}
             Ok(text) => {
-                let known = files.entry(path.clone()).or_default();
-                *known = documents(&path, &text, known);
+                let (known, objects) = files.entry(path.clone()).or_default();
+                // What is wrong with a file is said once.
+                if *known != text {
+                    *objects = documents(&path, &text, objects);
+                    *known = text;
+                }
             }
             Err(error) => tracing::warn!("{}: {error}; what it last said counts", path.display()),
         }
@@ -93,6 +97,7 @@ fn documents(path: &Path, text: &str, known: &[Value]) -> Vec<Value> {
             }
         }
     }
+    objects.retain(|object| is_named(path, object));
     if broken {
         let kept =
             known.iter().filter(|old| objects.iter().all(|new| identity(new) != identity(old)));
@@ -100,6 +105,21 @@ fn documents(path: &Path, text: &str, known: &[Value]) -> Vec<Value> {
         objects.extend(kept);
     }
     objects
+}
+
+/// Whether an object says what it is. What is of no kind that we follow need not.
+fn is_named(path: &Path, object: &Value) -> bool {
+    let path = path.display();
+    let Some(kind) = kind(object) else {
+        tracing::warn!("{path}: a document without a kind is left out");
+        return false;
+    };
+    let name = object.get("metadata").and_then(|meta| meta.get("name")).and_then(Value::as_str);
+    let named = name.is_some_and(|name| !name.is_empty());
+    if !named {
+        tracing::warn!("{path}: a {kind} without a name is left out");
+    }
+    named
 }
 
 fn after_line(document: &str) -> &str {
@@ -135,9 +155,9 @@ async fn tell(
     updates: &mpsc::Sender<Update>,
 ) -> Result<(), mpsc::error::SendError<Update>> {
     let mut seen: BTreeMap<&str, HashSet<ObjectName>> = BTreeMap::new();
-    for (path, objects) in files {
+    for (_, objects) in files.values() {
         for object in objects {
-            let Some((kind, name, update)) = update(path, object) else { continue };
+            let Some((kind, name, update)) = update(object) else { continue };
             if seen.entry(kind).or_default().insert(name) {
                 updates.send(update).await?;
             }
@@ -154,34 +174,17 @@ async fn tell(
     Ok(())
 }
 
-fn update<'a>(path: &Path, object: &'a Value) -> Option<(&'a str, ObjectName, Update)> {
+fn update(object: &Value) -> Option<(&str, ObjectName, Update)> {
     let kind = kind(object)?;
     let mut object = object.clone();
-    let meta = object.get_mut("metadata").and_then(Value::as_object_mut);
-    let meta = meta.map(|meta| {
-        meta.entry("namespace").or_insert_with(|| "default".into());
-        raw::Meta::deserialize(&*meta).unwrap_or_default()
-    });
-    let read = || match kind {
-        "Service" => {
-            Some(serde_json::from_value(object).map(|service| Update::Service(Box::new(service))))
-        }
-        "EndpointSlice" => Some(serde_json::from_value(object).map(Update::Slice)),
-        _ => None,
+    let meta = object.get_mut("metadata")?.as_object_mut()?;
+    meta.entry("namespace").or_insert_with(|| "default".into());
+    let meta = raw::Meta::deserialize(&*meta).unwrap_or_default();
+    // The types take anything: an error is not to be expected.
+    let update = match kind {
+        "Service" => Update::Service(Box::new(serde_json::from_value(object).ok()?)),
+        "EndpointSlice" => Update::Slice(serde_json::from_value(object).ok()?),
+        _ => return None,
     };
-    let (update, meta) = (read()?, meta.unwrap_or_default());
-    let path = path.display();
-    match update {
-        Ok(update) if !meta.name.is_empty() => {
-            Some((kind, ObjectName::new(&meta.namespace, &meta.name), update))
-        }
-        Ok(_) => {
-            tracing::warn!("{path}: a {kind} without a name is ignored");
-            None
-        }
-        Err(error) => {
-            tracing::warn!("{path}: {kind} {} can't be read: {error}", meta.name);
-            None
-        }
-    }
+    Some((kind, ObjectName::new(&meta.namespace, &meta.name), update))
 }

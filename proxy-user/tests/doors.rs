@@ -1,0 +1,364 @@
+//! The doors of Services beside the `ClusterIP`, with real sockets: `NodePorts`, external IPs, load
+//! balancer IPs; clients outside, in pods and on nodes; policies, affinity, source ranges.
+
+use std::collections::BTreeSet;
+use std::io::{ErrorKind, Read, Write};
+use std::net::{IpAddr, SocketAddr};
+use std::path::Path;
+
+use portal::testing::client::{exchange, tcp, tcp_from_port, udp, udp_socket};
+use portal::testing::cluster::{Cluster, at};
+use portal::testing::namespace::Namespace;
+use portal::testing::world::{CNIS, Cni, OUTSIDER4, OUTSIDER6, Pod};
+use portal::testing::{agent, eventually};
+use serde_json::{Value, json};
+
+const NODE_PORT: u16 = 30_080;
+
+fn start(cni: Cni) -> Cluster {
+    Cluster::start(
+        cni,
+        Path::new(env!("CARGO_BIN_EXE_portal")),
+        &["--cluster-cidr", "10.244.0.0/16,fd00:244::/32"],
+    )
+}
+
+fn vips() -> [IpAddr; 2] {
+    ["10.96.0.10".parse().unwrap(), "fd00:96::10".parse().unwrap()]
+}
+
+fn node_ports() -> Value {
+    json!({"spec": {"type": "NodePort", "ports": [{"nodePort": NODE_PORT}, {"nodePort": NODE_PORT}]}})
+}
+
+/// A server on node 1, with a `NodePort`, and someone outside.
+struct Stage {
+    cluster: Cluster,
+    server: Pod,
+    outsider: Namespace,
+}
+
+impl Stage {
+    fn new(cni: Cni, more: &Value) -> Self {
+        let cluster = start(cni);
+        let server = cluster.server(1, "server");
+        let mut fields = node_ports();
+        portal::testing::objects::merge(&mut fields, more);
+        cluster.expose_with("web", &vips(), &[&server], &fields);
+        vips().iter().for_each(|vip| cluster.wait_backends(*vip, 1));
+        let outsider = cluster.world.outsider();
+        let stage = Self { cluster, server, outsider };
+        stage.wait_uplinks();
+        stage
+    }
+
+    /// The `NodePort` of a node.
+    fn at(&self, node: usize, v6: bool) -> SocketAddr {
+        SocketAddr::new(self.cluster.world.nodes[node].address(v6), NODE_PORT)
+    }
+
+    fn own(v6: bool) -> IpAddr {
+        if v6 { OUTSIDER6.into() } else { OUTSIDER4.into() }
+    }
+
+    fn wait_uplinks(&self) {
+        for node in &self.cluster.world.nodes {
+            let index = node.namespace.netlink(async |net| net.index("eth0").await);
+            eventually("the agent attaches to the uplink", || {
+                node.pins("links").contains(&format!("tc-{index}-ingress")).then_some(())
+            });
+        }
+    }
+
+    fn probe(&self, node: usize, protocol: &str, to: SocketAddr) -> Result<String, String> {
+        let program = Path::new(env!("CARGO_BIN_EXE_portal-probe"));
+        let mut command = agent::command(&self.cluster.world.nodes[node], program, true);
+        let output = command.args([protocol, &to.to_string()]).output().unwrap();
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).trim().to_owned();
+        if output.status.success() { Ok(text(&output.stdout)) } else { Err(text(&output.stderr)) }
+    }
+}
+
+fn over_both(test: impl Fn(&Stage, bool)) {
+    for cni in CNIS {
+        let stage = Stage::new(cni, &json!({}));
+        [false, true].into_iter().for_each(|v6| test(&stage, v6));
+    }
+}
+
+#[test]
+fn a_node_port_of_any_node_leads_to_the_pod() {
+    over_both(|stage, v6| {
+        // By the node without the pod, which masquerades; by the pod's own, which does not (KP-51).
+        for (node, seen_as) in [(0, stage.cluster.world.nodes[0].address(v6)), (1, Stage::own(v6))]
+        {
+            let to = stage.at(node, v6);
+            let mut connection = tcp(&stage.outsider, to).unwrap();
+            assert_eq!(connection.echo(b"hello").unwrap(), b"hello");
+            assert_eq!((connection.server.as_str(), connection.seen_as.ip()), ("server", seen_as));
+            let answer = udp(&stage.outsider, to, b"hello").unwrap();
+            assert_eq!((answer.server.as_str(), answer.seen_as.ip()), ("server", seen_as));
+        }
+    });
+}
+
+#[test]
+fn pods_and_nodes_reach_node_ports_of_their_own_node_and_of_others() {
+    over_both(|stage, v6| {
+        let client = stage.cluster.pod(0, &format!("client{v6}"));
+        for node in [0, 1] {
+            let to = stage.at(node, v6);
+            assert_eq!(tcp(&client.namespace, to).unwrap().server, "server");
+            assert_eq!(udp(&client.namespace, to, b"x").unwrap().server, "server");
+            for protocol in ["tcp", "udp"] {
+                let line = stage.probe(0, protocol, to).unwrap();
+                assert!(line.starts_with("server "), "{protocol} to n{node}: {line}");
+            }
+        }
+    });
+}
+
+#[test]
+fn thirty_megabytes_pass_each_way_through_a_node_without_the_pod() {
+    over_both(|stage, v6| {
+        let sent: Vec<u8> =
+            (0..30_000_000_u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
+        let connection = tcp(&stage.outsider, stage.at(0, v6)).unwrap();
+        let mut writer = connection.stream.get_ref().try_clone().unwrap();
+        let mut reader = connection.stream;
+        let bytes = sent.clone();
+        let sending = std::thread::spawn(move || writer.write_all(&bytes).unwrap());
+        let mut received = vec![0; sent.len()];
+        reader.read_exact(&mut received).unwrap();
+        sending.join().unwrap();
+        assert!(received == sent);
+    });
+}
+
+#[test]
+fn two_thousand_connections_of_one_client_through_one_node() {
+    let stage = Stage::new(Cni::Routed, &json!({}));
+    for v6 in [false, true] {
+        let open = || tcp(&stage.outsider, stage.at(0, v6)).unwrap();
+        let mut connections: Vec<_> = (0..2000).map(|_| open()).collect();
+        let ports: BTreeSet<SocketAddr> = connections.iter().map(|c| c.seen_as).collect();
+        assert_eq!(ports.len(), connections.len(), "the pod can't tell them apart");
+        for (number, connection) in connections.iter_mut().enumerate() {
+            let bytes = number.to_be_bytes();
+            assert_eq!(connection.echo(&bytes).unwrap(), bytes);
+        }
+    }
+}
+
+#[test]
+fn one_source_port_to_two_nodes_at_once() {
+    over_both(|stage, v6| {
+        let mut connections =
+            [0, 1].map(|node| tcp_from_port(&stage.outsider, stage.at(node, v6), 45_000).unwrap());
+        for round in 0..3_u8 {
+            for connection in &mut connections {
+                assert_eq!(connection.echo(&[round; 32]).unwrap(), [round; 32]);
+            }
+        }
+    });
+}
+
+#[test]
+fn a_datagram_in_fragments_passes_through_a_node_without_the_pod() {
+    over_both(|stage, v6| {
+        let datagram: Vec<u8> = (0..4000_u32).map(|i| (i % 251) as u8).collect();
+        let socket = udp_socket(&stage.outsider, v6, 0).unwrap();
+        let answer = exchange(&socket, stage.at(0, v6), &datagram).unwrap();
+        assert_eq!(answer.from, stage.at(0, v6));
+        assert!(answer.bytes == datagram);
+    });
+}
+
+#[test]
+fn a_smaller_mtu_before_the_pod_is_told_through_the_masquerade() {
+    for cni in CNIS {
+        let stage = Stage::new(cni, &json!({}));
+        let node = &stage.cluster.world.nodes[1].namespace;
+        node.netlink(async |net| net.mtu("veth0", 1300).await);
+        stage.server.namespace.netlink(async |net| net.mtu("eth0", 1300).await);
+        for v6 in [false, true] {
+            let mut connection = tcp(&stage.outsider, stage.at(0, v6)).unwrap();
+            let bytes = vec![7; 100_000];
+            assert!(connection.echo(&bytes).unwrap() == bytes);
+        }
+    }
+}
+
+#[test]
+fn through_an_overlay_the_tunnels_address_masquerades() {
+    for cni in CNIS {
+        let stage = Stage::new(cni, &json!({}));
+        stage.cluster.world.overlay();
+        for v6 in [false, true] {
+            let to = stage.at(0, v6);
+            let tunnel: IpAddr = if v6 { "fd00:99::1" } else { "10.99.0.1" }.parse().unwrap();
+            eventually("the new way to the pod is taken", || {
+                tcp(&stage.outsider, to).ok().filter(|c| c.seen_as.ip() == tunnel)
+            });
+            let mut connection = tcp(&stage.outsider, to).unwrap();
+            let bytes: Vec<u8> = (0..2_000_000_u32).map(|i| (i % 251) as u8).collect();
+            for piece in bytes.chunks(100_000) {
+                assert!(connection.echo(piece).unwrap() == piece);
+            }
+            let socket = udp_socket(&stage.outsider, v6, 0).unwrap();
+            let answer = exchange(&socket, to, &bytes[..4000]).unwrap();
+            assert!(answer.from == to && answer.bytes == bytes[..4000]);
+        }
+    }
+}
+
+#[test]
+fn external_and_balancer_ips_are_reached_from_everywhere() {
+    let addresses = ["203.0.113.5", "2001:db8:113::5", "203.0.113.6", "2001:db8:113::6"];
+    let [external4, external6, balancer4, balancer6] = addresses;
+    let more = json!({
+        "spec": {"type": "LoadBalancer", "externalIPs": [external4, external6]},
+        "status": {"loadBalancer": {"ingress": [
+            {"ip": balancer4}, {"ip": balancer6, "ipMode": "VIP"},
+            {"ip": "203.0.113.7", "ipMode": "Proxy"}, {"hostname": "example.org"},
+        ]}},
+    });
+    for cni in CNIS {
+        let stage = Stage::new(cni, &more);
+        let client = stage.cluster.pod(0, "client");
+        for address in addresses {
+            let to = at(address.parse().unwrap());
+            for namespace in [&stage.outsider, &client.namespace] {
+                assert_eq!(tcp(namespace, to).unwrap().server, "server", "{to}");
+                assert_eq!(udp(namespace, to, b"x").unwrap().server, "server", "{to}");
+            }
+            assert!(stage.probe(0, "tcp", to).unwrap().starts_with("server "), "{to}");
+        }
+        // KP-39: mode Proxy is not ours.
+        let services = stage.cluster.list(0, "services");
+        assert!(services.iter().all(|service| service["vip"] != "203.0.113.7"));
+    }
+}
+
+/// Whether a datagram to an address is answered within the time that a dropped one is not.
+fn is_silent(from: &Namespace, to: SocketAddr) -> bool {
+    let socket = udp_socket(from, to.is_ipv6(), 0).unwrap();
+    socket.set_read_timeout(Some(std::time::Duration::from_millis(300))).unwrap();
+    from.run(|| socket.connect(to)).unwrap();
+    socket.send(b"x").unwrap();
+    matches!(socket.recv(&mut [0; 64]), Err(error) if error.kind() == ErrorKind::WouldBlock)
+}
+
+#[test]
+fn external_policy_local_keeps_the_clients_address_and_drops_where_there_is_no_pod() {
+    let more = json!({"spec": {"externalTrafficPolicy": "Local"}});
+    for cni in CNIS {
+        let stage = Stage::new(cni, &more);
+        for v6 in [false, true] {
+            let client = stage.cluster.pod(0, &format!("client{v6}"));
+            let connection = tcp(&stage.outsider, stage.at(1, v6)).unwrap();
+            assert_eq!(connection.seen_as.ip(), Stage::own(v6));
+            // KP-55; but pods and the node itself are led on (KP-53, 54).
+            assert!(is_silent(&stage.outsider, stage.at(0, v6)));
+            assert_eq!(tcp(&client.namespace, stage.at(0, v6)).unwrap().server, "server");
+            assert!(stage.probe(0, "tcp", stage.at(0, v6)).unwrap().starts_with("server "));
+        }
+    }
+}
+
+#[test]
+fn internal_policy_local_asks_for_a_pod_of_the_clients_own_node() {
+    let stage = Stage::new(Cni::Bridge, &json!({"spec": {"internalTrafficPolicy": "Local"}}));
+    for vip in vips() {
+        let clients =
+            [0, 1].map(|node| stage.cluster.pod(node, &format!("c{node}-{}", vip.is_ipv6())));
+        assert!(is_silent(&clients[0].namespace, at(vip)));
+        assert_eq!(tcp(&clients[1].namespace, at(vip)).unwrap().server, "server");
+        assert!(stage.probe(0, "tcp", at(vip)).is_err());
+        assert!(stage.probe(1, "tcp", at(vip)).unwrap().starts_with("server "));
+        // KP-61: not for the other doors.
+        let to = stage.at(0, vip.is_ipv6());
+        assert_eq!(tcp(&clients[0].namespace, to).unwrap().server, "server");
+    }
+}
+
+#[test]
+fn source_ranges_let_in_and_keep_out() {
+    let balancer: IpAddr = "203.0.113.6".parse().unwrap();
+    let more = json!({
+        "spec": {"type": "LoadBalancer", "loadBalancerSourceRanges": ["10.244.0.0/24", "192.168.50.1/32"]},
+        "status": {"loadBalancer": {"ingress": [{"ip": balancer}]}},
+    });
+    let stage = Stage::new(Cni::Routed, &more);
+    let (inside, outside) = (stage.cluster.pod(0, "inside"), stage.cluster.pod(1, "outside"));
+    assert_eq!(tcp(&inside.namespace, at(balancer)).unwrap().server, "server");
+    assert!(is_silent(&outside.namespace, at(balancer)));
+    assert!(is_silent(&stage.outsider, at(balancer)));
+    assert!(stage.probe(0, "tcp", at(balancer)).is_ok(), "the node is in a range");
+    assert!(stage.probe(1, "tcp", at(balancer)).is_err(), "this one is not");
+    // KP-90: the other doors are open.
+    assert_eq!(tcp(&stage.outsider, stage.at(0, false)).unwrap().server, "server");
+}
+
+#[test]
+fn a_client_stays_with_its_pod_over_all_doors_and_a_restart() {
+    let cni = Cni::Bridge;
+    let mut cluster = start(cni);
+    let servers: Vec<Pod> = (0..3).map(|n| cluster.server(n % 2, &format!("s{n}"))).collect();
+    let servers: Vec<&Pod> = servers.iter().collect();
+    let mut fields = node_ports();
+    fields["spec"]["sessionAffinity"] = "ClientIP".into();
+    cluster.expose_with("web", &vips(), &servers, &fields);
+    vips().iter().for_each(|vip| cluster.wait_backends(*vip, 3));
+    let client = cluster.pod(0, "client");
+    for vip in vips() {
+        let node_port = SocketAddr::new(cluster.world.nodes[0].address(vip.is_ipv6()), NODE_PORT);
+        let chosen = tcp(&client.namespace, at(vip)).unwrap().server;
+        let stays = |cluster: &Cluster| {
+            for _ in 0..8 {
+                for to in [at(vip), node_port] {
+                    let reached = tcp(&client.namespace, to).unwrap().server;
+                    assert_eq!(reached, chosen, "{to} of {:?}", cluster.world.cni);
+                }
+            }
+        };
+        stays(&cluster);
+        cluster.agents[0].take().unwrap().kill();
+        cluster.start_agent(0);
+        stays(&cluster);
+    }
+}
+
+#[test]
+fn hints_keep_traffic_in_its_zone_kp_65_and_69() {
+    let cluster = start(Cni::Routed);
+    let near = cluster.server(0, "near");
+    let far = cluster.server(1, "far");
+    let client = cluster.pod(0, "client");
+    let [vip, _] = vips();
+    cluster.api.put(portal::testing::objects::service("web", &[vip], &[("tcp", "TCP", 80)]));
+    let endpoint = |pod: &Pod| {
+        let mut endpoint = portal::testing::objects::endpoint(pod.v4.into(), &pod.node);
+        endpoint["hints"] = json!({"forZones": [{"name": pod.node}]});
+        endpoint
+    };
+    let endpoints = [endpoint(&near), endpoint(&far)];
+    cluster.api.put(portal::testing::objects::slice(
+        "web",
+        "web",
+        &[("tcp", "TCP", 8080)],
+        &endpoints,
+    ));
+    cluster.wait_backends(vip, 1);
+    let reached = || -> BTreeSet<String> {
+        (0..16).map(|_| tcp(&client.namespace, at(vip)).unwrap().server).collect()
+    };
+    assert_eq!(reached(), ["near".to_owned()].into());
+    // The node's zone changes: no restart is needed.
+    let mut node = portal::testing::objects::node("n0", &[]);
+    node["metadata"]["labels"]["topology.kubernetes.io/zone"] = "n1".into();
+    cluster.api.put(node);
+    eventually("the other zone's pod is reached", || {
+        (reached() == ["far".to_owned()].into()).then_some(())
+    });
+}
