@@ -49,6 +49,8 @@ outcomes! {
     Reset = "reset",
     /// Datagram to a VIP with no endpoint or no such port: answered with ICMP port unreachable.
     Unreachable = "unreachable",
+    /// ICMP echo to a VIP: answered.
+    EchoReply = "echo_reply",
     /// A packet to a VIP that gets no answer by rule (a reset, an ICMP message): dropped.
     Silent = "silent",
     /// A packet to a Service that has backends, but none on this node, where its policy asks for one:

@@ -8,7 +8,7 @@ use core::ptr::NonNull;
 use aya_ebpf::Global;
 use aya_ebpf::bindings::{BPF_ANY, BPF_F_MMAPABLE, BPF_F_NO_PREALLOC, BPF_NOEXIST};
 use aya_ebpf::btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray};
-use aya_ebpf::helpers::{bpf_ktime_get_coarse_ns, bpf_ktime_get_ns};
+use aya_ebpf::helpers::{bpf_get_prandom_u32, bpf_ktime_get_coarse_ns, bpf_ktime_get_ns};
 use aya_ebpf::macros::btf_map;
 use aya_ebpf::maps::lpm_trie::Key;
 use proxy_common::settings::{Settings, TICK_SHIFT};
@@ -126,6 +126,12 @@ macro_rules! tables {
                     unsafe { bpf_ktime_get_ns() }
                 };
                 (time >> TICK_SHIFT) as u32
+            }
+
+            #[inline(always)]
+            fn random(&self) -> u32 {
+                // SAFETY: the helper only makes a number.
+                unsafe { bpf_get_prandom_u32() }
             }
 
             #[inline(always)]

@@ -12,6 +12,7 @@ use portal::testing::namespace::Namespace;
 use portal::testing::world::{CNIS, Cni, OUTSIDER4, OUTSIDER6, Pod};
 use portal::testing::{agent, eventually};
 use serde_json::{Value, json};
+use socket2::{Domain, Protocol, Socket, Type};
 
 const NODE_PORT: u16 = 30_080;
 
@@ -238,6 +239,35 @@ fn external_and_balancer_ips_are_reached_from_everywhere() {
         let services = stage.cluster.list(0, "services");
         assert!(services.iter().all(|service| service["vip"] != "203.0.113.7"));
     }
+}
+
+#[test]
+fn vips_answer_when_they_are_pinged() {
+    let stage = Stage::new(Cni::Bridge, &json!({}));
+    let client = stage.cluster.pod(0, "client");
+    for vip in vips() {
+        for from in [&client.namespace, &stage.outsider] {
+            ping(from, vip).unwrap_or_else(|error| panic!("{vip}: {error}"));
+        }
+    }
+}
+
+/// Sends an echo request by a datagram ICMP socket and waits for its answer.
+fn ping(from: &Namespace, to: IpAddr) -> std::io::Result<()> {
+    from.sysctl("net/ipv4/ping_group_range", "0 0");
+    let (domain, protocol, kind) = match to {
+        IpAddr::V4(_) => (Domain::IPV4, Protocol::ICMPV4, [8, 0]),
+        IpAddr::V6(_) => (Domain::IPV6, Protocol::ICMPV6, [128, 129]),
+    };
+    let socket = from.run(|| Socket::new(domain, Type::DGRAM, Some(protocol)))?;
+    socket.set_read_timeout(Some(std::time::Duration::from_secs(20)))?;
+    socket.connect(&SocketAddr::new(to, 0).into())?;
+    let request = [kind[0], 0, 0, 0, 0, 0, 0, 1, b'h', b'i'];
+    socket.send(&request)?;
+    let mut answer = [0; 64];
+    let length = (&socket).read(&mut answer)?;
+    assert_eq!((answer[0], &answer[8..length]), (kind[1], &b"hi"[..]));
+    Ok(())
 }
 
 /// Whether a datagram to an address is answered within the time that a dropped one is not.

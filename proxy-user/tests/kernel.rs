@@ -19,7 +19,7 @@ use portal::model::{IpFamily, ObjectName, Protocol};
 use portal::plan::Planner;
 use portal::routes::Route;
 use portal::testing::namespace::Mounts;
-use proxy_common::settings::Settings;
+use proxy_common::settings::{Algorithm, Settings};
 use proxy_common::tables::{
     AffinityKey, AffinityValue, FlowKey, FlowValue, FragmentKey, FragmentValue, ServiceValue, Side,
 };
@@ -41,6 +41,8 @@ fn options() -> Options {
         tc: TcMode::Auto,
         max_flows: 1000,
         trace: false,
+        vip_ping: true,
+        algorithm: Algorithm::Hash,
         cluster_cidrs: Vec::new(),
     }
 }
@@ -194,7 +196,11 @@ fn tables(services: &[Service]) -> Tables {
 /// The code of tc that goes with an outcome: on, out of the link it came from, or dropped.
 fn verdict(outcome: Outcome) -> i32 {
     match outcome {
-        Outcome::Masqueraded | Outcome::Hairpin | Outcome::Reset | Outcome::Unreachable => 7,
+        Outcome::Masqueraded
+        | Outcome::Hairpin
+        | Outcome::Reset
+        | Outcome::Unreachable
+        | Outcome::EchoReply => 7,
         Outcome::FragmentUnknown
         | Outcome::NoLocal
         | Outcome::NotAllowed

@@ -6,7 +6,7 @@
 //! the error had sent.
 
 use proxy_common::checksum::Delta;
-use proxy_common::tables::{Packet, Part, Work};
+use proxy_common::tables::{Packet, Part, ServiceKey, ServiceValue, Work};
 use proxy_common::{Address, Family, Outcome, Port, proto};
 
 use super::{Tables, rewrite};
@@ -16,6 +16,41 @@ use crate::packet::{Frame, REACH, Wire, forget, has_ports, tcp};
 const HEADER: usize = 8;
 /// Where ICMP's checksum lies.
 const CHECKSUM: usize = 2;
+
+/// An ICMP packet from a client's link: answered if it asks a VIP whether it is there, otherwise as
+/// [`error`] has it.
+#[inline(always)]
+pub fn inbound<F: Wire, P: Frame, T: Tables<F>>(
+    frame: &mut P,
+    tables: &T,
+    work: &mut Work<F>,
+) -> Outcome {
+    let [request, answer] = F::ECHO;
+    let asks = frame.load::<[u8; 2]>(work.packet.l4()) == Some([request, 0]);
+    if !asks || !work.packet.is(Part::Whole) || tables.setting(|s| &s.vip_ping) == 0 {
+        return error(frame, tables, work);
+    }
+    match tables.service(&ServiceKey::mark(work.key.dst)) {
+        Some(mark) if !mark.has(ServiceValue::NODE) => {}
+        _ => return Outcome::NotService,
+    }
+    match echo(frame, work, request, answer) {
+        Some(()) => Outcome::EchoReply,
+        None => Outcome::NotWritable,
+    }
+}
+
+/// Turns a request into its answer. Swapped addresses leave every sum as it is.
+#[inline(always)]
+fn echo<F: Wire, P: Frame>(frame: &mut P, work: &Work<F>, request: u8, answer: u8) -> Option<()> {
+    let (src, dst) = (&work.key.src, &work.key.dst);
+    F::set_addresses(frame, P::NETWORK, (src, dst), (dst, src))?;
+    frame.store(work.packet.l4(), [answer, 0])?;
+    let word = |kind| u16::from_ne_bytes([kind, 0]);
+    let body = Delta::default().half(word(request), word(answer));
+    frame.fix_l4(work.packet.l4() + CHECKSUM, Delta::default(), body, false)?;
+    rewrite::turn_around(frame)
+}
 
 /// An ICMP packet: translated if it is an error about a flow, left alone otherwise.
 #[inline(always)]

@@ -78,6 +78,8 @@ pub trait Tables<F: Family> {
     fn setting<T: Copy>(&self, field: impl Fn(&Settings) -> &T) -> T;
     /// The time in ticks of [`proxy_common::settings::TICK_SHIFT`].
     fn now(&self) -> u32;
+    /// A random number.
+    fn random(&self) -> u32;
     /// Counts an outcome.
     fn count(&self, outcome: Outcome);
 

@@ -5,8 +5,9 @@
 //! a backend could not tell apart, the second gets another source port.
 
 use proxy_common::addr::mix;
+use proxy_common::settings::Algorithm;
 use proxy_common::tables::{AffinityKey, Backend, FlowValue, ServiceValue, Side, State, Work};
-use proxy_common::{Family, Outcome, Port, proto};
+use proxy_common::{Address, Family, Outcome, Port, proto};
 
 use super::choose::{self, Asker, Failure};
 use super::{Client, Refused, Service, Tables, flow};
@@ -36,9 +37,10 @@ pub fn open<F: Family, T: Tables<F>>(
     let key = &work.key;
     let service = choose::frontend(tables, mark, key.dst, key.dport, key.proto)?;
     let hash = key.hash(tables.setting(|s| &s.seed));
+    let choice = choice(tables, work, hash);
     let asker = asker(tables, work, &service, client);
     work.affinity = AffinityKey { client: work.key.src, service: service.id, netns: [0; 2] };
-    let (number, backend) = choose::backend(tables, &service, asker, &work.affinity, hash)?;
+    let (number, backend) = choose::backend(tables, &service, asker, &work.affinity, choice)?;
     let timeout = unanswered(tables, work.packet.proto);
     let mut origin = Origin {
         service: service.id,
@@ -66,6 +68,21 @@ pub fn open<F: Family, T: Tables<F>>(
     work.other = work.forward.other;
     work.link = work.forward.link;
     Ok(Outcome::Opened)
+}
+
+/// The number that chooses the backend: the flow's hash, unless another algorithm is asked for.
+#[inline(always)]
+fn choice<F: Family, T: Tables<F>>(tables: &T, work: &Work<F>, hash: u32) -> u32 {
+    let algorithm = tables.setting(|s| &s.algorithm);
+    if algorithm == Algorithm::Random as u32 {
+        tables.random()
+    } else if algorithm == Algorithm::SourceHash as u32 {
+        let seed = tables.setting(|s| &s.seed);
+        // Two rounds more, or neighbours would share their highest bits.
+        mix(mix(work.key.src.mix(seed), u32::from(F::BITS)), seed)
+    } else {
+        hash
+    }
 }
 
 /// How many ticks a flow lives that only one side has been heard of.

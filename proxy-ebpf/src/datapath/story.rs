@@ -20,7 +20,7 @@ pub fn ingress<F: Wire, P: Frame, T: Tables<F>>(
         return outcome;
     }
     if work.packet.proto == F::ICMP {
-        return icmp::error(frame, tables, work);
+        return icmp::inbound(frame, tables, work);
     }
     if !has_ports(work.packet.proto) {
         return Outcome::NotService;

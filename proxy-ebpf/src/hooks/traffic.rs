@@ -63,7 +63,9 @@ fn verdict(ctx: &TcContext, outcome: Outcome, link: u32) -> i32 {
         | Outcome::Replied
         | Outcome::IcmpError
         | Outcome::Fragment => TC_ACT_UNSPEC,
-        Outcome::Hairpin | Outcome::Reset | Outcome::Unreachable => send_back(ctx),
+        Outcome::Hairpin | Outcome::Reset | Outcome::Unreachable | Outcome::EchoReply => {
+            send_back(ctx)
+        }
         Outcome::Masqueraded => send_on(link),
         Outcome::FragmentUnknown
         | Outcome::Silent

@@ -24,6 +24,9 @@ pub trait Wire: Family {
     /// into `key`. `None` if it is cut short or no valid header.
     fn headers<P: Frame>(frame: &mut P, l3: usize, key: &mut FlowKey<Self>) -> Option<Packet>;
 
+    /// Types of ICMP's echo request and of its answer.
+    const ECHO: [u8; 2];
+
     /// Whether an ICMP type reports an error and so quotes the packet that met it. Redirects are left
     /// out: what they say is about the way to the backend, which the client does not know.
     fn is_error(icmp_type: u8) -> bool;

@@ -34,6 +34,7 @@ impl Wire for V4 {
     const SOURCE: usize = 12;
     const MAX_QUOTE: usize = 60 + 8;
     const PORT_UNREACHABLE: [u8; 2] = [3, 3];
+    const ECHO: [u8; 2] = [8, 0];
 
     #[inline(always)]
     fn headers<P: Frame>(frame: &mut P, l3: usize, key: &mut FlowKey<Self>) -> Option<Packet> {

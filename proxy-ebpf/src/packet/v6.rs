@@ -89,6 +89,7 @@ impl Wire for V6 {
     const SOURCE: usize = 8;
     const MAX_QUOTE: usize = 40 + 48 + 8;
     const PORT_UNREACHABLE: [u8; 2] = [1, 4];
+    const ECHO: [u8; 2] = [128, 129];
 
     #[inline(always)]
     fn headers<P: Frame>(frame: &mut P, l3: usize, key: &mut FlowKey<Self>) -> Option<Packet> {

@@ -100,6 +100,7 @@ type Records<F> = RefCell<BTreeMap<Vec<u8>, NonNull<FlowValue<F>>>>;
 pub struct Host<F: Family> {
     pub settings: Settings,
     pub now: Cell<u32>,
+    random: Cell<u32>,
     /// The link that leads to backends; 0 if there is none.
     pub link: u32,
     /// The pods' range.
@@ -149,6 +150,7 @@ impl<F: HostFamily> Host<F> {
         Self {
             settings: Settings::DEFAULT,
             now: Cell::new(1),
+            random: Cell::new(1),
             link: LINK,
             pods: None,
             capacity: usize::MAX,
@@ -289,6 +291,12 @@ impl<F: HostFamily> Tables<F> for Host<F> {
 
     fn now(&self) -> u32 {
         self.now.get()
+    }
+
+    fn random(&self) -> u32 {
+        let next = self.random.get().wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        self.random.set(next);
+        next
     }
 
     fn count(&self, outcome: Outcome) {

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 use ipnet::IpNet;
+use proxy_common::settings::Algorithm;
 use tracing_subscriber::EnvFilter;
 
 use super::Place;
@@ -75,7 +76,11 @@ pub struct Args {
 
     /// How a new flow's backend is chosen
     #[arg(long, value_enum, default_value = "hash")]
-    lb_algorithm: Algorithm,
+    lb_algorithm: LbAlgorithm,
+
+    /// Whether VIPs answer when they are pinged
+    #[arg(long, value_name = "BOOL", default_value_t = true, action = clap::ArgAction::Set)]
+    vip_ping: bool,
 
     /// What links are for, as in pod=cali*,ignore=veth0. Default: found out
     #[arg(long, value_name = "ROLE=PATTERN", value_delimiter = ',')]
@@ -100,9 +105,24 @@ enum Xdp {
 }
 
 #[derive(Clone, Copy, Debug, clap::ValueEnum)]
-enum Algorithm {
-    /// By a hash of the flow's addresses and ports
+enum LbAlgorithm {
+    /// By a hash of addresses and ports: the same flow finds the same backend again
     Hash,
+    /// At random
+    Random,
+    /// By a hash of the client's address: a client stays with its backend while the Service does not
+    /// change
+    SourceHash,
+}
+
+impl From<LbAlgorithm> for Algorithm {
+    fn from(algorithm: LbAlgorithm) -> Self {
+        match algorithm {
+            LbAlgorithm::Hash => Self::Hash,
+            LbAlgorithm::Random => Self::Random,
+            LbAlgorithm::SourceHash => Self::SourceHash,
+        }
+    }
 }
 
 impl Args {
@@ -119,7 +139,6 @@ impl Args {
         if !matches!(self.xdp, Xdp::Off | Xdp::Auto) {
             tracing::info!("--xdp has no effect yet: uplinks are served by tc");
         }
-        let Algorithm::Hash = self.lb_algorithm;
         let cgroup_root = match self.cgroup_root {
             Some(root) => Some(root),
             None if self.socket_lb.is_on() => Some(probe::cgroup2_mount()?),
@@ -141,6 +160,8 @@ impl Args {
                 tc: self.tc,
                 max_flows: self.max_flows,
                 trace: self.trace,
+                vip_ping: self.vip_ping,
+                algorithm: self.lb_algorithm.into(),
                 cluster_cidrs: self.cluster_cidr,
             },
             interfaces: self.interfaces,

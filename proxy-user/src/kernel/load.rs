@@ -137,6 +137,8 @@ fn settings(options: &Options, seed: u32) -> Settings {
         coarse_clock: probe::coarse_clock().into(),
         socket_errno: probe::socket_errno().into(),
         netns_cookie: bytemuck::cast(cookie),
+        vip_ping: options.vip_ping.into(),
+        algorithm: options.algorithm as u32,
         pods4: pods4(&options.cluster_cidrs),
         pods6: pods6(&options.cluster_cidrs),
         ..Settings::DEFAULT

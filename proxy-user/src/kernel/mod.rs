@@ -30,6 +30,7 @@ use aya_log::EbpfLogger;
 use ipnet::IpNet;
 use nix::fcntl::{Flock, FlockArg};
 use proxy_common::Outcome;
+use proxy_common::settings::Algorithm;
 
 use crate::netlink::Role;
 use crate::plan::{Capacity, Op, Planner};
@@ -57,6 +58,10 @@ pub struct Options {
     pub max_flows: u32,
     /// Whether refused and dropped packets are logged.
     pub trace: bool,
+    /// Whether VIPs answer ICMP echo.
+    pub vip_ping: bool,
+    /// How a new flow's backend is chosen.
+    pub algorithm: Algorithm,
     /// The pods' ranges, by which pods of other nodes are known; the first of each family counts.
     pub cluster_cidrs: Vec<IpNet>,
 }

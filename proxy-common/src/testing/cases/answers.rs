@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 
 use super::flows::answered;
-use super::{ACK, Becomes, Cast, FIN, Hook, RST, SYN, Step, request, translated};
+use super::{ACK, Becomes, Cast, FIN, Hook, RST, SYN, Step, packet, request, translated};
 use crate::Outcome;
 use crate::tables::Side::{Egress, Ingress};
 use crate::testing::packets::{Packet, Transport};
@@ -92,6 +92,25 @@ pub fn refusals(cast: &Cast) -> Vec<Step> {
             becomes: Becomes::Nothing,
         },
     ]
+}
+
+pub fn ping(cast: &Cast) -> Vec<Step> {
+    let [request, answer] = if cast.vip.is_ipv4() { [8, 0] } else { [128, 129] };
+    let echo = |side, src: SocketAddr, dst: SocketAddr, kind, payload: &[u8]| {
+        Packet::icmp(side, src.ip(), dst.ip(), [kind, 0], payload.to_vec())
+    };
+    let mut steps = vec![cast.serve(&[cast.pod])];
+    for payload in [&b"abcdefgh"[..], b"odd"] {
+        let asked = echo(Ingress, cast.client, cast.vip, request, payload);
+        let answered = echo(Egress, cast.vip, cast.client, answer, payload);
+        steps.push(translated(&asked, Outcome::EchoReply, &answered));
+        steps.push(translated(&asked.with_options(), Outcome::EchoReply, &answered.with_options()));
+    }
+    for other in [cast.pod, cast.other_vip, SocketAddr::new(cast.node, 0)] {
+        let asked = echo(Ingress, cast.client, other, request, b"abcdefgh");
+        steps.push(packet(&asked, Outcome::NotService, Becomes::Same));
+    }
+    steps
 }
 
 /// "Too big" about what went to the pod. The client must know it as what it sent to the VIP.

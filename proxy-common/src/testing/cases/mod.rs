@@ -205,7 +205,7 @@ fn reply(cast: &Cast, flags: u8, outcome: Outcome) -> Step {
 
 /// All cases, of both families.
 pub fn cases() -> Vec<Case> {
-    let stories: [(&str, Story); 25] = [
+    let stories: [(&str, Story); 26] = [
         ("a connection from its SYN to its end", flows::connection),
         ("a connection that is reset", flows::reset_connection),
         ("a port is used again after its connection has ended", flows::port_reuse),
@@ -223,6 +223,7 @@ pub fn cases() -> Vec<Case> {
         ("one source port through two VIPs to one pod", flows::two_vips),
         ("a withdrawn backend keeps TCP and loses UDP", flows::withdrawn),
         ("a backend that refuses", flows::refused_by_backend),
+        ("a VIP answers when it is pinged, and no one else", answers::ping),
         ("headers that no stack accepts", flows::malformed),
         ("from outside to a pod elsewhere the node masquerades", doors::masqueraded),
         ("an error about a masqueraded packet", doors::masqueraded_error),
