@@ -1,11 +1,12 @@
 //! The agent's state between an update heard and the writes it causes.
 
-use std::collections::{BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::IpAddr;
 use std::time::Instant;
 
 use proxy_common::tables::ServiceValue;
 
+use crate::desired::health::{HealthCheck, health_check};
 use crate::desired::node_ports::{NodePortAddresses, is_eligible};
 use crate::desired::{PortId, desired, desired_service};
 use crate::model::from_k8s::{self, Problem};
@@ -20,6 +21,8 @@ pub struct Agent {
     node_ports: NodePortAddresses,
     /// The node's own addresses, as netlink tells of them.
     addresses: BTreeSet<IpAddr>,
+    /// What load balancers are told, by Service.
+    checks: BTreeMap<ObjectName, HealthCheck>,
     /// The node or its addresses have changed.
     node_changed: bool,
     planner: Planner,
@@ -43,6 +46,7 @@ impl Agent {
             node: Node { name: node.to_owned(), ..Node::default() },
             node_ports,
             addresses: BTreeSet::new(),
+            checks: BTreeMap::new(),
             node_changed: true,
             planner,
             dirty: BTreeSet::new(),
@@ -104,6 +108,11 @@ impl Agent {
     pub fn set_addresses(&mut self, addresses: BTreeSet<IpAddr>) {
         self.node_changed |= self.addresses != addresses;
         self.addresses = addresses;
+    }
+
+    /// What load balancers are told, for each Service that is checked.
+    pub fn health_checks(&self) -> impl Iterator<Item = &HealthCheck> {
+        self.checks.values()
     }
 
     /// The endpoints' addresses that the kernel's backends may have.
@@ -213,6 +222,10 @@ impl Agent {
     }
 
     fn change_service(&mut self, name: &ObjectName, changes: &mut Vec<Change>) {
+        match health_check(&self.cluster, &self.node, name) {
+            Some(check) => self.checks.insert(name.clone(), check),
+            None => self.checks.remove(name),
+        };
         let wanted = desired_service(&self.cluster, &self.node, name);
         let before = self.planned.remove(name).unwrap_or_default();
         let gone = before.into_iter().filter(|port| !wanted.contains_key(port));

@@ -17,6 +17,7 @@ use tokio::time::{MissedTickBehavior, interval};
 
 use crate::agent::Agent;
 use crate::desired::node_ports::NodePortAddresses;
+use crate::health::HealthChecks;
 use crate::http::{self, Status};
 use crate::kernel::{Datapath, Options};
 use crate::netlink::{self, Change, Role, Rule};
@@ -79,7 +80,8 @@ async fn follow(settings: Settings) -> Result<()> {
     let agent = Agent::new(&settings.node, settings.node_ports, planner);
     let routes = Resolver::new()?;
     let failed = HashMap::new();
-    let node = Node { agent, datapath, status, routes, failed, table_full: 0 };
+    let checks = HealthChecks::default();
+    let node = Node { agent, datapath, status, routes, checks, failed, table_full: 0 };
     tracing::info!("portal {} on node {}", env!("CARGO_PKG_VERSION"), settings.node);
     tokio::select! {
         result = node.serve(updates, links) => result,
@@ -104,6 +106,7 @@ struct Node {
     datapath: Datapath,
     status: Arc<Status>,
     routes: Resolver,
+    checks: HealthChecks,
     /// Links that could not be attached to, to be tried again.
     failed: HashMap<u32, (String, Role)>,
     /// How often a new flow found its table full, at the last sweep.
@@ -165,6 +168,7 @@ impl Node {
             tracing::debug!("{} writes in {:?}", ops.len(), started.elapsed());
         }
         if self.agent.is_ready() {
+            self.checks.set(self.agent.health_checks());
             self.status.synced(self.agent.services());
             if !was_ready {
                 tracing::info!("in step with the cluster: {} Services", self.agent.services());
@@ -239,5 +243,6 @@ impl Node {
             self.attach(ifindex, name, role);
         }
         self.agent.retry();
+        self.checks.serve();
     }
 }

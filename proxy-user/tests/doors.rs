@@ -297,6 +297,55 @@ fn external_policy_local_keeps_the_clients_address_and_drops_where_there_is_no_p
 }
 
 #[test]
+fn the_balancer_is_told_which_node_has_pods_kp_101_to_108() {
+    let more = json!({"spec": {
+        "type": "LoadBalancer", "externalTrafficPolicy": "Local", "healthCheckNodePort": 32_123,
+    }});
+    let stage = Stage::new(Cni::Routed, &more);
+    let ask = |node: usize, v6: bool| -> Option<String> {
+        let to = SocketAddr::new(stage.cluster.world.nodes[node].address(v6), 32_123);
+        let connect =
+            || std::net::TcpStream::connect_timeout(&to, std::time::Duration::from_secs(20));
+        let mut stream = stage.outsider.run(connect).ok()?;
+        stream.write_all(b"POST /any HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).unwrap();
+        Some(answer)
+    };
+    let body = |count: usize| {
+        format!(
+            "{{\n\t\"service\": {{\n\t\t\"namespace\": \"default\",\n\t\t\"name\": \"web\"\n\t}},\n\
+             \t\"localEndpoints\": {count},\n\t\"serviceProxyHealthy\": true\n}}"
+        )
+    };
+    for v6 in [false, true] {
+        for (node, status, count) in [(0, "503", 0), (1, "200", 1)] {
+            let answer = ask(node, v6).unwrap();
+            let (head, text) = answer.split_once("\r\n\r\n").unwrap();
+            assert_eq!(text, body(count));
+            assert_eq!(head.split(' ').nth(1), Some(status), "{head}");
+            let head = head.to_lowercase();
+            for header in [
+                "content-type: application/json".to_owned(),
+                "x-content-type-options: nosniff".to_owned(),
+                format!("x-load-balancing-endpoint-weight: {count}"),
+            ] {
+                assert!(head.contains(&header), "no {header} in {head}");
+            }
+        }
+    }
+    // KP-108: with the policy goes the port, and comes back.
+    let mut cluster_wide = node_ports();
+    cluster_wide["spec"]["type"] = "LoadBalancer".into();
+    stage.cluster.expose_with("web", &vips(), &[&stage.server], &cluster_wide);
+    eventually("the port is closed", || ask(1, false).is_none().then_some(()));
+    let mut fields = node_ports();
+    portal::testing::objects::merge(&mut fields, &more);
+    stage.cluster.expose_with("web", &vips(), &[&stage.server], &fields);
+    eventually("the port is open again", || ask(1, true));
+}
+
+#[test]
 fn internal_policy_local_asks_for_a_pod_of_the_clients_own_node() {
     let stage = Stage::new(Cni::Bridge, &json!({"spec": {"internalTrafficPolicy": "Local"}}));
     for vip in vips() {

@@ -26,8 +26,8 @@ pub fn inbound<F: Wire, P: Frame, T: Tables<F>>(
     work: &mut Work<F>,
 ) -> Outcome {
     let [request, answer] = F::ECHO;
-    let asks = frame.load::<[u8; 2]>(work.packet.l4()) == Some([request, 0]);
-    if !asks || !work.packet.is(Part::Whole) || tables.setting(|s| &s.vip_ping) == 0 {
+    let is_request = frame.load::<[u8; 2]>(work.packet.l4()) == Some([request, 0]);
+    if !is_request || !work.packet.is(Part::Whole) || tables.setting(|s| &s.vip_ping) == 0 {
         return error(frame, tables, work);
     }
     match tables.service(&ServiceKey::mark(work.key.dst)) {

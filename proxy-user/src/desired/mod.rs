@@ -7,6 +7,7 @@
 
 mod doors;
 mod eligible;
+pub mod health;
 pub mod node_ports;
 
 use std::collections::BTreeMap;

@@ -1,0 +1,122 @@
+//! Health check node ports: where a load balancer asks whether this node has endpoints of a Service
+//! (KP-101 to 108). A small HTTP server for each.
+
+use std::collections::{BTreeMap, HashMap};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::sync::{Arc, RwLock};
+
+use axum::Router;
+use axum::http::StatusCode;
+use axum::http::header::CONTENT_TYPE;
+use axum::response::{IntoResponse, Response};
+use socket2::{Domain, Socket, Type};
+use tokio::net::TcpListener;
+use tokio::task::{AbortHandle, JoinSet};
+
+use crate::desired::health::HealthCheck;
+use crate::model::{IpFamily, ObjectName};
+
+/// What a server answers.
+type Answer = Arc<RwLock<(ObjectName, usize)>>;
+
+/// A server at an address.
+struct Server {
+    answer: Answer,
+    task: AbortHandle,
+}
+
+/// The servers of this node.
+#[derive(Default)]
+pub struct HealthChecks {
+    wanted: BTreeMap<SocketAddr, (ObjectName, usize)>,
+    servers: HashMap<SocketAddr, Server>,
+    tasks: JoinSet<()>,
+}
+
+impl HealthChecks {
+    /// Serves these checks and no others.
+    pub fn set<'a>(&mut self, checks: impl Iterator<Item = &'a HealthCheck>) {
+        self.wanted.clear();
+        for check in checks {
+            for (family, local) in [IpFamily::V4, IpFamily::V6].into_iter().zip(check.local) {
+                let address = SocketAddr::new(any(family), check.port);
+                self.wanted.insert(address, (check.service.clone(), local));
+            }
+        }
+        self.servers.retain(|address, server| {
+            let stays = self.wanted.contains_key(address);
+            if !stays {
+                server.task.abort();
+            }
+            stays
+        });
+        self.serve();
+    }
+
+    /// Tells servers what to answer, and starts those that are missing: also those that could not
+    /// listen before.
+    pub fn serve(&mut self) {
+        while self.tasks.try_join_next().is_some() {}
+        for (address, wanted) in &self.wanted {
+            if let Some(server) = self.servers.get(address) {
+                server.answer.write().expect("no panic while locked").clone_from(wanted);
+                continue;
+            }
+            let answer: Answer = Arc::new(RwLock::new(wanted.clone()));
+            match listen(*address) {
+                Ok(listener) => {
+                    let task = self.tasks.spawn(run(listener, Arc::clone(&answer)));
+                    self.servers.insert(*address, Server { answer, task });
+                }
+                Err(error) => tracing::warn!(
+                    "Service {}: cannot serve its health check at {address}: {error}; is tried again",
+                    wanted.0
+                ),
+            }
+        }
+    }
+}
+
+const fn any(family: IpFamily) -> IpAddr {
+    match family {
+        IpFamily::V4 => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
+        IpFamily::V6 => IpAddr::V6(Ipv6Addr::UNSPECIFIED),
+    }
+}
+
+/// A listener of one family, so that both can have the same port.
+fn listen(address: SocketAddr) -> std::io::Result<TcpListener> {
+    let socket = Socket::new(Domain::for_address(address), Type::STREAM.nonblocking(), None)?;
+    socket.set_reuse_address(true)?;
+    if address.is_ipv6() {
+        socket.set_only_v6(true)?;
+    }
+    socket.bind(&address.into())?;
+    socket.listen(128)?;
+    TcpListener::from_std(socket.into())
+}
+
+async fn run(listener: TcpListener, answer: Answer) {
+    let handler = move || {
+        let (service, local) = answer.read().expect("no panic while locked").clone();
+        std::future::ready(respond(&service, local))
+    };
+    // Any path, any method (KP-103).
+    let _ = axum::serve(listener, Router::new().fallback(handler)).await;
+}
+
+/// Byte for byte what kube-proxy answers (KP-103, KP-104).
+fn respond(service: &ObjectName, local: usize) -> Response {
+    let ObjectName { namespace, name } = service;
+    let body = format!(
+        "{{\n\t\"service\": {{\n\t\t\"namespace\": \"{namespace}\",\n\t\t\"name\": \"{name}\"\n\t}},\n\
+         \t\"localEndpoints\": {local},\n\t\"serviceProxyHealthy\": true\n}}"
+    );
+    let status = if local > 0 { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+    let headers = [
+        (CONTENT_TYPE.as_str(), "application/json".to_owned()),
+        ("x-content-type-options", "nosniff".to_owned()),
+        ("x-load-balancing-endpoint-weight", local.to_string()),
+    ];
+    (status, headers, body).into_response()
+}
