@@ -25,7 +25,7 @@ pub fn inbound<F: Wire, P: Frame, T: Tables<F>>(
     tables: &T,
     work: &mut Work<F>,
 ) -> Outcome {
-    let [request, answer] = F::ECHO;
+    let [request, reply] = F::ECHO;
     let is_request = frame.load::<[u8; 2]>(work.packet.l4()) == Some([request, 0]);
     if !is_request || !work.packet.is(Part::Whole) || tables.setting(|s| &s.vip_ping) == 0 {
         return error(frame, tables, work);
@@ -34,7 +34,7 @@ pub fn inbound<F: Wire, P: Frame, T: Tables<F>>(
         Some(mark) if !mark.has(ServiceValue::NODE) => {}
         _ => return Outcome::NotService,
     }
-    match echo(frame, work, request, answer) {
+    match echo(frame, work, request, reply) {
         Some(()) => Outcome::EchoReply,
         None => Outcome::NotWritable,
     }
@@ -46,8 +46,8 @@ fn echo<F: Wire, P: Frame>(frame: &mut P, work: &Work<F>, request: u8, answer: u
     let (src, dst) = (&work.key.src, &work.key.dst);
     F::set_addresses(frame, P::NETWORK, (src, dst), (dst, src))?;
     frame.store(work.packet.l4(), [answer, 0])?;
-    let word = |kind| u16::from_ne_bytes([kind, 0]);
-    let body = Delta::default().half(word(request), word(answer));
+    let head = |kind| u16::from_ne_bytes([kind, 0]);
+    let body = Delta::default().half(head(request), head(answer));
     frame.fix_l4(work.packet.l4() + CHECKSUM, Delta::default(), body, false)?;
     rewrite::turn_around(frame)
 }
