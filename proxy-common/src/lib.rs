@@ -2,7 +2,7 @@
 //!
 //! Reading order: [`family`] (what differs between IPv4 and IPv6), [`addr`] (addresses and ports as
 //! they lie in packets and maps), [`tables`] (the layout of every map), [`outcome`] (every way a
-//! packet can leave), [`checksum`] (RFC 1624 arithmetic) and [`abi`] (the contract's number).
+//! packet can leave), [`checksum`] and [`crc32c`] (their arithmetic) and [`abi`] (the contract's number).
 //!
 //! Rules of this crate: `no_std`; map types hold integers and byte arrays only, have no padding
 //! (proven by [`layout`] at compile time), and show as named fields in `bpftool map dump`.
@@ -11,6 +11,7 @@
 pub mod abi;
 pub mod addr;
 pub mod checksum;
+pub mod crc32c;
 pub mod family;
 pub mod layout;
 pub mod outcome;

@@ -34,8 +34,10 @@ pub enum Transport {
     Udp,
     /// UDP with a checksum of zero (RFC 768).
     UdpUnsummed,
-    /// SCTP's first bytes: ports and nothing that is right.
+    /// SCTP (RFC 9260) with a verification tag and the payload for its chunks.
     Sctp,
+    /// SCTP whose checksum is left to hardware: zero.
+    SctpUnsummed,
     /// An ICMP or `ICMPv6` message: type, code and the four bytes behind the checksum. The payload of
     /// an error is the packet that it quotes; ports mean nothing.
     Icmp {
@@ -150,9 +152,14 @@ impl Packet {
                 }
                 [header.to_bytes().as_slice(), &self.payload].concat()
             }
-            Transport::Sctp => {
+            Transport::Sctp | Transport::SctpUnsummed => {
                 let ports = [sport.to_be_bytes(), dport.to_be_bytes()].concat();
-                [ports.as_slice(), &[0; 8], &self.payload].concat()
+                let mut bytes = [&ports[..], &[1, 2, 3, 4], &[0; 4], &self.payload].concat();
+                if self.transport == Transport::Sctp {
+                    let sum = crc::Crc::<u32>::new(&crc::CRC_32_ISCSI).checksum(&bytes);
+                    bytes[8..12].copy_from_slice(&sum.to_le_bytes());
+                }
+                bytes
             }
             Transport::Icmp { kind, code, rest } => self.icmp_bytes(kind, code, rest),
         }
@@ -178,7 +185,7 @@ impl Packet {
         match (&self.transport, self.src.is_ipv4()) {
             (Transport::Tcp { .. }, _) => proto::TCP,
             (Transport::Udp | Transport::UdpUnsummed, _) => proto::UDP,
-            (Transport::Sctp, _) => proto::SCTP,
+            (Transport::Sctp | Transport::SctpUnsummed, _) => proto::SCTP,
             (Transport::Icmp { .. }, true) => proto::ICMP,
             (Transport::Icmp { .. }, false) => proto::ICMPV6,
         }

@@ -49,7 +49,10 @@ fn is_over<F: Family, T: Tables<F>>(
         return work.packet.flags & (tcp::SYN | tcp::ACK) == tcp::SYN
             && (record.state() >= State::Closing as u8 || is_stale(record, tables));
     }
-    record.flags() & FlowValue::<F>::IS_REPLY == 0 && is_stale(record, tables)
+    // SCTP stays with its backend, as TCP does (KP-112).
+    work.packet.proto == proto::UDP
+        && record.flags() & FlowValue::<F>::IS_REPLY == 0
+        && is_stale(record, tables)
 }
 
 /// Whether the flow's backend has been withdrawn since it was chosen (KP-109 to 113).

@@ -86,6 +86,8 @@ fn pass_on<F: Wire, P: Frame, T: Tables<F>>(
         let ports = FragmentValue { sport: work.key.sport, dport: work.key.dport };
         tables.remember_fragment(&fragment_key(&work.packet, &work.key), ports);
     }
+    // Unknown to the verifier from here on: what follows is verified once, not for each outcome.
+    let outcome = core::hint::black_box(outcome);
     if rewrite::translate(frame, work).is_none() {
         return Outcome::NotWritable;
     }

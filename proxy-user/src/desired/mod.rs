@@ -104,8 +104,7 @@ pub fn desired_service(cluster: &Cluster, node: &Node, name: &ObjectName) -> Tab
     let mut tables = Tables::new();
     for cluster_ip in &service.cluster_ips {
         let doors = doors(service, node, *cluster_ip);
-        // SCTP's ports are not translated yet (docs/conformance.md, KP-26).
-        for port in service.ports.iter().filter(|port| port.protocol != Protocol::Sctp) {
+        for port in &service.ports {
             let id = PortId {
                 service: name.clone(),
                 port: port.name.clone(),

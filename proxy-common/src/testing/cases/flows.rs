@@ -61,6 +61,40 @@ pub fn datagrams(cast: &Cast) -> Vec<Step> {
     ]
 }
 
+/// Of any length, summed or not, and to a backend that was withdrawn (KP-112).
+pub fn sctp(cast: &Cast) -> Vec<Step> {
+    let serve = |pod| {
+        let there = Service::new(cast.vip, proto::SCTP, &[pod]);
+        let elsewhere = Service::new(cast.other_vip, proto::SCTP, &[cast.pod]);
+        Step::Services(vec![there, elsewhere])
+    };
+    let chunk = |side, src, dst, length| {
+        let packet = Packet::udp(side, src, dst).with_payload(&vec![7; length]);
+        Packet { transport: Transport::Sctp, ..packet }
+    };
+    let there = |length| chunk(Ingress, cast.client, cast.vip, length);
+    let back = |length| chunk(Egress, cast.pod, cast.client, length);
+    let arrives = |sent: Packet, outcome| {
+        translated(&sent, outcome, &Packet { dst: cast.pod, ..sent.clone() })
+    };
+    let returns = |sent: Packet, outcome| {
+        translated(&sent, outcome, &Packet { src: cast.vip, ..sent.clone() })
+    };
+    let unsummed = Packet { transport: Transport::SctpUnsummed, ..there(20) };
+    vec![
+        serve(cast.pod),
+        arrives(there(20), Outcome::Opened),
+        returns(back(16), Outcome::Established),
+        arrives(there(0), Outcome::Forwarded),
+        arrives(there(1).with_options(), Outcome::Forwarded),
+        arrives(there(1300), Outcome::Forwarded),
+        arrives(unsummed, Outcome::Forwarded),
+        returns(back(1001), Outcome::Replied),
+        serve(cast.other_pod),
+        arrives(there(21), Outcome::Forwarded),
+    ]
+}
+
 /// The start of an answered flow by UDP: client to VIP to pod and back.
 pub fn answered(cast: &Cast) -> Vec<Step> {
     datagrams(cast).into_iter().take(4).collect()

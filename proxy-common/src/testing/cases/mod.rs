@@ -205,11 +205,12 @@ fn reply(cast: &Cast, flags: u8, outcome: Outcome) -> Step {
 
 /// All cases, of both families.
 pub fn cases() -> Vec<Case> {
-    let stories: [(&str, Story); 26] = [
+    let stories: [(&str, Story); 27] = [
         ("a connection from its SYN to its end", flows::connection),
         ("a connection that is reset", flows::reset_connection),
         ("a port is used again after its connection has ended", flows::port_reuse),
         ("datagrams there and back", flows::datagrams),
+        ("SCTP there and back", flows::sctp),
         ("IPv4 options and IPv6 extension headers are passed over", flows::options),
         ("fragments of one datagram are rewritten alike", flows::fragments),
         ("a pod reaches itself", flows::hairpin),
