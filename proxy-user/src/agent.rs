@@ -110,6 +110,11 @@ impl Agent {
         self.addresses = addresses;
     }
 
+    /// Whether load balancers may send to this node (KP-118).
+    pub fn is_eligible(&self) -> bool {
+        !self.node.leaving
+    }
+
     /// What load balancers are told, for each Service that is checked.
     pub fn health_checks(&self) -> impl Iterator<Item = &HealthCheck> {
         self.checks.values()

@@ -11,9 +11,10 @@ use anyhow::Result;
 use axum::Router;
 use axum::extract::State;
 use axum::http::StatusCode;
-use axum::http::header::CONTENT_TYPE;
+use axum::http::header::{CONTENT_TYPE, HeaderName};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
+use serde_json::{Value, json};
 
 use crate::kernel::{Swept, read};
 
@@ -24,6 +25,8 @@ const RETRY: Duration = Duration::from_secs(5);
 pub struct Status {
     bpffs_root: PathBuf,
     ready: AtomicBool,
+    /// Load balancers may send here.
+    eligible: AtomicBool,
     services: AtomicUsize,
     flow_records: AtomicUsize,
     swept_records: AtomicUsize,
@@ -35,6 +38,7 @@ impl Status {
         Self {
             bpffs_root,
             ready: AtomicBool::new(false),
+            eligible: AtomicBool::new(true),
             services: AtomicUsize::new(0),
             flow_records: AtomicUsize::new(0),
             swept_records: AtomicUsize::new(0),
@@ -47,7 +51,8 @@ impl Status {
     }
 
     /// Notes that the kernel holds what it should.
-    pub fn synced(&self, services: usize) {
+    pub fn synced(&self, services: usize, eligible: bool) {
+        self.eligible.store(eligible, Ordering::Relaxed);
         self.services.store(services, Ordering::Relaxed);
         self.ready.store(true, Ordering::Relaxed);
     }
@@ -88,7 +93,7 @@ impl Status {
 pub async fn serve(address: SocketAddr, status: Arc<Status>) -> Result<()> {
     let routes = Router::new()
         .route("/healthz", get(health))
-        .route("/livez", get(|| async { "ok" }))
+        .route("/livez", get(live))
         .route("/metrics", get(metrics))
         .route("/proxyMode", get(|| async { "portal" }))
         .with_state(status);
@@ -104,12 +109,40 @@ pub async fn serve(address: SocketAddr, status: Arc<Status>) -> Result<()> {
     }
 }
 
-async fn health(State(status): State<Arc<Status>>) -> (StatusCode, &'static str) {
-    if status.is_ready() {
-        (StatusCode::OK, "ok")
-    } else {
-        (StatusCode::SERVICE_UNAVAILABLE, "not yet in step with the cluster")
-    }
+/// Whether load balancers should send here (KP-117). Before the first sync they should not: unlike
+/// kube-proxy, which calls itself healthy then (docs/conformance.md, KP-120).
+async fn health(State(status): State<Arc<Status>>) -> Response {
+    let (ready, eligible) = (status.is_ready(), status.eligible.load(Ordering::Relaxed));
+    let mut report = report(ready);
+    report["nodeEligible"] = eligible.into();
+    answer(ready && eligible, &report)
+}
+
+/// Whether the agent runs (KP-119).
+async fn live(State(status): State<Arc<Status>>) -> Response {
+    answer(true, &report(status.is_ready()))
+}
+
+/// What is said of each family. There is no sync that could be overdue: what is heard is written at
+/// once, or the agent ends.
+fn report(ready: bool) -> Value {
+    let now = jiff::Timestamp::now().to_string();
+    let family = json!({"lastUpdated": now, "healthy": ready});
+    json!({
+        "lastUpdated": now,
+        "currentTime": now,
+        "healthy": ready,
+        "status": {"IPv4": family, "IPv6": family},
+    })
+}
+
+fn answer(good: bool, report: &Value) -> Response {
+    let status = if good { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+    let headers = [
+        (CONTENT_TYPE, "application/json"),
+        (HeaderName::from_static("x-content-type-options"), "nosniff"),
+    ];
+    (status, headers, report.to_string()).into_response()
 }
 
 async fn metrics(State(status): State<Arc<Status>>) -> Response {

@@ -169,7 +169,7 @@ impl Node {
         }
         if self.agent.is_ready() {
             self.checks.set(self.agent.health_checks());
-            self.status.synced(self.agent.services());
+            self.status.synced(self.agent.services(), self.agent.is_eligible());
             if !was_ready {
                 tracing::info!("in step with the cluster: {} Services", self.agent.services());
             }

@@ -371,6 +371,23 @@ fn health_and_metrics_are_where_kube_proxys_are() {
         assert!(metrics.contains(line), "no {line} in {metrics}");
     }
     assert!(http(node, 10249, "/proxyMode").unwrap().ends_with("portal"));
+    let health = || {
+        let answer = http(node, 10256, "/healthz").unwrap();
+        let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+        assert!(head.to_lowercase().contains("content-type: application/json"), "{head}");
+        serde_json::from_str::<Value>(body).unwrap()
+    };
+    assert_eq!(health()["nodeEligible"], true);
+    assert_eq!(health()["status"]["IPv6"]["healthy"], true);
+    // KP-118: a node that is about to be removed drains, but the agent lives.
+    let mut leaving = objects::node("n0", &[]);
+    leaving["spec"]["taints"] =
+        json!([{"key": "ToBeDeletedByClusterAutoscaler", "effect": "NoSchedule"}]);
+    control.api.put(leaving);
+    eventually("the node is not eligible", || {
+        (http_status(node, 10256, "/healthz") == Some(503)).then_some(())
+    });
+    assert_eq!((&health()["nodeEligible"], &health()["healthy"]), (&false.into(), &true.into()));
     assert_eq!(http_status(node, 10256, "/livez"), Some(200));
     assert_eq!(http_status(node, 10256, "/nowhere"), Some(404));
 }

@@ -34,7 +34,7 @@ fn judge(case: &Case) -> Result<(), String> {
     let cluster = cluster(case, &mut problems);
     let name = "n0".to_owned();
     let addresses = ["192.0.2.1".parse().unwrap(), "2001:db8::1".parse().unwrap()].into();
-    let node = Node { name, zone: Some("here".to_owned()), addresses };
+    let node = Node { name, zone: Some("here".to_owned()), leaving: false, addresses };
     let tables = desired(&cluster, &node);
     let mut lines: Vec<String> = tables.iter().map(|(id, port)| line(id, port)).collect();
     let mut expected = case.expect.clone();

@@ -124,8 +124,14 @@ fn embryo<F: Family, T: Tables<F>>(tables: &T, work: &mut Work<F>) -> bool {
         tables.remove_embryo(&work.other);
         return false;
     }
-    record.touch(now);
     work.link = record.link();
+    if record.seen() != now {
+        record.set_seen(now);
+        // The reply's record holds the place of a flow that may never be answered.
+        if let Some(reply) = tables.embryo(&work.other) {
+            reply.set_seen(now);
+        }
+    }
     true
 }
 

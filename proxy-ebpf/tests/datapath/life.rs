@@ -89,6 +89,24 @@ fn a_flow_that_has_ended_does_not_spoil_its_successor_through_another_vip() {
 }
 
 #[test]
+fn a_flow_that_nobody_answers_keeps_its_place() {
+    let other = at("10.96.0.2:80");
+    let mut host = Host::<V4>::new();
+    host.serve(&[vip(), other].map(|vip| Service::new(vip, proto::UDP, &[pod()])));
+    let send = |host: &Host<V4>, to| {
+        let packet = Packet::udp(Ingress, client(), to);
+        let arrived = host.see(Hook::Ingress, &packet.frame()).1;
+        arrived == Packet { dst: pod(), ..packet }.frame()
+    };
+    for _ in 0..6 {
+        assert!(send(&host, vip()), "under the client's own port");
+        pass(&host, 40);
+    }
+    assert!(!send(&host, other), "the port is taken");
+    assert!(send(&host, vip()));
+}
+
+#[test]
 fn a_client_stays_with_its_backend_while_it_is_there_kp_95_to_97() {
     let backends = [pod(), at("10.0.1.2:8080"), at("10.0.1.3:8080")];
     let service = |backends: &[SocketAddr]| Service {

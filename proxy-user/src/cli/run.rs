@@ -131,6 +131,9 @@ impl Args {
         let filter = EnvFilter::try_from_env("PORTAL_LOG").unwrap_or_else(|_| "info".into());
         tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
         let settings = self.resolve()?;
+        // KP-150: without the agent the node's Services stand still, so others go first. Of no use where
+        // it is forbidden.
+        let _ = fs::write("/proc/self/oom_score_adj", "-999");
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         runtime.block_on(run(settings))
     }

@@ -20,6 +20,9 @@ const SERVICE_NAME: &str = "kubernetes.io/service-name";
 /// The label that names a node's zone (KP-65).
 const ZONE: &str = "topology.kubernetes.io/zone";
 
+/// The taint of a node that the cluster autoscaler is about to remove (KP-118).
+const TO_BE_DELETED: &str = "ToBeDeletedByClusterAutoscaler";
+
 /// Something in an object that can't be used, in words for the operator.
 pub type Problem = String;
 
@@ -113,7 +116,9 @@ pub fn node(raw: &raw::Node) -> Node {
         }
     }
     let zone = raw.metadata.labels.get(ZONE).filter(|zone| !zone.is_empty()).cloned();
-    Node { name: raw.metadata.name.clone(), zone, addresses }
+    let leaving = raw.metadata.deletion_timestamp.is_some()
+        || raw.spec.taints.iter().any(|taint| taint.key == TO_BE_DELETED);
+    Node { name: raw.metadata.name.clone(), zone, leaving, addresses }
 }
 
 /// The cluster IPs, the first of each family. `clusterIPs` counts; a Service that has none, from

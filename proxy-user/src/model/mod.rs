@@ -248,6 +248,8 @@ pub struct Node {
     pub name: String,
     /// Its zone.
     pub zone: Option<String>,
+    /// It is going away, so load balancers are to send nothing more here (KP-118).
+    pub leaving: bool,
     /// Its primary addresses, at most one per family: internal before external ones (KP-140).
     pub addresses: Vec<IpAddr>,
 }

@@ -156,6 +156,7 @@ raw! {
         namespace: String = "small",
         resource_version: String = "small",
         creation_timestamp: String = "small",
+        deletion_timestamp: Option<String> = "small",
         labels: BTreeMap<String, String> = "labels",
     }
     /// A Service.
@@ -249,7 +250,16 @@ raw! {
     /// A Node.
     Node {
         metadata: Meta = "object",
+        spec: NodeSpec = "object",
         status: NodeStatus = "object",
+    }
+    /// `NodeSpec`.
+    NodeSpec {
+        taints: Vec<Taint> = "objects",
+    }
+    /// `Taint`.
+    Taint {
+        key: String = "small",
     }
     /// `NodeStatus`.
     NodeStatus {
