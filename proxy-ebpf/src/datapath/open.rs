@@ -41,9 +41,30 @@ pub fn open<F: Family, T: Tables<F>>(
     let asker = asker(tables, work, &service, client);
     work.affinity = AffinityKey { client: work.key.src, service: service.id, netns: [0; 2] };
     let (number, backend) = choose::backend(tables, &service, asker, &work.affinity, choice)?;
+    record(tables, work, (number, &backend), client, link, hash)?;
+    lock(work, hash, tables)?;
+    // A record left over from a flow that has ended would hide the new one. Losing a race for the
+    // place is harmless: the winner's record is of the same flow.
+    tables.remove_embryo(&work.key);
+    let _ = tables.insert_embryo(&work.key, &work.forward);
+    work.other = work.forward.other;
+    work.link = work.forward.link;
+    Ok(Outcome::Opened)
+}
+
+/// Fills in both records of a flow to a backend.
+#[inline(always)]
+fn record<F: Family, T: Tables<F>>(
+    tables: &T,
+    work: &mut Work<F>,
+    (number, backend): (u32, &Backend<F>),
+    client: Client,
+    link: u32,
+    hash: u32,
+) -> Result<(), Failure> {
     let timeout = unanswered(tables, work.packet.proto);
     let mut origin = Origin {
-        service: service.id,
+        service: work.affinity.service,
         backend: number,
         generation: backend.generation,
         link: 0,
@@ -54,20 +75,13 @@ pub fn open<F: Family, T: Tables<F>>(
             return Err(Failure::Dropped(Outcome::NoRoute));
         }
         (origin.link, origin.reply_link) = (backend.link, link);
-        masquerade(work, &backend, spare_port(hash, tables));
+        masquerade(work, backend, spare_port(hash, tables));
     } else {
-        address(work, &backend);
+        address(work, backend);
     }
     work.forward.tag = work.key.tag();
     fill(work, tables.now(), timeout, State::Embryo, origin);
-    lock(work, hash, tables)?;
-    // A record left over from a flow that has ended would hide the new one. Losing a race for the
-    // place is harmless: the winner's record is of the same flow.
-    tables.remove_embryo(&work.key);
-    let _ = tables.insert_embryo(&work.key, &work.forward);
-    work.other = work.forward.other;
-    work.link = work.forward.link;
-    Ok(Outcome::Opened)
+    Ok(())
 }
 
 /// The number that chooses the backend: the flow's hash, unless another algorithm is asked for.

@@ -193,13 +193,7 @@ impl Writer {
     /// Carries out one write.
     pub fn apply(&mut self, op: &Op) -> Result<()> {
         match op {
-            Op::Backend { family, number, backend } => {
-                let route = self.routes.get(&backend.address.ip());
-                match family {
-                    IpFamily::V4 => self.v4.write_backend(*number, *backend, route),
-                    IpFamily::V6 => self.v6.write_backend(*number, *backend, route),
-                }
-            }
+            Op::Backend { family, number, backend } => self.backend(*family, *number, *backend),
             Op::Slot { index, number } => self.slots.set(*index, u64::from(*number)),
             Op::Name { id, port } => {
                 self.names.insert(id, name_of(port), 0).context("cannot write a name")?;
@@ -235,6 +229,14 @@ impl Writer {
             }
         }
         Ok(())
+    }
+
+    fn backend(&self, family: IpFamily, number: u32, backend: BackendEntry) {
+        let route = self.routes.get(&backend.address.ip());
+        match family {
+            IpFamily::V4 => self.v4.write_backend(number, backend, route),
+            IpFamily::V6 => self.v6.write_backend(number, backend, route),
+        }
     }
 
     fn mark(&mut self, address: IpAddr, flags: u32) -> Result<()> {

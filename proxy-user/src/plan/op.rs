@@ -1,0 +1,157 @@
+//! What goes into a plan and what comes out of it.
+
+use std::net::{IpAddr, SocketAddr};
+
+use ipnet::IpNet;
+use proxy_common::tables::Range;
+
+use crate::desired::{Frontend, Port, PortId};
+use crate::model::IpFamily;
+
+/// One write to the kernel's maps.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Op {
+    /// Writes a backend; without flags if it is withdrawn.
+    Backend {
+        /// The family's table.
+        family: IpFamily,
+        /// The backend's number.
+        number: u32,
+        /// What to write.
+        backend: BackendEntry,
+    },
+    /// Writes a slot.
+    Slot {
+        /// The slot.
+        index: u32,
+        /// The backend's number.
+        number: u32,
+    },
+    /// Names a Service port.
+    Name {
+        /// Its number.
+        id: u32,
+        /// Its identity.
+        port: PortId,
+    },
+    /// Forgets a Service port's name.
+    Unname {
+        /// Its number.
+        id: u32,
+    },
+    /// Leads a frontend to a run of slots. This is the switch.
+    Lead {
+        /// The frontend.
+        frontend: Frontend,
+        /// Where it leads.
+        lead: Lead,
+    },
+    /// Removes a frontend.
+    Remove {
+        /// The frontend.
+        frontend: Frontend,
+    },
+    /// Says what an address is: flags of [`ServiceValue`].
+    Mark {
+        /// The address.
+        address: IpAddr,
+        /// The flags.
+        flags: u32,
+    },
+    /// Takes an address's mark away.
+    Unmark {
+        /// The address.
+        address: IpAddr,
+    },
+    /// Lets clients in a range ask a Service port that has source ranges.
+    Allow {
+        /// The Service port's number.
+        id: u32,
+        /// The range.
+        range: IpNet,
+    },
+    /// Takes that back.
+    Forbid {
+        /// The Service port's number.
+        id: u32,
+        /// The range.
+        range: IpNet,
+    },
+}
+
+/// Where a frontend leads.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Lead {
+    /// The Service port's number.
+    pub id: u32,
+    /// The slots of the whole cluster's backends.
+    pub cluster: Range,
+    /// The slots of this node's backends.
+    pub local: Range,
+    /// For how many ticks a client stays with its backend.
+    pub affinity: u32,
+    /// Flags of [`ServiceValue`].
+    pub flags: u32,
+}
+
+/// A backend as it is written.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[allow(clippy::struct_excessive_bools, reason = "independent facts, each with a name")]
+pub struct BackendEntry {
+    /// Its address and port.
+    pub address: SocketAddr,
+    /// The generation of its number.
+    pub generation: u16,
+    /// Keeps the flows that it has.
+    pub serving: bool,
+    /// Runs on this node.
+    pub local: bool,
+    /// Takes new flows.
+    pub usable: bool,
+    /// Takes new flows that stay on this node.
+    pub usable_local: bool,
+    /// The Service port's number.
+    pub service: u32,
+}
+
+impl BackendEntry {
+    /// The backend, gone.
+    pub(super) fn withdrawn(self) -> Self {
+        Self { serving: false, usable: false, usable_local: false, ..self }
+    }
+}
+
+/// What can't be done, in words for the operator.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Refusal {
+    /// A table is full: the Service port keeps what it had.
+    Full {
+        /// The Service port.
+        port: PortId,
+        /// The table.
+        table: &'static str,
+    },
+    /// Another Service's port has the frontend.
+    Taken {
+        /// The Service port that does not get it.
+        port: PortId,
+        /// The frontend.
+        frontend: Frontend,
+        /// Who has it.
+        holder: PortId,
+    },
+}
+
+/// A change of a Service port: what is wanted of it, or that it is gone.
+pub type Change = (PortId, Option<Port>);
+
+/// How much each table holds.
+#[derive(Clone, Copy, Debug)]
+pub struct Capacity {
+    /// Service ports; and, of each family, frontends with the marks of their addresses.
+    pub services: u32,
+    /// Slots.
+    pub slots: u32,
+    /// Backends of each family.
+    pub backends: u32,
+}
