@@ -10,7 +10,7 @@ use portal::testing::client::{exchange, tcp, tcp_from_port, udp, udp_socket};
 use portal::testing::cluster::{Cluster, at};
 use portal::testing::namespace::Namespace;
 use portal::testing::world::{CNIS, Cni, OUTSIDER4, OUTSIDER6, Pod};
-use portal::testing::{agent, eventually};
+use portal::testing::{agent, eventually, objects};
 use serde_json::{Value, json};
 use socket2::{Domain, Protocol, Socket, Type};
 
@@ -44,7 +44,7 @@ impl Stage {
         let cluster = start(cni);
         let server = cluster.server(1, "server");
         let mut fields = node_ports();
-        portal::testing::objects::merge(&mut fields, more);
+        objects::merge(&mut fields, more);
         cluster.expose_with("web", &vips(), &[&server], &fields);
         vips().iter().for_each(|vip| cluster.wait_backends(*vip, 1));
         let outsider = cluster.world.outsider();
@@ -340,9 +340,52 @@ fn the_balancer_is_told_which_node_has_pods_kp_101_to_108() {
     stage.cluster.expose_with("web", &vips(), &[&stage.server], &cluster_wide);
     eventually("the port is closed", || ask(1, false).is_none().then_some(()));
     let mut fields = node_ports();
-    portal::testing::objects::merge(&mut fields, &more);
+    objects::merge(&mut fields, &more);
     stage.cluster.expose_with("web", &vips(), &[&stage.server], &fields);
     eventually("the port is open again", || ask(1, true));
+}
+
+/// Whether a connection is refused.
+fn is_refused(from: &Namespace, to: SocketAddr) -> bool {
+    tcp(from, to).is_err_and(|error| error.kind() == ErrorKind::ConnectionRefused)
+}
+
+/// The e2e scenarios 3, 6, 7, 12 and 17 of kube-proxy's own tests.
+#[test]
+fn services_and_their_ports_come_go_and_come_back() {
+    let stage = Stage::new(Cni::Bridge, &json!({}));
+    let cluster = &stage.cluster;
+    let client = cluster.pod(0, "client");
+    let [vip, _] = vips();
+    let other: IpAddr = "10.96.0.77".parse().unwrap();
+    let reached = |to| tcp(&client.namespace, to).is_ok_and(|c| c.server == "server");
+    let closes =
+        |to| eventually("the port is closed", || is_refused(&client.namespace, to).then_some(()));
+    let opens = |to| eventually("the port is open", || reached(to).then_some(()));
+
+    // A port more, and a port less.
+    let second = SocketAddr::new(vip, 81);
+    let ports = [("tcp", "TCP", 80), ("udp", "UDP", 80), ("more", "TCP", 81)];
+    let targets = [("tcp", "TCP", 8080), ("udp", "UDP", 8080), ("more", "TCP", 8080)];
+    let endpoint = objects::endpoint(stage.server.v4.into(), &stage.server.node);
+    cluster.api.put(objects::service("web", &[vip], &ports));
+    cluster.api.put(objects::slice("web-v4", "web", &targets, std::slice::from_ref(&endpoint)));
+    opens(second);
+    assert!(reached(at(vip)));
+    // As it had no NodePort any more: that is the node's own port again (KP-27).
+    eventually("the NodePort is released", || {
+        is_refused(&stage.outsider, stage.at(0, false)).then_some(())
+    });
+    cluster.api.put(objects::service("web", &[vip], &ports[..2]));
+    closes(second);
+    assert!(reached(at(vip)));
+
+    // Deleted: packets to its address are nobody's. Then again under the same name, elsewhere.
+    cluster.api.delete("Service", "web");
+    eventually("the kernel forgets it", || cluster.list(0, "services").is_empty().then_some(()));
+    cluster.api.put(objects::service("web", &[other], &ports[..2]));
+    opens(at(other));
+    assert!(stage.probe(0, "tcp", at(other)).unwrap().starts_with("server "));
 }
 
 #[test]
@@ -415,26 +458,21 @@ fn hints_keep_traffic_in_its_zone_kp_65_and_69() {
     let far = cluster.server(1, "far");
     let client = cluster.pod(0, "client");
     let [vip, _] = vips();
-    cluster.api.put(portal::testing::objects::service("web", &[vip], &[("tcp", "TCP", 80)]));
+    cluster.api.put(objects::service("web", &[vip], &[("tcp", "TCP", 80)]));
     let endpoint = |pod: &Pod| {
-        let mut endpoint = portal::testing::objects::endpoint(pod.v4.into(), &pod.node);
+        let mut endpoint = objects::endpoint(pod.v4.into(), &pod.node);
         endpoint["hints"] = json!({"forZones": [{"name": pod.node}]});
         endpoint
     };
     let endpoints = [endpoint(&near), endpoint(&far)];
-    cluster.api.put(portal::testing::objects::slice(
-        "web",
-        "web",
-        &[("tcp", "TCP", 8080)],
-        &endpoints,
-    ));
+    cluster.api.put(objects::slice("web", "web", &[("tcp", "TCP", 8080)], &endpoints));
     cluster.wait_backends(vip, 1);
     let reached = || -> BTreeSet<String> {
         (0..16).map(|_| tcp(&client.namespace, at(vip)).unwrap().server).collect()
     };
     assert_eq!(reached(), ["near".to_owned()].into());
     // The node's zone changes: no restart is needed.
-    let mut node = portal::testing::objects::node("n0", &[]);
+    let mut node = objects::node("n0", &[]);
     node["metadata"]["labels"]["topology.kubernetes.io/zone"] = "n1".into();
     cluster.api.put(node);
     eventually("the other zone's pod is reached", || {

@@ -14,7 +14,7 @@ use std::time::Instant;
 use clap::{Parser, ValueEnum};
 use portal::testing::world;
 
-use scenes::{changes, from_the_node, one_connection, spread, udp};
+use scenes::{changes, from_outside, from_the_node, one_connection, spread, udp};
 use show::{Show, title, wait};
 use stage::Stage;
 
@@ -60,6 +60,7 @@ fn main() -> ExitCode {
     spread(&stage, &mut show);
     changes(&mut stage, &mut show);
     from_the_node(&stage, &mut show);
+    from_outside(&stage, &mut show);
     udp(&mut stage, &mut show);
     if args.hold {
         stage.invite();

@@ -1,16 +1,18 @@
 //! The scenes, each a question and its answer in packets.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::ErrorKind;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::time::Instant;
 
 use portal::testing::capture::{Capture, Seen};
 use portal::testing::client::{Connection, tcp};
 use portal::testing::cluster::TARGET;
 use portal::testing::eventually;
+use portal::testing::world::OUTSIDER4;
 
 use super::show::{Show, bars, command, packets, say, span};
-use super::stage::Stage;
+use super::stage::{NODE_PORT, Stage};
 
 /// What one connection looks like at the client, on the wire and to the server.
 pub fn one_connection(stage: &Stage, show: &mut Show) {
@@ -123,7 +125,7 @@ pub fn from_the_node(stage: &Stage, show: &mut Show) {
         Ok(lines) => lines,
         Err(error) => return show.check(false, format!("all connections succeed ({error})")),
     };
-    let mut counts = std::collections::BTreeMap::new();
+    let mut counts = BTreeMap::new();
     for [server, ..] in &lines {
         *counts.entry(server.clone()).or_default() += 1;
     }
@@ -132,6 +134,28 @@ pub fn from_the_node(stage: &Stage, show: &mut Show) {
     let vip = Stage::vip(false).to_string();
     let sees_vip = lines.iter().all(|[_, _, peer]| *peer == vip);
     show.check(sees_vip, "getpeername says the VIP: the process never learns of pods");
+}
+
+/// The same for a client that is no pod and no node.
+pub fn from_outside(stage: &Stage, show: &mut Show) {
+    show.scene("The same from outside the cluster, by node n0's NodePort");
+    let outsider = stage.cluster.world.outsider();
+    let node = &stage.cluster.world.nodes[0];
+    let to = SocketAddr::new(node.v4().into(), NODE_PORT);
+    let answers: Vec<Connection> = (0..100).filter_map(|_| tcp(&outsider, to).ok()).collect();
+    show.check(answers.len() == 100, format!("100 connections to {to} succeed"));
+    let mut counts = BTreeMap::new();
+    answers.iter().for_each(|answer| *counts.entry(answer.server.clone()).or_default() += 1);
+    bars(&stage.bars(&counts));
+    let seen_by = |local: bool| -> BTreeSet<IpAddr> {
+        let place = |name: &str| stage.web.iter().any(|p| p.name == name && p.node == node.name);
+        let those = answers.iter().filter(|answer| place(&answer.server) == local);
+        those.map(|answer| answer.seen_as.ip()).collect()
+    };
+    let own = BTreeSet::from([IpAddr::V4(OUTSIDER4)]);
+    show.check(seen_by(true) == own, "pods of n0 see the client's own address");
+    let masqueraded = BTreeSet::from([IpAddr::V4(node.v4())]);
+    show.check(seen_by(false) == masqueraded, "pods of n1 see n0, to which they must answer");
 }
 
 /// The same over UDP and IPv6.

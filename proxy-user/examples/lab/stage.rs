@@ -14,11 +14,14 @@ use portal::testing::world::{BPFFS, Cni, Node, Pod};
 use portal::testing::{agent, client, eventually};
 use proxy_common::tables::{ServiceKey, ServiceValue};
 use proxy_common::{Family, V4, V6};
+use serde_json::json;
 
 use super::show::{Show, command, say, title};
 
 /// The Service's name.
 pub const SERVICE: &str = "webfrontend";
+/// The port of every node that leads to the Service.
+pub const NODE_PORT: u16 = 30_080;
 /// The Service's virtual IPs.
 const VIPS: [IpAddr; 2] = [
     IpAddr::V4(Ipv4Addr::new(10, 96, 0, 10)),
@@ -73,7 +76,9 @@ impl Stage {
     pub fn serve(&self, pods: &[Pod]) -> Duration {
         let pods: Vec<&Pod> = pods.iter().collect();
         let started = Instant::now();
-        self.cluster.expose(SERVICE, &VIPS, &pods);
+        let ports = json!([{"nodePort": NODE_PORT}, {"nodePort": NODE_PORT}]);
+        let fields = json!({"spec": {"type": "NodePort", "ports": ports}});
+        self.cluster.expose_with(SERVICE, &VIPS, &pods, &fields);
         for node in &self.cluster.world.nodes {
             eventually("the kernel knows", || Self::knows(node, pods.len()).then_some(()));
         }
@@ -82,7 +87,7 @@ impl Stage {
 
     /// Whether a node's kernel holds so many backends for each of the Service's ports.
     fn knows(node: &Node, backends: usize) -> bool {
-        node.mounts.run(|| counts::<V4>() == [backends; 2] && counts::<V6>() == [backends; 2])
+        node.mounts.run(|| counts::<V4>() == [backends; 4] && counts::<V6>() == [backends; 4])
     }
 
     /// Connects so often from the client and counts who answered.

@@ -54,10 +54,9 @@ pub fn services(args: &Args) -> Result<()> {
         let Lead { id, cluster, local, .. } = service.lead;
         let port = actual.names.get(&id);
         if args.wants(port) {
-            let vip = service.frontend.vip;
-            let vip = if vip.is_unspecified() { "(node)".to_owned() } else { vip.to_string() };
             table.row(names(port).into_iter().chain([
-                vip,
+                // The unspecified address stands for the node's own: it is a NodePort.
+                service.frontend.vip.to_string(),
                 service.frontend.port.to_string(),
                 read::protocol(service.frontend.protocol.number()).to_owned(),
                 cluster.count.to_string(),
