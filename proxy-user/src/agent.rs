@@ -19,8 +19,8 @@ pub struct Agent {
     cluster: Cluster,
     node: Node,
     node_ports: NodePortAddresses,
-    /// The node's own addresses, as netlink tells of them.
-    addresses: BTreeSet<IpAddr>,
+    /// The node's own addresses, once netlink has told of them.
+    addresses: Option<BTreeSet<IpAddr>>,
     /// What load balancers are told, by Service.
     checks: BTreeMap<ObjectName, HealthCheck>,
     /// The node or its addresses have changed.
@@ -45,7 +45,7 @@ impl Agent {
             cluster: Cluster::default(),
             node: Node { name: node.to_owned(), ..Node::default() },
             node_ports,
-            addresses: BTreeSet::new(),
+            addresses: None,
             checks: BTreeMap::new(),
             node_changed: true,
             planner,
@@ -106,8 +106,8 @@ impl Agent {
 
     /// Takes in which addresses this node has.
     pub fn set_addresses(&mut self, addresses: BTreeSet<IpAddr>) {
-        self.node_changed |= self.addresses != addresses;
-        self.addresses = addresses;
+        self.node_changed |= self.addresses.as_ref() != Some(&addresses);
+        self.addresses = Some(addresses);
     }
 
     /// Whether load balancers may send to this node (KP-118).
@@ -120,9 +120,9 @@ impl Agent {
         self.checks.values()
     }
 
-    /// The endpoints' addresses that the kernel's backends may have.
-    pub fn is_backend(&self, address: IpAddr) -> bool {
-        self.planner.has_backend(address)
+    /// The addresses of all backends that the kernel holds.
+    pub fn backends(&self) -> HashSet<IpAddr> {
+        self.planner.backends()
     }
 
     fn forget(&mut self, kind: Kind, name: &ObjectName) {
@@ -202,11 +202,13 @@ impl Agent {
 
     /// The marks of the node's own addresses.
     fn plan_node(&mut self) -> Vec<Op> {
-        if !std::mem::take(&mut self.node_changed) {
+        // Until they are known, what an earlier agent has marked stays.
+        let Some(addresses) = self.addresses.as_ref().filter(|_| self.node_changed) else {
             return Vec::new();
-        }
-        let node_ports = self.node_ports.select(&self.addresses, &self.node);
-        let own = self.addresses.iter().filter(|address| is_eligible(**address));
+        };
+        self.node_changed = false;
+        let node_ports = self.node_ports.select(addresses, &self.node);
+        let own = addresses.iter().filter(|address| is_eligible(**address));
         let marks = own.map(|address| {
             let takes = if node_ports.contains(address) { ServiceValue::NODE_PORTS } else { 0 };
             (*address, ServiceValue::NODE | takes)

@@ -153,7 +153,7 @@ pub async fn follow(rules: Vec<Rule>, changes: mpsc::Sender<Change>) -> Result<(
     }
     let _ = changes.send(Change::Listed).await;
     while let Some((message, _)) = messages.next().await {
-        let reroutes = reroutes(&message);
+        let reroutes = reroutes(&message) || links.changes_uplink(&message);
         if lost_messages(&message) {
             links.known.clear();
             list(&handle, &mut links).await.context("cannot list the network links")?;
@@ -226,6 +226,20 @@ impl Links {
         }
     }
 
+    /// Whether a message is of an uplink, by which ways may lead: a link that goes down takes IPv4
+    /// routes along without a word.
+    fn changes_uplink(&self, message: &NetlinkMessage<RouteNetlinkMessage>) -> bool {
+        let NetlinkPayload::InnerMessage(
+            RouteNetlinkMessage::NewLink(link) | RouteNetlinkMessage::DelLink(link),
+        ) = &message.payload
+        else {
+            return false;
+        };
+        let known = self.known.get(&link.header.index);
+        link.header.interface_family == AddressFamily::Unspec
+            && known.is_some_and(|known| known.role(&self.rules) == Role::Uplink)
+    }
+
     fn set(&mut self, message: &LinkMessage) {
         let link = self.known.entry(message.header.index).or_default();
         link.ethernet = message.header.link_layer_type == LinkLayerType::Ether;
@@ -246,11 +260,7 @@ impl Links {
     fn set_address(&mut self, message: &AddressMessage, present: bool) {
         let header = &message.header;
         let Some(link) = self.known.get_mut(&header.index) else { return };
-        let address = message.attributes.iter().find_map(|attribute| match attribute {
-            AddressAttribute::Address(address) => Some(*address),
-            _ => None,
-        });
-        let Some(address) = address else { return };
+        let Some(address) = own_address(message) else { return };
         if header.scope != AddressScope::Link {
             link.addresses.remove(&address);
             if present {
@@ -309,6 +319,21 @@ impl Links {
             })
             .collect()
     }
+}
+
+/// The node's own address. On a link to a single peer the other attribute is the peer's.
+fn own_address(message: &AddressMessage) -> Option<IpAddr> {
+    let attributes = || message.attributes.iter();
+    let local = attributes().find_map(|attribute| match attribute {
+        AddressAttribute::Local(address) => Some(*address),
+        _ => None,
+    });
+    local.or_else(|| {
+        attributes().find_map(|attribute| match attribute {
+            AddressAttribute::Address(address) => Some(*address),
+            _ => None,
+        })
+    })
 }
 
 fn is_pair_kind(info: &LinkInfo) -> bool {

@@ -50,9 +50,9 @@ impl Resolver {
         changed
     }
 
-    /// Asks anew for all addresses but those that are no longer `wanted`. Returns what has changed.
-    pub async fn refresh(&mut self, wanted: impl Fn(IpAddr) -> bool) -> Routes {
-        self.known.retain(|address, _| wanted(*address));
+    /// Asks anew for all addresses that are still `wanted`. Returns what has changed.
+    pub async fn refresh(&mut self, wanted: &HashSet<IpAddr>) -> Routes {
+        self.known.retain(|address, _| wanted.contains(address));
         let mut changed = Routes::new();
         let known: Vec<(IpAddr, Option<Route>)> =
             self.known.iter().map(|(address, route)| (*address, *route)).collect();

@@ -155,12 +155,14 @@ impl Node {
         let was_ready = self.status.is_ready();
         let started = Instant::now();
         let ops = self.agent.plan(started);
-        if !ops.is_empty() {
+        if !ops.is_empty() || !was_ready && self.agent.is_ready() {
             let elsewhere = ops.iter().filter_map(|op| match op {
                 Op::Backend { backend, .. } if backend.serving => Some(backend.address.ip()),
                 _ => None,
             });
-            let learnt = self.routes.learn(elsewhere).await;
+            // Those that an earlier agent has written too, of which a plan does not speak.
+            let held = (!was_ready).then(|| self.agent.backends()).into_iter().flatten();
+            let learnt = self.routes.learn(elsewhere.chain(held)).await;
             if !learnt.is_empty() {
                 self.datapath.set_routes(&learnt);
             }
@@ -179,8 +181,7 @@ impl Node {
 
     /// Asks anew for the ways to backends.
     async fn reroute(&mut self) {
-        let agent = &self.agent;
-        let changed = self.routes.refresh(|address| agent.is_backend(address)).await;
+        let changed = self.routes.refresh(&self.agent.backends()).await;
         if !changed.is_empty() {
             self.datapath.set_routes(&changed);
             tracing::info!("other ways lead to {} backend addresses", changed.len());

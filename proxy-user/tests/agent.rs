@@ -10,7 +10,7 @@ use portal::plan::{Capacity, Op, Planner};
 use portal::watch::{Kind, Update, raw};
 use serde_json::json;
 
-const ROOMY: Capacity = Capacity { services: 100, slots: 100, backends: 100 };
+const ROOMY: Capacity = Capacity { services: 100, slots: 100, backends: 100, ranges: 100 };
 
 fn agent(capacity: Capacity) -> Agent {
     Agent::new("n0", NodePortAddresses::Primary, Planner::new(capacity))
@@ -134,7 +134,7 @@ fn a_slice_that_changes_hands_concerns_both_services() {
 
 #[test]
 fn what_does_not_fit_keeps_what_it_has_and_is_tried_again() {
-    let mut agent = agent(Capacity { services: 10, slots: 10, backends: 3 });
+    let mut agent = agent(Capacity { services: 10, slots: 10, backends: 3, ranges: 10 });
     let now = Instant::now();
     agent.hear(service("one", 1));
     agent.hear(service("two", 2));

@@ -15,7 +15,7 @@ use proptest::prelude::*;
 use proxy_common::settings::ticks;
 use proxy_common::tables::{Range, ServiceValue};
 
-const CAPACITY: Capacity = Capacity { services: 200, slots: 400, backends: 200 };
+const CAPACITY: Capacity = Capacity { services: 200, slots: 400, backends: 200, ranges: 100 };
 const FAMILIES: [IpFamily; 2] = [IpFamily::V4, IpFamily::V6];
 
 /// The kernel's maps, simulated.

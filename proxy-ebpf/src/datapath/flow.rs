@@ -23,7 +23,7 @@ pub fn established<F: Family, T: Tables<F>>(tables: &T, work: &mut Work<F>) -> b
         return false;
     }
     record.touch(now);
-    work.link = record.link();
+    work.link = link(record, tables);
     if record.state() == State::Answered as u8 {
         confirm(record, now, tables, work);
     }
@@ -63,6 +63,22 @@ pub fn is_stale<F: Family, T: Tables<F>>(record: FlowRecord<'_, F>, tables: &T) 
             backend.flags & Backend::<F>::SERVING == 0 || backend.generation != record.generation()
         }
         None => true,
+    }
+}
+
+/// The link that the packet leaves by, past the host stack: the one that leads to the backend now, if
+/// that is known.
+#[inline(always)]
+fn link<F: Family, T: Tables<F>>(record: FlowRecord<'_, F>, tables: &T) -> u32 {
+    let link = record.link();
+    if link == 0 || record.flags() & FlowValue::<F>::IS_REPLY != 0 {
+        return link;
+    }
+    match tables.backend(record.backend()) {
+        Some(backend) if backend.generation == record.generation() && backend.link != 0 => {
+            backend.link
+        }
+        _ => link,
     }
 }
 

@@ -141,10 +141,10 @@ fn embryo<F: Family, T: Tables<F>>(tables: &T, work: &mut Work<F>) -> bool {
     work.link = record.link();
     if record.seen() != now {
         record.set_seen(now);
-        // The reply's record holds the place of a flow that may never be answered.
-        if let Some(reply) = tables.embryo(&work.other) {
-            reply.set_seen(now);
-        }
+        // The reply's record holds the place of a flow that may never be answered. Without it the flow
+        // must be opened anew.
+        let Some(reply) = tables.embryo(&work.other) else { return false };
+        reply.set_seen(now);
     }
     true
 }

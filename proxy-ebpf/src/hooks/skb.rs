@@ -34,6 +34,16 @@ impl<'a> Skb<'a> {
         u16::from_be(unsafe { (*self.ctx.skb.skb).protocol } as u16)
     }
 
+    /// Whether the packet belongs to a VLAN of this link: it is the VLAN's own link that sees it as one
+    /// of its packets.
+    #[inline(always)]
+    pub fn is_of_vlan(&self) -> bool {
+        // SAFETY: the context is the kernel's and outlives the program.
+        let (present, tag) =
+            unsafe { ((*self.ctx.skb.skb).vlan_present, (*self.ctx.skb.skb).vlan_tci) };
+        present != 0 && tag & 0xfff != 0
+    }
+
     #[inline(always)]
     fn pointer<T>(&self, offset: usize) -> Option<*mut T> {
         if offset > MAX_OFFSET {

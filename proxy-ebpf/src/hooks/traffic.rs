@@ -17,6 +17,9 @@ macro_rules! hooks {
         #[classifier]
         pub fn $name(ctx: TcContext) -> i32 {
             let mut skb = Skb::new(&ctx);
+            if skb.is_of_vlan() {
+                return verdict(&ctx, Outcome::NotService, 0);
+            }
             match skb.ethertype() {
                 V4::ETHERTYPE => match Tables4.work() {
                     Some(work) => {

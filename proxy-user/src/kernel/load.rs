@@ -132,7 +132,10 @@ fn settings(options: &Options, seed: u32) -> Settings {
         }),
         SocketLb::All | SocketLb::Off => 0,
     };
+    let (first_port, port_count) = masquerade_ports(probe::ephemeral_ports());
     Settings {
+        first_port,
+        port_count,
         seed,
         coarse_clock: probe::coarse_clock().into(),
         socket_errno: probe::socket_errno().into(),
@@ -143,6 +146,29 @@ fn settings(options: &Options, seed: u32) -> Settings {
         pods6: pods6(&options.cluster_cidrs),
         ..Settings::DEFAULT
     }
+}
+
+/// First and number of the source ports that masqueraded flows get: above the host's ephemeral ports,
+/// or else below them and the `NodePorts`. Sockets of the host's own must not have the same.
+fn masquerade_ports((low, high): (u16, u16)) -> (u32, u32) {
+    const FEWEST: u32 = 1024;
+    const LAST: u32 = 65_534;
+    const NODE_PORTS: u32 = 30_000;
+    let Settings { first_port, .. } = Settings::DEFAULT;
+    let above = first_port.max(u32::from(high) + 1);
+    if above + FEWEST <= LAST {
+        return (above, LAST - above + 1);
+    }
+    let end = u32::from(low).min(NODE_PORTS);
+    if end >= 2 * FEWEST {
+        let first = end.saturating_sub(8 * FEWEST).max(FEWEST);
+        return (first, end - first);
+    }
+    tracing::warn!(
+        "ip_local_port_range leaves no ports for masqueraded flows: {first_port} and above are used, \
+         which may meet the host's own. Keep its end below {first_port}"
+    );
+    (first_port, LAST - first_port + 1)
 }
 
 fn pods4(ranges: &[IpNet]) -> Range4 {
@@ -176,4 +202,18 @@ fn shortened(error: impl std::error::Error) -> anyhow::Error {
     let lines: Vec<&str> = text.lines().collect();
     let end = lines.len().saturating_sub(LOG_LINES);
     anyhow::anyhow!("{}", lines[end..].join("\n"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::masquerade_ports;
+
+    #[test]
+    fn masqueraded_flows_keep_out_of_the_hosts_ephemeral_ports() {
+        assert_eq!(masquerade_ports((32_768, 60_999)), (61_000, 4_535));
+        assert_eq!(masquerade_ports((32_768, 62_999)), (63_000, 2_535));
+        assert_eq!(masquerade_ports((32_768, 65_535)), (21_808, 8_192));
+        assert_eq!(masquerade_ports((4_000, 65_535)), (1_024, 2_976));
+        assert_eq!(masquerade_ports((1_024, 65_535)), (61_000, 4_535));
+    }
 }

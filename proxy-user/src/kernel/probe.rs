@@ -76,6 +76,17 @@ pub fn cgroup2_mount() -> Result<PathBuf> {
     }
 }
 
+/// The first and the last port that the host gives to sockets that ask for none.
+pub fn ephemeral_ports() -> (u16, u16) {
+    let text = fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range").unwrap_or_default();
+    let mut ports = text.split_whitespace().filter_map(|port| port.parse().ok());
+    match (ports.next(), ports.next()) {
+        (Some(low), Some(high)) => (low, high),
+        // Linux' own default.
+        _ => (32_768, 60_999),
+    }
+}
+
 /// Whether tc programs may use `bpf_ktime_get_coarse_ns` (5.11).
 pub fn coarse_clock() -> bool {
     let helper = bpf_func_id::BPF_FUNC_ktime_get_coarse_ns;

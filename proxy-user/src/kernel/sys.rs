@@ -14,9 +14,8 @@ const BPF_MAP_LOOKUP_BATCH: libc::c_int = 24;
 const BPF_LINK_CREATE: libc::c_int = 28;
 const BPF_LINK_UPDATE: libc::c_int = 29;
 
-/// Puts a link before all others on its hook, or behind them.
+/// Puts a link before all others on its hook.
 const BPF_F_BEFORE: u32 = 1 << 3;
-const BPF_F_AFTER: u32 = 1 << 4;
 /// The number of tcx ingress (`enum bpf_attach_type`).
 pub const TCX_INGRESS: u32 = 46;
 /// The number of tcx egress.
@@ -100,11 +99,9 @@ struct LinkCreateAttributes {
 }
 
 /// Attaches a program by a link, which holds as long as the descriptor or a pin of it lives. At tcx
-/// ingress it goes before all others and at egress behind them, so that they see backends' addresses
-/// both ways.
+/// it goes before all others, any of which may end the chain (docs/decisions/0004).
 pub fn link_create(program: impl AsFd, at: AttachPoint) -> io::Result<OwnedFd> {
     let (target, attach_type, flags) = match at {
-        AttachPoint::Tcx { ifindex, attach_type: TCX_EGRESS } => (ifindex, TCX_EGRESS, BPF_F_AFTER),
         AttachPoint::Tcx { ifindex, attach_type } => (ifindex, attach_type, BPF_F_BEFORE),
         AttachPoint::Cgroup { directory, attach_type, .. } => {
             (u32::try_from(directory).map_err(io::Error::other)?, attach_type, 0)

@@ -40,14 +40,9 @@ const fn programs(role: Role) -> [&'static str; 2] {
     }
 }
 
-/// Our place among clsact filters: fixed, so that a later agent finds its filters again; first on the
-/// way in and last on the way out, so that a CNI's filters see backends' addresses both ways.
-const fn priority(direction: TcAttachType) -> u16 {
-    match direction {
-        TcAttachType::Egress => 0xfffe,
-        _ => 1,
-    }
-}
+/// Our place among clsact filters: fixed, so that a later agent finds its filters again, and first,
+/// since any filter may end the chain.
+const PRIORITY: u16 = 1;
 const HANDLE: TcHandle = TcHandle::new(0, 0x706f);
 
 /// Decides how to attach, by trying on nothing: a link index that does not exist.
@@ -130,14 +125,12 @@ fn attach_filter(program: &mut SchedClassifier, name: &str, direction: TcAttachT
     {
         return Err(error).context("cannot add a clsact qdisc");
     }
-    let options =
-        NlOptions { priority: priority(direction), handle: HANDLE, ..NlOptions::default() };
+    let options = NlOptions { priority: PRIORITY, handle: HANDLE, ..NlOptions::default() };
     let id = match program.attach_with_options(name, direction, TcAttachOptions::Netlink(options)) {
         Ok(id) => id,
         Err(ProgramError::TcError(error)) if exists(&error) => {
             // An earlier agent's filter: only its program is replaced.
-            let link =
-                SchedClassifierLink::attached(name, direction, priority(direction), HANDLE, None)?;
+            let link = SchedClassifierLink::attached(name, direction, PRIORITY, HANDLE, None)?;
             program.attach_to_link(link)?
         }
         Err(error) => return Err(error.into()),
@@ -157,7 +150,7 @@ fn exists(error: &TcError) -> bool {
 
 fn remove_filter(name: &str, direction: TcAttachType) {
     // Dropping a link takes its filter off. A link that is gone has taken it along.
-    drop(SchedClassifierLink::attached(name, direction, priority(direction), HANDLE, None));
+    drop(SchedClassifierLink::attached(name, direction, PRIORITY, HANDLE, None));
 }
 
 /// Removes our clsact filters from all links of this network namespace.

@@ -30,6 +30,7 @@ pub struct Writer {
     pub names: HashMap<MapData, u32, Name>,
     pub slots: Mapped<u64>,
     services: u32,
+    ranges: u32,
     /// The ways that lead to backends.
     routes: std::collections::HashMap<IpAddr, Route>,
 }
@@ -154,12 +155,14 @@ impl Writer {
     pub fn open(maps: &Path) -> Result<Self> {
         let names = open(maps, "names")?;
         let services = names.info()?.max_entries();
+        let ranges = open(maps, &super::name_of::<V4>("ranges"))?.info()?.max_entries();
         Ok(Self {
             v4: FamilyTables::open(maps)?,
             v6: FamilyTables::open(maps)?,
             names: HashMap::try_from(Map::HashMap(names))?,
             slots: open_mapped(maps, "slots")?,
             services,
+            ranges,
             routes: std::collections::HashMap::new(),
         })
     }
@@ -170,6 +173,7 @@ impl Writer {
             services: self.services,
             slots: self.slots.length(),
             backends: self.v4.backends.length().min(self.v6.backends.length()),
+            ranges: self.ranges,
         }
     }
 

@@ -11,7 +11,7 @@ mod frontends;
 mod op;
 mod recover;
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
@@ -58,6 +58,8 @@ pub struct Planner {
     ids: Numbers,
     runs: Runs,
     backends: HashMap<IpFamily, Numbers>,
+    /// How many more source ranges a family's table takes.
+    ranges: HashMap<IpFamily, usize>,
 }
 
 impl Planner {
@@ -71,6 +73,7 @@ impl Planner {
             frontends: Frontends::default(),
             entries: capacity.services as usize,
             // Id 0 is "no Service": marked VIPs have it.
+            ranges: [IpFamily::V4, IpFamily::V6].map(|f| (f, capacity.ranges as usize)).into(),
             ids: Numbers::new(1, capacity.services),
             runs: Runs::new(capacity.slots),
             backends,
@@ -89,9 +92,9 @@ impl Planner {
         self.held.keys()
     }
 
-    /// Whether a Service port that the kernel holds has a backend at an address.
-    pub fn has_backend(&self, address: IpAddr) -> bool {
-        self.held.values().any(|held| held.numbers.keys().any(|at| at.ip() == address))
+    /// The addresses of all backends that the kernel holds.
+    pub fn backends(&self) -> HashSet<IpAddr> {
+        self.held.values().flat_map(|held| held.numbers.keys().map(SocketAddr::ip)).collect()
     }
 
     /// Plans changes of Service ports, each to what is wanted; `None` removes one. `now` orders the reuse
@@ -203,12 +206,19 @@ impl Planner {
         if numbers.free() < missing {
             return Err(full("backends"));
         }
+        let fresh =
+            wanted.source_ranges.iter().filter(|range| !held.ranges.contains(range)).count();
+        let room = self.ranges.get_mut(&port.family).expect("both families are there");
+        if *room < fresh {
+            return Err(full("source ranges"));
+        }
         let run = if held.needs_slots(wanted) {
             let count = u32::try_from(slots(wanted).count()).map_err(|_| full("slots"))?;
             Some(self.runs.take(count).ok_or_else(|| full("slots"))?)
         } else {
             None
         };
+        *room -= fresh;
         held.number_backends(port.family, numbers, wanted, ops);
         if let Some(run) = run {
             self.runs.retire(now + GRACE, held.range);
@@ -265,7 +275,11 @@ impl Planner {
         held.strays.drain(..).for_each(|run| self.runs.retire(now + GRACE, run));
         let id = held.id;
         let closed = held.ranges.extract_if(.., |range| !wanted.source_ranges.contains(range));
-        ops.extend(closed.map(|range| Op::Forbid { id, range }));
+        let room = self.ranges.get_mut(&port.family).expect("both families are there");
+        ops.extend(closed.map(|range| {
+            *room += 1;
+            Op::Forbid { id, range }
+        }));
     }
 
     fn remove(&mut self, now: Instant, port: &PortId, ops: &mut Vec<Op>) {

@@ -154,4 +154,6 @@ pub struct Capacity {
     pub slots: u32,
     /// Backends of each family.
     pub backends: u32,
+    /// Source ranges of each family.
+    pub ranges: u32,
 }

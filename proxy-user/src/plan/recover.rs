@@ -75,7 +75,11 @@ impl Planner {
         }
         for (id, range) in &actual.ranges {
             match owners.get(id).and_then(|port| planner.held.get_mut(port)) {
-                Some(held) => drop(held.ranges.insert(*range)),
+                Some(held) => {
+                    held.ranges.insert(*range);
+                    let room = planner.ranges.get_mut(&IpFamily::of(range.addr()));
+                    *room.expect("both families are there") -= 1;
+                }
                 None => ops.push(Op::Forbid { id: *id, range: *range }),
             }
         }
