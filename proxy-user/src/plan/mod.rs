@@ -72,8 +72,8 @@ impl Planner {
             held: HashMap::new(),
             frontends: Frontends::default(),
             entries: capacity.services as usize,
-            // Id 0 is "no Service": marked VIPs have it.
             ranges: [IpFamily::V4, IpFamily::V6].map(|f| (f, capacity.ranges as usize)).into(),
+            // Id 0 is "no Service": marks have it.
             ids: Numbers::new(1, capacity.services),
             runs: Runs::new(capacity.slots),
             backends,
