@@ -23,6 +23,7 @@ pub struct Agent {
     addresses: Option<BTreeSet<IpAddr>>,
     /// What load balancers are told, by Service.
     checks: BTreeMap<ObjectName, HealthCheck>,
+    checks_changed: bool,
     /// The node or its addresses have changed.
     node_changed: bool,
     planner: Planner,
@@ -47,6 +48,7 @@ impl Agent {
             node_ports,
             addresses: None,
             checks: BTreeMap::new(),
+            checks_changed: false,
             node_changed: true,
             planner,
             dirty: BTreeSet::new(),
@@ -65,7 +67,7 @@ impl Agent {
 
     /// How many Services there are.
     pub fn services(&self) -> usize {
-        self.cluster.service_names().count()
+        self.cluster.services()
     }
 
     /// Takes an update in.
@@ -115,14 +117,20 @@ impl Agent {
         !self.node.leaving
     }
 
-    /// What load balancers are told, for each Service that is checked.
-    pub fn health_checks(&self) -> impl Iterator<Item = &HealthCheck> {
-        self.checks.values()
+    /// What load balancers are told, for each Service that is checked, if that has changed since the
+    /// last call.
+    pub fn changed_health_checks(&mut self) -> Option<impl Iterator<Item = &HealthCheck>> {
+        std::mem::take(&mut self.checks_changed).then(|| self.checks.values())
     }
 
-    /// The addresses of all backends that the kernel holds.
-    pub fn backends(&self) -> HashSet<IpAddr> {
-        self.planner.backends()
+    /// The addresses of all backends on other nodes that the kernel holds.
+    pub fn remote_backends(&self) -> HashSet<IpAddr> {
+        self.planner.remote_backends()
+    }
+
+    /// Writes backends again as they are: another way leads to those addresses.
+    pub fn rewrite(&self, is_concerned: impl Fn(IpAddr) -> bool) -> Vec<Op> {
+        self.planner.rewrite(is_concerned)
     }
 
     fn forget(&mut self, kind: Kind, name: &ObjectName) {
@@ -229,7 +237,9 @@ impl Agent {
     }
 
     fn change_service(&mut self, name: &ObjectName, changes: &mut Vec<Change>) {
-        match health_check(&self.cluster, &self.node, name) {
+        let check = health_check(&self.cluster, &self.node, name);
+        self.checks_changed |= self.checks.get(name) != check.as_ref();
+        match check {
             Some(check) => self.checks.insert(name.clone(), check),
             None => self.checks.remove(name),
         };

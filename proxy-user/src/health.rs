@@ -2,7 +2,7 @@
 //! (KP-101 to 108). A small HTTP server for each.
 
 use std::collections::{BTreeMap, HashMap};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::SocketAddr;
 use std::sync::{Arc, RwLock};
 
 use axum::Router;
@@ -39,7 +39,7 @@ impl HealthChecks {
         self.wanted.clear();
         for check in checks {
             for (family, local) in [IpFamily::V4, IpFamily::V6].into_iter().zip(check.local) {
-                let address = SocketAddr::new(any(family), check.port);
+                let address = SocketAddr::new(family.any(), check.port);
                 self.wanted.insert(address, (check.service.clone(), local));
             }
         }
@@ -74,13 +74,6 @@ impl HealthChecks {
                 ),
             }
         }
-    }
-}
-
-const fn any(family: IpFamily) -> IpAddr {
-    match family {
-        IpFamily::V4 => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
-        IpFamily::V6 => IpAddr::V6(Ipv6Addr::UNSPECIFIED),
     }
 }
 

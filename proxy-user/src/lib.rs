@@ -3,7 +3,7 @@
 //! [`watch`] (objects come in) → [`model`] (plain facts) → [`desired`] (what the kernel should hold) →
 //! [`plan`] (the writes that make it so) → [`kernel`] (the one writer).
 //!
-//! [`run`] wires them together and is the only place that spawns. [`model`], [`desired`] and [`plan`]
+//! [`run`] wires them together. [`model`], [`desired`] and [`plan`]
 //! are pure: no I/O, no clock, no await.
 
 pub mod agent;

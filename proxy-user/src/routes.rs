@@ -5,9 +5,12 @@ use std::collections::{HashMap, HashSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use anyhow::{Context, Result};
-use futures::TryStreamExt;
+use futures::{StreamExt, TryStreamExt, stream};
 use rtnetlink::packet_route::route::{RouteAddress, RouteAttribute, RouteMessage};
 use rtnetlink::{Handle, RouteMessageBuilder, new_connection};
+
+/// How many questions are under way at a time.
+const AT_ONCE: usize = 64;
 
 /// A way to an address.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -42,28 +45,23 @@ impl Resolver {
     /// Asks for addresses that were not asked for before. Returns what is new.
     pub async fn learn(&mut self, addresses: impl Iterator<Item = IpAddr>) -> Routes {
         let fresh: HashSet<IpAddr> = addresses.filter(|a| !self.known.contains_key(a)).collect();
-        let mut changed = Routes::new();
-        for address in fresh {
-            changed.insert(address, self.ask(address).await);
-        }
-        self.known.extend(changed.iter().map(|(address, route)| (*address, *route)));
-        changed
+        let answers = self.ask_all(fresh).await;
+        self.known.extend(&answers);
+        answers
     }
 
     /// Asks anew for all addresses that are still `wanted`. Returns what has changed.
     pub async fn refresh(&mut self, wanted: &HashSet<IpAddr>) -> Routes {
         self.known.retain(|address, _| wanted.contains(address));
-        let mut changed = Routes::new();
-        let known: Vec<(IpAddr, Option<Route>)> =
-            self.known.iter().map(|(address, route)| (*address, *route)).collect();
-        for (address, before) in known {
-            let route = self.ask(address).await;
-            if route != before {
-                changed.insert(address, route);
-            }
-        }
-        self.known.extend(changed.iter().map(|(address, route)| (*address, *route)));
+        let mut changed = self.ask_all(self.known.keys().copied()).await;
+        changed.retain(|address, route| self.known[address] != *route);
+        self.known.extend(&changed);
         changed
+    }
+
+    async fn ask_all(&self, addresses: impl IntoIterator<Item = IpAddr>) -> Routes {
+        let questions = addresses.into_iter().map(async |a| (a, self.ask(a).await));
+        stream::iter(questions).buffer_unordered(AT_ONCE).collect().await
     }
 
     async fn ask(&self, address: IpAddr) -> Option<Route> {

@@ -1,6 +1,6 @@
-//! `portal run`: the wiring, and the only place that spawns.
+//! `portal run`: the wiring.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -122,7 +122,6 @@ impl Node {
     ) -> Result<()> {
         let mut sweeps = interval(SWEEP);
         sweeps.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let mut stale: HashSet<u32> = self.datapath.attached().into_iter().collect();
         loop {
             tokio::select! {
                 Some(update) = updates.recv() => {
@@ -133,12 +132,12 @@ impl Node {
                     self.sync().await?;
                 }
                 Some(change) = links.recv() => {
-                    let mut reroutes = self.take_in(change, &mut stale);
+                    let mut reroutes = self.take_in(change);
                     while let Ok(change) = links.try_recv() {
-                        reroutes |= self.take_in(change, &mut stale);
+                        reroutes |= self.take_in(change);
                     }
                     if reroutes {
-                        self.reroute().await;
+                        self.reroute().await?;
                     }
                     self.sync().await?;
                 }
@@ -154,23 +153,27 @@ impl Node {
     async fn sync(&mut self) -> Result<()> {
         let was_ready = self.status.is_ready();
         let started = Instant::now();
-        let ops = self.agent.plan(started);
-        if !ops.is_empty() || !was_ready && self.agent.is_ready() {
-            let elsewhere = ops.iter().filter_map(|op| match op {
-                Op::Backend { backend, .. } if backend.serving => Some(backend.address.ip()),
+        let mut ops = self.agent.plan(started);
+        let becomes_ready = !was_ready && self.agent.is_ready();
+        if !ops.is_empty() || becomes_ready {
+            let written = ops.iter().filter_map(|op| match op {
+                Op::Backend { backend, .. } if backend.is_remote() => Some(backend.address.ip()),
                 _ => None,
             });
             // Those that an earlier agent has written too, of which a plan does not speak.
-            let held = (!was_ready).then(|| self.agent.backends()).into_iter().flatten();
-            let learnt = self.routes.learn(elsewhere.chain(held)).await;
-            if !learnt.is_empty() {
-                self.datapath.set_routes(&learnt);
+            let taken_over = becomes_ready.then(|| self.agent.remote_backends());
+            let learnt = self.routes.learn(written.chain(taken_over.into_iter().flatten())).await;
+            self.datapath.set_routes(&learnt);
+            if becomes_ready {
+                ops.extend(self.agent.rewrite(|address| learnt.contains_key(&address)));
             }
             self.datapath.apply(&ops).context("cannot write the kernel's maps")?;
             tracing::debug!("{} writes in {:?}", ops.len(), started.elapsed());
         }
         if self.agent.is_ready() {
-            self.checks.set(self.agent.health_checks());
+            if let Some(checks) = self.agent.changed_health_checks() {
+                self.checks.set(checks);
+            }
             self.status.synced(self.agent.services(), self.agent.is_eligible());
             if !was_ready {
                 tracing::info!("in step with the cluster: {} Services", self.agent.services());
@@ -180,31 +183,27 @@ impl Node {
     }
 
     /// Asks anew for the ways to backends.
-    async fn reroute(&mut self) {
-        let changed = self.routes.refresh(&self.agent.backends()).await;
+    async fn reroute(&mut self) -> Result<()> {
+        let changed = self.routes.refresh(&self.agent.remote_backends()).await;
         if !changed.is_empty() {
             self.datapath.set_routes(&changed);
+            let ops = self.agent.rewrite(|address| changed.contains_key(&address));
+            self.datapath.apply(&ops).context("cannot write the kernel's maps")?;
             tracing::info!("other ways lead to {} backend addresses", changed.len());
         }
+        Ok(())
     }
 
     /// Takes in a change of links or addresses. Says whether other ways may lead to backends.
-    fn take_in(&mut self, change: Change, stale: &mut HashSet<u32>) -> bool {
+    fn take_in(&mut self, change: Change) -> bool {
         match change {
-            Change::Came { ifindex, name, role } => {
-                stale.remove(&ifindex);
-                self.attach(ifindex, name, role);
-            }
+            Change::Came { ifindex, name, role } => self.attach(ifindex, name, role),
             Change::Went { ifindex, name } => {
                 self.failed.remove(&ifindex);
                 self.datapath.detach(ifindex, &name);
                 tracing::info!("detached from {name} ({ifindex})");
             }
-            Change::Listed => {
-                for ifindex in stale.drain() {
-                    self.datapath.detach(ifindex, "");
-                }
-            }
+            Change::Listed => self.datapath.detach_others(),
             Change::Addresses(addresses) => {
                 self.agent.set_addresses(addresses);
                 return true;

@@ -7,10 +7,10 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
 
 use portal::testing::client::{exchange, tcp, tcp_from_port, udp, udp_socket};
-use portal::testing::cluster::{Cluster, at};
+use portal::testing::cluster::{Cluster, VIPS, at};
 use portal::testing::namespace::Namespace;
 use portal::testing::world::{CNIS, Cni, OUTSIDER4, OUTSIDER6, Pod};
-use portal::testing::{agent, eventually, objects};
+use portal::testing::{eventually, objects};
 use serde_json::{Value, json};
 use socket2::{Domain, Protocol, Socket, Type};
 
@@ -22,10 +22,6 @@ fn start(cni: Cni) -> Cluster {
         Path::new(env!("CARGO_BIN_EXE_portal")),
         &["--cluster-cidr", "10.244.0.0/16,fd00:244::/32"],
     )
-}
-
-fn vips() -> [IpAddr; 2] {
-    ["10.96.0.10".parse().unwrap(), "fd00:96::10".parse().unwrap()]
 }
 
 fn node_ports() -> Value {
@@ -45,8 +41,8 @@ impl Stage {
         let server = cluster.server(1, "server");
         let mut fields = node_ports();
         objects::merge(&mut fields, more);
-        cluster.expose_with("web", &vips(), &[&server], &fields);
-        vips().iter().for_each(|vip| cluster.wait_backends(*vip, 1));
+        cluster.expose_with("web", &VIPS, &[&server], &fields);
+        VIPS.iter().for_each(|vip| cluster.wait_backends(*vip, 1));
         let outsider = cluster.world.outsider();
         let stage = Self { cluster, server, outsider };
         stage.wait_uplinks();
@@ -69,14 +65,6 @@ impl Stage {
                 node.pins("links").contains(&format!("tc-{index}-ingress")).then_some(())
             });
         }
-    }
-
-    fn probe(&self, node: usize, protocol: &str, to: SocketAddr) -> Result<String, String> {
-        let program = Path::new(env!("CARGO_BIN_EXE_portal-probe"));
-        let mut command = agent::command(&self.cluster.world.nodes[node], program, true);
-        let output = command.args([protocol, &to.to_string()]).output().unwrap();
-        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).trim().to_owned();
-        if output.status.success() { Ok(text(&output.stdout)) } else { Err(text(&output.stderr)) }
     }
 }
 
@@ -112,7 +100,7 @@ fn pods_and_nodes_reach_node_ports_of_their_own_node_and_of_others() {
             assert_eq!(tcp(&client.namespace, to).unwrap().server, "server");
             assert_eq!(udp(&client.namespace, to, b"x").unwrap().server, "server");
             for protocol in ["tcp", "udp"] {
-                let line = stage.probe(0, protocol, to).unwrap();
+                let line = stage.cluster.probe(0, protocol, to).unwrap();
                 assert!(line.starts_with("server "), "{protocol} to n{node}: {line}");
             }
         }
@@ -233,7 +221,7 @@ fn external_and_balancer_ips_are_reached_from_everywhere() {
                 assert_eq!(tcp(namespace, to).unwrap().server, "server", "{to}");
                 assert_eq!(udp(namespace, to, b"x").unwrap().server, "server", "{to}");
             }
-            assert!(stage.probe(0, "tcp", to).unwrap().starts_with("server "), "{to}");
+            assert!(stage.cluster.probe(0, "tcp", to).unwrap().starts_with("server "), "{to}");
         }
         // KP-39: mode Proxy is not ours.
         let services = stage.cluster.list(0, "services");
@@ -245,7 +233,7 @@ fn external_and_balancer_ips_are_reached_from_everywhere() {
 fn vips_answer_when_they_are_pinged() {
     let stage = Stage::new(Cni::Bridge, &json!({}));
     let client = stage.cluster.pod(0, "client");
-    for vip in vips() {
+    for vip in VIPS {
         for from in [&client.namespace, &stage.outsider] {
             ping(from, vip).unwrap_or_else(|error| panic!("{vip}: {error}"));
         }
@@ -270,13 +258,17 @@ fn ping(from: &Namespace, to: IpAddr) -> std::io::Result<()> {
     Ok(())
 }
 
-/// Whether a datagram to an address is answered within the time that a dropped one is not.
-fn is_silent(from: &Namespace, to: SocketAddr) -> bool {
+/// Sends a datagram that a node drops, as its counter of an outcome says, and looks whether nobody
+/// was told.
+fn assert_dropped(stage: &Stage, node: usize, outcome: &str, from: &Namespace, to: SocketAddr) {
+    let before = stage.cluster.outcomes(node, outcome);
     let socket = udp_socket(from, to.is_ipv6(), 0).unwrap();
-    socket.set_read_timeout(Some(std::time::Duration::from_millis(300))).unwrap();
     from.run(|| socket.connect(to)).unwrap();
     socket.send(b"x").unwrap();
-    matches!(socket.recv(&mut [0; 64]), Err(error) if error.kind() == ErrorKind::WouldBlock)
+    eventually(outcome, || (stage.cluster.outcomes(node, outcome) > before).then_some(()));
+    socket.set_nonblocking(true).unwrap();
+    let heard = socket.recv(&mut [0; 64]);
+    assert!(matches!(&heard, Err(error) if error.kind() == ErrorKind::WouldBlock), "{heard:?}");
 }
 
 #[test]
@@ -289,9 +281,9 @@ fn external_policy_local_keeps_the_clients_address_and_drops_where_there_is_no_p
             let connection = tcp(&stage.outsider, stage.at(1, v6)).unwrap();
             assert_eq!(connection.seen_as.ip(), Stage::own(v6));
             // KP-55; but pods and the node itself are led on (KP-53, 54).
-            assert!(is_silent(&stage.outsider, stage.at(0, v6)));
+            assert_dropped(&stage, 0, "no_local", &stage.outsider, stage.at(0, v6));
             assert_eq!(tcp(&client.namespace, stage.at(0, v6)).unwrap().server, "server");
-            assert!(stage.probe(0, "tcp", stage.at(0, v6)).unwrap().starts_with("server "));
+            assert!(stage.cluster.probe(0, "tcp", stage.at(0, v6)).unwrap().starts_with("server "));
         }
     }
 }
@@ -337,11 +329,11 @@ fn the_balancer_is_told_which_node_has_pods_kp_101_to_108() {
     // KP-108: with the policy goes the port, and comes back.
     let mut cluster_wide = node_ports();
     cluster_wide["spec"]["type"] = "LoadBalancer".into();
-    stage.cluster.expose_with("web", &vips(), &[&stage.server], &cluster_wide);
+    stage.cluster.expose_with("web", &VIPS, &[&stage.server], &cluster_wide);
     eventually("the port is closed", || ask(1, false).is_none().then_some(()));
     let mut fields = node_ports();
     objects::merge(&mut fields, &more);
-    stage.cluster.expose_with("web", &vips(), &[&stage.server], &fields);
+    stage.cluster.expose_with("web", &VIPS, &[&stage.server], &fields);
     eventually("the port is open again", || ask(1, true));
 }
 
@@ -356,7 +348,7 @@ fn services_and_their_ports_come_go_and_come_back() {
     let stage = Stage::new(Cni::Bridge, &json!({}));
     let cluster = &stage.cluster;
     let client = cluster.pod(0, "client");
-    let [vip, _] = vips();
+    let [vip, _] = VIPS;
     let other: IpAddr = "10.96.0.77".parse().unwrap();
     let reached = |to| tcp(&client.namespace, to).is_ok_and(|c| c.server == "server");
     let closes =
@@ -385,19 +377,19 @@ fn services_and_their_ports_come_go_and_come_back() {
     eventually("the kernel forgets it", || cluster.list(0, "services").is_empty().then_some(()));
     cluster.api.put(objects::service("web", &[other], &ports[..2]));
     opens(at(other));
-    assert!(stage.probe(0, "tcp", at(other)).unwrap().starts_with("server "));
+    assert!(stage.cluster.probe(0, "tcp", at(other)).unwrap().starts_with("server "));
 }
 
 #[test]
 fn internal_policy_local_asks_for_a_pod_of_the_clients_own_node() {
     let stage = Stage::new(Cni::Bridge, &json!({"spec": {"internalTrafficPolicy": "Local"}}));
-    for vip in vips() {
+    for vip in VIPS {
         let clients =
             [0, 1].map(|node| stage.cluster.pod(node, &format!("c{node}-{}", vip.is_ipv6())));
-        assert!(is_silent(&clients[0].namespace, at(vip)));
+        assert_dropped(&stage, 0, "no_local", &clients[0].namespace, at(vip));
         assert_eq!(tcp(&clients[1].namespace, at(vip)).unwrap().server, "server");
-        assert!(stage.probe(0, "tcp", at(vip)).is_err());
-        assert!(stage.probe(1, "tcp", at(vip)).unwrap().starts_with("server "));
+        assert!(stage.cluster.probe(0, "tcp", at(vip)).is_err());
+        assert!(stage.cluster.probe(1, "tcp", at(vip)).unwrap().starts_with("server "));
         // KP-61: not for the other doors.
         let to = stage.at(0, vip.is_ipv6());
         assert_eq!(tcp(&clients[0].namespace, to).unwrap().server, "server");
@@ -414,10 +406,10 @@ fn source_ranges_let_in_and_keep_out() {
     let stage = Stage::new(Cni::Routed, &more);
     let (inside, outside) = (stage.cluster.pod(0, "inside"), stage.cluster.pod(1, "outside"));
     assert_eq!(tcp(&inside.namespace, at(balancer)).unwrap().server, "server");
-    assert!(is_silent(&outside.namespace, at(balancer)));
-    assert!(is_silent(&stage.outsider, at(balancer)));
-    assert!(stage.probe(0, "tcp", at(balancer)).is_ok(), "the node is in a range");
-    assert!(stage.probe(1, "tcp", at(balancer)).is_err(), "this one is not");
+    assert_dropped(&stage, 1, "not_allowed", &outside.namespace, at(balancer));
+    assert_dropped(&stage, 0, "not_allowed", &stage.outsider, at(balancer));
+    assert!(stage.cluster.probe(0, "tcp", at(balancer)).is_ok(), "the node is in a range");
+    assert!(stage.cluster.probe(1, "tcp", at(balancer)).is_err(), "this one is not");
     // KP-90: the other doors are open.
     assert_eq!(tcp(&stage.outsider, stage.at(0, false)).unwrap().server, "server");
 }
@@ -430,10 +422,10 @@ fn a_client_stays_with_its_pod_over_all_doors_and_a_restart() {
     let servers: Vec<&Pod> = servers.iter().collect();
     let mut fields = node_ports();
     fields["spec"]["sessionAffinity"] = "ClientIP".into();
-    cluster.expose_with("web", &vips(), &servers, &fields);
-    vips().iter().for_each(|vip| cluster.wait_backends(*vip, 3));
+    cluster.expose_with("web", &VIPS, &servers, &fields);
+    VIPS.iter().for_each(|vip| cluster.wait_backends(*vip, 3));
     let client = cluster.pod(0, "client");
-    for vip in vips() {
+    for vip in VIPS {
         let node_port = SocketAddr::new(cluster.world.nodes[0].address(vip.is_ipv6()), NODE_PORT);
         let chosen = tcp(&client.namespace, at(vip)).unwrap().server;
         let stays = |cluster: &Cluster| {
@@ -457,7 +449,7 @@ fn hints_keep_traffic_in_its_zone_kp_65_and_69() {
     let near = cluster.server(0, "near");
     let far = cluster.server(1, "far");
     let client = cluster.pod(0, "client");
-    let [vip, _] = vips();
+    let [vip, _] = VIPS;
     cluster.api.put(objects::service("web", &[vip], &[("tcp", "TCP", 80)]));
     let endpoint = |pod: &Pod| {
         let mut endpoint = objects::endpoint(pod.v4.into(), &pod.node);

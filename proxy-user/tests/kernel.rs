@@ -23,7 +23,7 @@ use proxy_common::settings::{Algorithm, Settings};
 use proxy_common::tables::{
     AffinityKey, AffinityValue, FlowKey, FlowValue, FragmentKey, FragmentValue, ServiceValue, Side,
 };
-use proxy_common::testing::{Becomes, Case, Hook, LINK, NODE, Packet, Service, Step, cases};
+use proxy_common::testing::{Case, Hook, LINK, NODE, Packet, Service, Step, cases};
 use proxy_common::{Outcome, V4, V6, proto};
 
 const BPFFS: &str = "/mnt/bpf";
@@ -100,18 +100,18 @@ impl Bench {
             .map(|port| (port, None))
             .chain(wanted.iter().map(|(port, tables)| (port.clone(), Some(tables.clone()))))
             .collect();
-        let ops = self.planner.plan(now, &changes, &mut refusals);
-        self.datapath.apply(&ops).unwrap();
-        assert_eq!(refusals, []);
-        let marks = NODE.map(|ip| (ip, ServiceValue::NODE | ServiceValue::NODE_PORTS)).into();
-        let ops = self.planner.plan_node(&marks);
-        self.datapath.apply(&ops).unwrap();
         let backends = services.iter().flat_map(|service| &service.backends);
         let route = |backend: &SocketAddr| {
             let source = NODE[usize::from(backend.is_ipv6())];
             (backend.ip(), Some(Route { source, link: LINK }))
         };
         self.datapath.set_routes(&backends.map(route).collect());
+        let ops = self.planner.plan(now, &changes, &mut refusals);
+        self.datapath.apply(&ops).unwrap();
+        assert_eq!(refusals, []);
+        let marks = NODE.map(|ip| (ip, ServiceValue::NODE | ServiceValue::NODE_PORTS)).into();
+        let ops = self.planner.plan_node(&marks);
+        self.datapath.apply(&ops).unwrap();
     }
 
     fn forget_flows(&self) {
@@ -222,24 +222,9 @@ fn run(bench: &mut Bench, case: &Case) {
             Step::Packet { hook, frame, outcome, becomes } => {
                 let (done, code, bytes) = bench.see(*hook, frame);
                 assert_eq!((done, code), (*outcome, verdict(*outcome)), "{place}");
-                judge(&place, frame, &bytes, becomes);
+                becomes.check(&place, frame, &bytes);
             }
         }
-    }
-}
-
-fn judge(place: &str, before: &[u8], after: &[u8], becomes: &Becomes) {
-    match becomes {
-        Becomes::Same => assert!(before == after, "{place}: it was touched"),
-        Becomes::This(wanted) => assert_eq!(after, wanted, "{place}"),
-        Becomes::OtherSourcePort(wanted) => {
-            let header = if wanted.src.is_ipv4() { 20 } else { 40 };
-            let port = u16::from_be_bytes(after[14 + header..][..2].try_into().unwrap());
-            assert_ne!(port, wanted.src.port(), "{place}");
-            let src = SocketAddr::new(wanted.src.ip(), port);
-            assert_eq!(after, Packet { src, ..wanted.clone() }.frame(), "{place}");
-        }
-        Becomes::Nothing => {}
     }
 }
 

@@ -4,35 +4,31 @@
 
 use std::collections::BTreeSet;
 use std::io::ErrorKind;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
 
 use portal::testing::client::{Connection, exchange, tcp, tcp_from_port, udp, udp_socket};
-use portal::testing::cluster::{Cluster, PORT, at};
+use portal::testing::cluster::{Cluster, PORT, VIPS, at};
 use portal::testing::world::{CNIS, Cni, Pod};
-use portal::testing::{agent, capture::Capture, eventually, objects, server};
+use portal::testing::{capture::Capture, eventually, objects, server};
 
 fn start(cni: Cni) -> Cluster {
     Cluster::start(cni, Path::new(env!("CARGO_BIN_EXE_portal")), &[])
 }
 
-fn vips() -> [IpAddr; 2] {
-    ["10.96.0.10".parse().unwrap(), "fd00:96::10".parse().unwrap()]
-}
-
-fn other_vips() -> [IpAddr; 2] {
-    ["10.96.0.20".parse().unwrap(), "fd00:96::20".parse().unwrap()]
-}
+const OTHER_VIPS: [IpAddr; 2] = [
+    IpAddr::V4(Ipv4Addr::new(10, 96, 0, 20)),
+    IpAddr::V6(Ipv6Addr::new(0xfd00, 0x96, 0, 0, 0, 0, 0, 0x20)),
+];
 
 /// Runs a test over both shapes of CNI, on one server and one client, both families.
 fn over_both_cnis(test: impl Fn(&Cluster, &Pod, &Pod, IpAddr)) {
     for cni in CNIS {
         let cluster = start(cni);
         let (client, server) = (cluster.pod(0, "client"), cluster.server(1, "server"));
-        cluster.expose("web", &vips(), &[&server]);
-        for vip in vips() {
+        cluster.expose("web", &VIPS, &[&server]);
+        for vip in VIPS {
             cluster.wait_backends(vip, 1);
             test(&cluster, &client, &server, vip);
         }
@@ -78,9 +74,9 @@ fn pods_of_one_node_reach_each_other_and_themselves() {
     for cni in CNIS {
         let cluster = start(cni);
         let (one, two) = (cluster.server(0, "one"), cluster.server(0, "two"));
-        cluster.expose("one", &vips(), &[&one]);
-        cluster.expose("two", &other_vips(), &[&two]);
-        for (vip, other) in vips().into_iter().zip(other_vips()) {
+        cluster.expose("one", &VIPS, &[&one]);
+        cluster.expose("two", &OTHER_VIPS, &[&two]);
+        for (vip, other) in VIPS.into_iter().zip(OTHER_VIPS) {
             cluster.wait_backends(vip, 1);
             cluster.wait_backends(other, 1);
             // A reply that a bridge delivers without the host's stack.
@@ -104,8 +100,8 @@ fn connections_spread_over_all_backends() {
     let client = cluster.pod(0, "client");
     let servers: Vec<Pod> =
         (0..4).map(|number| cluster.server(number % 2, &format!("server-{number}"))).collect();
-    cluster.expose("web", &vips(), &servers.iter().collect::<Vec<_>>());
-    for vip in vips() {
+    cluster.expose("web", &VIPS, &servers.iter().collect::<Vec<_>>());
+    for vip in VIPS {
         cluster.wait_backends(vip, 4);
         let seen: BTreeSet<String> =
             (0..100).map(|_| tcp(&client.namespace, at(vip)).unwrap().server).collect();
@@ -195,9 +191,9 @@ fn one_source_port_through_two_vips_to_one_pod_stays_two_connections() {
     for cni in CNIS {
         let cluster = start(cni);
         let (client, server) = (cluster.pod(0, "client"), cluster.server(1, "server"));
-        cluster.expose("one", &vips(), &[&server]);
-        cluster.expose("two", &other_vips(), &[&server]);
-        for (vip, other) in vips().into_iter().zip(other_vips()) {
+        cluster.expose("one", &VIPS, &[&server]);
+        cluster.expose("two", &OTHER_VIPS, &[&server]);
+        for (vip, other) in VIPS.into_iter().zip(OTHER_VIPS) {
             cluster.wait_backends(vip, 1);
             cluster.wait_backends(other, 1);
             let mut first = tcp_from_port(&client.namespace, at(vip), 40_000).unwrap();
@@ -228,8 +224,8 @@ fn refused_packets_are_logged_if_asked_for() {
     let portal = Path::new(env!("CARGO_BIN_EXE_portal"));
     let cluster = Cluster::start(Cni::Routed, portal, &["--trace"]);
     let client = cluster.pod(0, "client");
-    cluster.expose("web", &vips(), &[]);
-    for vip in vips() {
+    cluster.expose("web", &VIPS, &[]);
+    for vip in VIPS {
         cluster.wait_backends(vip, 0);
         assert!(tcp(&client.namespace, at(vip)).is_err());
     }
@@ -240,27 +236,18 @@ fn refused_packets_are_logged_if_asked_for() {
     });
 }
 
-/// What `portal-probe` says on a node: its line, or the kind of its failure.
-fn probe(cluster: &Cluster, node: usize, protocol: &str, to: SocketAddr) -> Result<String, String> {
-    let program = Path::new(env!("CARGO_BIN_EXE_portal-probe"));
-    let mut command = agent::command(&cluster.world.nodes[node], program, true);
-    let output = command.args([protocol, &to.to_string()]).output().unwrap();
-    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).trim().to_owned();
-    if output.status.success() { Ok(text(&output.stdout)) } else { Err(text(&output.stderr)) }
-}
-
 #[test]
 fn a_nodes_own_processes_reach_services_and_see_the_vip() {
     for cni in CNIS {
         let cluster = start(cni);
         let server = cluster.server(1, "server");
-        cluster.expose("web", &vips(), &[&server]);
+        cluster.expose("web", &VIPS, &[&server]);
         let mapped: IpAddr = "::ffff:10.96.0.10".parse().unwrap();
-        for vip in vips().into_iter().chain([mapped]) {
+        for vip in VIPS.into_iter().chain([mapped]) {
             cluster.wait_backends(vip.to_canonical(), 1);
             for protocol in ["tcp", "udp", "connected-udp"] {
                 for node in 0..2 {
-                    let line = probe(&cluster, node, protocol, at(vip)).unwrap();
+                    let line = cluster.probe(node, protocol, at(vip)).unwrap();
                     let peer = line.rsplit(' ').next().unwrap();
                     assert!(line.starts_with("server "), "{protocol} n{node}: {line}");
                     assert_eq!(peer, at(vip).to_string(), "{protocol} n{node}: {line}");
@@ -273,12 +260,12 @@ fn a_nodes_own_processes_reach_services_and_see_the_vip() {
 #[test]
 fn a_nodes_own_processes_are_refused_at_once() {
     let cluster = start(Cni::Bridge);
-    cluster.expose("web", &vips(), &[]);
-    for vip in vips() {
+    cluster.expose("web", &VIPS, &[]);
+    for vip in VIPS {
         cluster.wait_backends(vip, 0);
         for to in [at(vip), SocketAddr::new(vip, PORT + 1)] {
             for protocol in ["tcp", "udp", "connected-udp"] {
-                assert_eq!(probe(&cluster, 0, protocol, to), Err("ConnectionRefused".to_owned()));
+                assert_eq!(cluster.probe(0, protocol, to), Err("ConnectionRefused".to_owned()));
             }
         }
     }
@@ -298,9 +285,9 @@ fn killing_the_agent_loses_no_connection_and_its_successor_catches_up() {
     let mut cluster = start(Cni::Bridge);
     let client = cluster.pod(0, "client");
     let (one, two) = (cluster.server(1, "one"), cluster.server(0, "two"));
-    cluster.expose("web", &vips(), &[&one]);
+    cluster.expose("web", &VIPS, &[&one]);
     let mut connections = Vec::new();
-    for vip in vips() {
+    for vip in VIPS {
         cluster.wait_backends(vip, 1);
         connections.extend((0..100).map(|_| tcp(&client.namespace, at(vip)).unwrap()));
     }
@@ -310,29 +297,28 @@ fn killing_the_agent_loses_no_connection_and_its_successor_catches_up() {
         services.iter().map(|s| (text(&s["vip"]), text(&s["id"]))).collect()
     };
     let before = ids(&cluster);
-    // All of them keep talking, whatever happens.
+    // All of them keep talking, whatever happens: one after the other, so that the agents get their time.
     let stop = AtomicBool::new(false);
-    let talk = |connection: &mut Connection| {
+    let talk = |connections: &mut [Connection]| {
         let mut rounds = 0_u64;
-        while !stop.load(Ordering::Relaxed) {
-            let bytes = rounds.to_be_bytes();
-            assert_eq!(connection.echo(&bytes).unwrap(), bytes);
+        while rounds < 3 || !stop.load(Ordering::Relaxed) {
+            for connection in &mut *connections {
+                let bytes = rounds.to_be_bytes();
+                assert_eq!(connection.echo(&bytes).unwrap(), bytes);
+            }
             rounds += 1;
-            // Two hundred of these must leave the agents some time.
-            std::thread::sleep(Duration::from_millis(20));
         }
-        assert!(rounds > 3);
     };
     std::thread::scope(|scope| {
         // A panic here must not leave the others talking for ever.
         let _stopper = Stopper(&stop);
-        connections.iter_mut().for_each(|connection| drop(scope.spawn(|| talk(connection))));
+        scope.spawn(|| talk(&mut connections));
         cluster.agents[0].take().unwrap().kill();
         // Meanwhile the backend changes, and a Service comes.
         cluster.endpoints("web", &[&two]);
-        cluster.expose("new", &other_vips(), &[&two]);
+        cluster.expose("new", &OTHER_VIPS, &[&two]);
         cluster.start_agent(0);
-        for vip in vips().into_iter().chain(other_vips()) {
+        for vip in VIPS.into_iter().chain(OTHER_VIPS) {
             cluster.wait_backends(vip, 1);
             assert_eq!(tcp(&client.namespace, at(vip)).unwrap().server, "two");
         }
@@ -365,8 +351,8 @@ fn pods_come_and_go_at_any_time() {
     for cni in CNIS {
         let cluster = start(cni);
         let server = cluster.server(1, "server");
-        cluster.expose("web", &vips(), &[&server]);
-        for vip in vips() {
+        cluster.expose("web", &VIPS, &[&server]);
+        for vip in VIPS {
             cluster.wait_backends(vip, 1);
             for round in 0..3 {
                 let client = cluster.pod(0, &format!("client{round}"));
@@ -389,7 +375,7 @@ fn several_ports_and_endpoints_with_their_own_numbers() {
         server::tcp(&second.namespace, "second", address, 9090);
         server::tcp(&first.namespace, "metrics", first.address(vip.is_ipv6()), 9100);
         let ports = [("http", "TCP", 80), ("metrics", "TCP", 81)];
-        cluster.api.put(objects::service("multi", &other_vips(), &ports));
+        cluster.api.put(objects::service("multi", &OTHER_VIPS, &ports));
         let slices = [
             ("multi-a", first, &[("http", "TCP", 8080), ("metrics", "TCP", 9100)][..]),
             ("multi-b", &second, &[("http", "TCP", 9090)]),
@@ -398,7 +384,7 @@ fn several_ports_and_endpoints_with_their_own_numbers() {
             let endpoint = objects::endpoint(pod.address(vip.is_ipv6()), &pod.node);
             cluster.api.put(objects::slice(name, "multi", ports, &[endpoint]));
         }
-        let [other4, other6] = other_vips();
+        let [other4, other6] = OTHER_VIPS;
         let vip = if vip.is_ipv6() { other6 } else { other4 };
         eventually("both endpoints of the first port are reached", || {
             let reached: BTreeSet<String> = (0..20)
@@ -445,23 +431,23 @@ fn two_worlds_of_one_kernel_do_not_disturb_each_other() {
         })
         .collect();
     for (cluster, (_, server)) in clusters.iter().zip(&actors) {
-        cluster.expose("web", &vips(), &[server]);
-        vips().iter().for_each(|vip| cluster.wait_backends(*vip, 1));
+        cluster.expose("web", &VIPS, &[server]);
+        VIPS.iter().for_each(|vip| cluster.wait_backends(*vip, 1));
     }
     let reach = |cluster: &Cluster, client: &Pod, vip: IpAddr| {
         let name = format!("{:?}", cluster.world.cni);
         assert_eq!(tcp(&client.namespace, at(vip)).unwrap().server, name);
         assert_eq!(udp(&client.namespace, at(vip), b"x").unwrap().server, name);
-        assert!(probe(cluster, 0, "tcp", at(vip)).unwrap().starts_with(&name));
+        assert!(cluster.probe(0, "tcp", at(vip)).unwrap().starts_with(&name));
     };
-    for vip in vips() {
+    for vip in VIPS {
         for (cluster, (client, _)) in clusters.iter().zip(&actors) {
             reach(cluster, client, vip);
         }
     }
     let [first, second] = clusters;
     drop(first);
-    for vip in vips() {
+    for vip in VIPS {
         reach(&second, &actors[1].0, vip);
     }
 }
@@ -475,22 +461,34 @@ fn a_pods_link_may_come_and_go_and_clsact_serves_where_there_is_no_tcx() {
     for v6 in [false, true] {
         server::tcp(&backend.namespace, "server", backend.address(v6), 8080);
     }
-    cluster.expose("web", &vips(), &[&backend]);
+    cluster.expose("web", &VIPS, &[&backend]);
     let reach = |cluster: &Cluster, pod: &Pod, vip: IpAddr| {
         cluster.wait_backends(vip, 1);
         eventually("the pod's link is served", || {
             tcp(&pod.namespace, at(vip)).ok().map(|connection| connection.server)
         })
     };
-    for vip in vips() {
+    for vip in VIPS {
         assert_eq!(reach(&cluster, &client, vip), "server");
     }
     // A successor finds the filters and puts its programs there.
+    let filters = |cluster: &Cluster| {
+        cluster.world.nodes[0].namespace.netlink(async |net| net.filters("eth0").await)
+    };
     cluster.agents[0].take().unwrap().kill();
     cluster.start_agent(0);
     cluster.world.nodes[0].remove_pod(&client);
     let next = cluster.world.pod(0, "next");
-    for vip in vips() {
+    for vip in VIPS {
+        assert_eq!(reach(&cluster, &next, vip), "server");
+    }
+    assert_eq!(filters(&cluster), 2);
+    // One that attaches in another way leaves none of them.
+    cluster.agents[0].take().unwrap().kill();
+    cluster.arguments = vec!["--tc".to_owned(), "tcx".to_owned()];
+    cluster.start_agent(0);
+    eventually("the filters are gone", || (filters(&cluster) == 0).then_some(()));
+    for vip in VIPS {
         assert_eq!(reach(&cluster, &next, vip), "server");
     }
 }

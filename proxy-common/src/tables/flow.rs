@@ -164,7 +164,7 @@ impl<F: Family> FlowValue<F> {
 /// Whether a record seen at `seen` has been idle for longer than `timeout`. `now` may be older than
 /// `seen`: another CPU's clock, or one read before a long scan.
 #[inline(always)]
-const fn expired(seen: u32, timeout: u32, now: u32) -> bool {
+pub const fn expired(seen: u32, timeout: u32, now: u32) -> bool {
     now.wrapping_sub(seen).cast_signed() > timeout.cast_signed()
 }
 

@@ -23,7 +23,7 @@ pub mod peer;
 pub mod service;
 
 pub use config::{Config, Name};
-pub use flow::{FlowKey, FlowRecord, FlowValue, Packet, Part, Side, State, Work};
+pub use flow::{FlowKey, FlowRecord, FlowValue, Packet, Part, Side, State, Work, expired};
 pub use fragment::{FragmentKey, FragmentValue};
 pub use peer::{PeerKey, PeerValue};
 pub use service::{

@@ -2,6 +2,7 @@
 
 use proxy_common::tables::{
     AffinityKey, AffinityValue, Backend, Range, RangeData, ServiceKey, ServiceValue, SourceRange,
+    expired,
 };
 use proxy_common::{Family, Outcome, Port};
 
@@ -108,7 +109,7 @@ fn sticky<F: Family, T: Tables<F>>(
     now: u32,
 ) -> Option<(u32, Backend<F>)> {
     let known = tables.affinity(client)?;
-    if now.wrapping_sub(known.seen) > service.affinity {
+    if expired(known.seen, service.affinity, now) {
         return None;
     }
     let backend = tables.backend(known.backend)?;

@@ -55,13 +55,18 @@ fn is_over<F: Family, T: Tables<F>>(
         && is_stale(record, tables)
 }
 
+/// The flow's backend, if its number has not been given to another one since.
+#[inline(always)]
+fn backend<F: Family, T: Tables<F>>(record: FlowRecord<'_, F>, tables: &T) -> Option<Backend<F>> {
+    let backend = tables.backend(record.backend())?;
+    (backend.generation == record.generation()).then_some(backend)
+}
+
 /// Whether the flow's backend has been withdrawn since it was chosen (KP-109 to 113).
 #[inline(always)]
 pub fn is_stale<F: Family, T: Tables<F>>(record: FlowRecord<'_, F>, tables: &T) -> bool {
-    match tables.backend(record.backend()) {
-        Some(backend) => {
-            backend.flags & Backend::<F>::SERVING == 0 || backend.generation != record.generation()
-        }
+    match backend(record, tables) {
+        Some(backend) => backend.flags & Backend::<F>::SERVING == 0,
         None => true,
     }
 }
@@ -74,10 +79,8 @@ fn link<F: Family, T: Tables<F>>(record: FlowRecord<'_, F>, tables: &T) -> u32 {
     if link == 0 || record.flags() & FlowValue::<F>::IS_REPLY != 0 {
         return link;
     }
-    match tables.backend(record.backend()) {
-        Some(backend) if backend.generation == record.generation() && backend.link != 0 => {
-            backend.link
-        }
+    match backend(record, tables) {
+        Some(backend) if backend.link != 0 => backend.link,
         _ => link,
     }
 }
@@ -98,11 +101,7 @@ fn confirm<F: Family, T: Tables<F>>(
     } else {
         tables.setting(|s| &s.udp_stream_timeout)
     };
-    write_state(record, State::Established, timeout, 0);
-    if let Some(other) = tables.flow(&work.other) {
-        other.set_seen(now);
-        write_state(other, State::Established, timeout, 0);
-    }
+    write_both(record, now, tables, work, (State::Established, timeout, 0));
 }
 
 /// Follows a connection's end, so that its record does not outlive it by hours. All but a few of a
@@ -132,12 +131,7 @@ fn follow_tcp<F: Family, T: Tables<F>>(
         // As it does here.
         (State::Established, tables.setting(|s| &s.tcp_timeout))
     };
-    // Both records are told: they live and die together.
-    write_state(record, state, timeout, fins);
-    if let Some(other) = tables.flow(&work.other) {
-        other.set_seen(now);
-        write_state(other, state, timeout, fins);
-    }
+    write_both(record, now, tables, work, (state, timeout, fins));
 }
 
 /// The flag that a FIN in this direction sets.
@@ -150,8 +144,24 @@ fn fin_of<F: Family>(ends: u8, flags: u8) -> u8 {
     }
 }
 
+/// Both records are told: they live and die together.
 #[inline(always)]
-fn write_state<F: Family>(record: FlowRecord<'_, F>, state: State, timeout: u32, fins: u8) {
+fn write_both<F: Family, T: Tables<F>>(
+    record: FlowRecord<'_, F>,
+    now: u32,
+    tables: &T,
+    work: &Work<F>,
+    news: (State, u32, u8),
+) {
+    write_state(record, news);
+    if let Some(other) = tables.flow(&work.other) {
+        other.set_seen(now);
+        write_state(other, news);
+    }
+}
+
+#[inline(always)]
+fn write_state<F: Family>(record: FlowRecord<'_, F>, (state, timeout, fins): (State, u32, u8)) {
     record.set_state(state as u8);
     record.set_timeout(timeout);
     record.set_flags(record.flags() & FlowValue::<F>::IS_REPLY | fins);

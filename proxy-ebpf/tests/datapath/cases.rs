@@ -1,9 +1,8 @@
 //! The cases that the kernel runs too.
 
 use std::collections::BTreeSet;
-use std::net::SocketAddr;
 
-use proxy_common::testing::{Becomes, Case, Packet, Step, cases};
+use proxy_common::testing::{Case, Step, cases};
 use proxy_common::{Outcome, V4, V6};
 
 use crate::host::{Host, HostFamily};
@@ -21,29 +20,11 @@ fn run<F: HostFamily>(case: &Case) -> BTreeSet<Outcome> {
             Step::Packet { hook, frame, outcome, becomes } => {
                 let (done, bytes) = host.see(*hook, frame);
                 assert_eq!(done, *outcome, "{place}");
-                judge(&place, frame, &bytes, becomes);
+                becomes.check(&place, frame, &bytes);
             }
         }
     }
     host.counted.into_inner()
-}
-
-fn judge(place: &str, before: &[u8], after: &[u8], becomes: &Becomes) {
-    match becomes {
-        Becomes::Same => assert!(before == after, "{place}: it was touched"),
-        Becomes::This(wanted) => assert_eq!(after, wanted, "{place}"),
-        Becomes::OtherSourcePort(wanted) => {
-            let port = u16::from_be_bytes(after[14 + header(after)..][..2].try_into().unwrap());
-            assert_ne!(port, wanted.src.port(), "{place}");
-            let src = SocketAddr::new(wanted.src.ip(), port);
-            assert_eq!(after, Packet { src, ..wanted.clone() }.frame(), "{place}");
-        }
-        Becomes::Nothing => {}
-    }
-}
-
-fn header(frame: &[u8]) -> usize {
-    if frame[12..14] == [0x86, 0xdd] { 40 } else { 20 }
 }
 
 #[test]

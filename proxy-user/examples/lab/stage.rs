@@ -2,14 +2,14 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::SocketAddr;
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use aya::maps::{HashMap, Map, MapData};
 use portal::kernel::name_of;
-use portal::testing::cluster::{Cluster, at};
+use portal::testing::cluster::{Cluster, VIPS, at};
 use portal::testing::world::{BPFFS, Cni, Node, Pod};
 use portal::testing::{agent, client, eventually};
 use proxy_common::tables::{ServiceKey, ServiceValue};
@@ -22,12 +22,6 @@ use super::show::{Show, command, say, title};
 pub const SERVICE: &str = "webfrontend";
 /// The port of every node that leads to the Service.
 pub const NODE_PORT: u16 = 30_080;
-/// The Service's virtual IPs.
-const VIPS: [IpAddr; 2] = [
-    IpAddr::V4(Ipv4Addr::new(10, 96, 0, 10)),
-    IpAddr::V6(Ipv6Addr::new(0xfd00, 0x96, 0, 0, 0, 0, 0, 0x10)),
-];
-
 /// The cluster with its actors.
 pub struct Stage {
     /// Nodes, agents, API server.
@@ -123,14 +117,7 @@ impl Stage {
         protocol: &str,
         times: u32,
     ) -> Result<Vec<[String; 3]>, String> {
-        let place = &self.cluster.world.nodes[node];
-        let mut probe = agent::command(place, &self.programs.join("portal-probe"), true);
-        let arguments = [protocol, &Self::vip(false).to_string(), &times.to_string()];
-        let output = probe.args(arguments).output().map_err(|error| error.to_string())?;
-        if !output.status.success() {
-            return Err(String::from_utf8_lossy(&output.stderr).trim().to_owned());
-        }
-        let text = String::from_utf8_lossy(&output.stdout);
+        let text = self.cluster.probe_often(node, protocol, Self::vip(false), times)?;
         let line = |line: &str| {
             let mut words = line.split(' ').map(str::to_owned);
             [(); 3].map(|()| words.next().unwrap_or_default())

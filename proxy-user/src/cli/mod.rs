@@ -33,7 +33,7 @@ enum Command {
     /// List flows: who talks to which backend through which VIP
     #[command(visible_alias = "flow")]
     Flows(list::Args),
-    /// Remove every trace of Portal from this node: programs, maps and pins
+    /// Remove Portal from this node: programs, maps and pins
     Cleanup(Place),
     /// Print the version, and that of the contract between agent and kernel
     Version,

@@ -1,7 +1,7 @@
 //! The doors of a Service: its addresses of one family, and what is asked at each.
 
 use std::collections::BTreeMap;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::IpAddr;
 
 use ipnet::IpNet;
 
@@ -35,7 +35,7 @@ pub fn doors(service: &Service, node: &Node, cluster_ip: IpAddr) -> Doors {
             addresses.entry(*address).or_insert(access);
         }
     }
-    Doors { addresses, node_ports: (any(family), external), ranges }
+    Doors { addresses, node_ports: (family.any(), external), ranges }
 }
 
 impl Doors {
@@ -50,14 +50,6 @@ impl Doors {
             frontends.insert(frontend(any, number), access);
         }
         frontends
-    }
-}
-
-/// The address at which `NodePorts` are.
-pub const fn any(family: IpFamily) -> IpAddr {
-    match family {
-        IpFamily::V4 => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
-        IpFamily::V6 => IpAddr::V6(Ipv6Addr::UNSPECIFIED),
     }
 }
 

@@ -142,8 +142,8 @@ fn settings(options: &Options, seed: u32) -> Settings {
         netns_cookie: bytemuck::cast(cookie),
         vip_ping: options.vip_ping.into(),
         algorithm: options.algorithm as u32,
-        pods4: pods4(&options.cluster_cidrs),
-        pods6: pods6(&options.cluster_cidrs),
+        pods4: options.cluster_cidrs.iter().find_map(range4).unwrap_or(Settings::DEFAULT.pods4),
+        pods6: options.cluster_cidrs.iter().find_map(range6).unwrap_or(Settings::DEFAULT.pods6),
         ..Settings::DEFAULT
     }
 }
@@ -171,24 +171,14 @@ fn masquerade_ports((low, high): (u16, u16)) -> (u32, u32) {
     (first_port, LAST - first_port + 1)
 }
 
-fn pods4(ranges: &[IpNet]) -> Range4 {
-    let mut of_family = ranges.iter().filter_map(|range| match range {
-        IpNet::V4(range) => {
-            Some(Range4 { address: range.network().octets(), mask: range.netmask().octets() })
-        }
-        IpNet::V6(_) => None,
-    });
-    of_family.next().unwrap_or(Settings::DEFAULT.pods4)
+fn range4(range: &IpNet) -> Option<Range4> {
+    let IpNet::V4(range) = range else { return None };
+    Some(Range4 { address: range.network().octets(), mask: range.netmask().octets() })
 }
 
-fn pods6(ranges: &[IpNet]) -> Range6 {
-    let mut of_family = ranges.iter().filter_map(|range| match range {
-        IpNet::V6(range) => {
-            Some(Range6 { address: range.network().octets(), mask: range.netmask().octets() })
-        }
-        IpNet::V4(_) => None,
-    });
-    of_family.next().unwrap_or(Settings::DEFAULT.pods6)
+fn range6(range: &IpNet) -> Option<Range6> {
+    let IpNet::V6(range) = range else { return None };
+    Some(Range6 { address: range.network().octets(), mask: range.netmask().octets() })
 }
 
 /// A verifier's error holds its whole log: its end says what is wrong.

@@ -20,6 +20,7 @@ mod sys;
 mod tc;
 mod writer;
 
+use std::collections::HashSet;
 use std::fs;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
@@ -72,6 +73,8 @@ pub struct Datapath {
     links: PinnedLinks,
     writer: Writer,
     tc: TcMode,
+    /// The network links that this agent has attached to.
+    attached: HashSet<u32>,
     maps: PathBuf,
     /// Held while this agent runs.
     _lock: Flock<OwnedFd>,
@@ -99,18 +102,19 @@ impl Datapath {
         let lock = lock(&options.bpffs_root)?;
         let mut ebpf = load::load(options, &maps)?;
         let mut links = PinnedLinks::new(links_folder(&options.bpffs_root))?;
-        let writer = Writer::open(&maps)?;
+        let mut writer = Writer::open(&maps)?;
         let tc = tc::resolve(options.tc, &ebpf)?;
+        let (planner, repairs) = Planner::recover(writer.capacity(), &writer.actual()?);
+        repairs.iter().try_for_each(|op| writer.apply(op))?;
+        // Last, so that nothing is attached if anything fails.
         let before = links.names();
         if let Err(error) = sockets::attach(&mut ebpf, &mut links, options) {
             let fresh = links.names().into_iter().filter(|name| !before.contains(name));
             fresh.for_each(|name| links.remove(&name));
             return Err(error);
         }
-        let (planner, repairs) = Planner::recover(writer.capacity(), &writer.actual()?);
-        let mut datapath = Self { ebpf, links, writer, tc, maps, _lock: lock };
-        datapath.apply(&repairs)?;
-        Ok((datapath, planner))
+        let attached = HashSet::new();
+        Ok((Self { ebpf, links, writer, tc, attached, maps, _lock: lock }, planner))
     }
 
     /// What the programs log; of use with [`Options::trace`], and once.
@@ -134,7 +138,7 @@ impl Datapath {
         ops.iter().try_for_each(|op| self.writer.apply(op))
     }
 
-    /// Takes in which ways lead to backends, where that has changed.
+    /// Takes in which ways lead to backends, where that has changed: for those written from now on.
     pub fn set_routes(&mut self, changed: &Routes) {
         self.writer.set_routes(changed);
     }
@@ -144,17 +148,21 @@ impl Datapath {
     /// # Errors
     /// If the kernel refuses, most often because the link has just gone.
     pub fn attach(&mut self, ifindex: u32, name: &str, role: Role) -> Result<()> {
-        tc::attach(&mut self.ebpf, &mut self.links, self.tc, ifindex, name, role)
+        tc::attach(&mut self.ebpf, &mut self.links, self.tc, ifindex, name, role)?;
+        self.attached.insert(ifindex);
+        Ok(())
     }
 
     /// Detaches the datapath from a link that is gone or has another role.
     pub fn detach(&mut self, ifindex: u32, name: &str) {
+        self.attached.remove(&ifindex);
         tc::detach(&mut self.links, self.tc, ifindex, name);
     }
 
-    /// The links that an earlier agent has left programs on.
-    pub fn attached(&self) -> Vec<u32> {
-        tc::attached(&self.links)
+    /// Detaches what an earlier agent has left on links that are none of ours any more, and all that it
+    /// attached in another way than this one does.
+    pub fn detach_others(&mut self) {
+        tc::detach_others(&mut self.links, self.tc, &self.attached);
     }
 
     /// How often an outcome was.
@@ -188,7 +196,7 @@ fn lock(root: &Path) -> Result<Flock<OwnedFd>> {
     })
 }
 
-/// Removes every trace of the datapath: links, maps, folders.
+/// Removes the datapath: programs, links, maps, folders. clsact qdiscs stay, which others may use.
 ///
 /// # Errors
 /// All of what could not be removed, in one error.
@@ -197,7 +205,7 @@ pub fn cleanup(bpffs_root: &Path) -> Result<()> {
         return Ok(());
     }
     let _lock = lock(bpffs_root)?;
-    tc::remove_filters(&links_folder(bpffs_root));
+    tc::remove_filters(|_| false);
     let mut problems = Vec::new();
     for folder in [links_folder(bpffs_root), maps_folder(bpffs_root)] {
         let Ok(entries) = fs::read_dir(&folder) else { continue };

@@ -1,6 +1,6 @@
 //! The programs of a network link: tcx where the kernel has it (6.6), clsact before.
 
-use std::path::Path;
+use std::collections::HashSet;
 
 use anyhow::{Context, Result};
 use aya::Ebpf;
@@ -97,15 +97,19 @@ fn pin(ifindex: u32, side: &str) -> String {
 }
 
 /// The links that have pins.
-pub fn attached(links: &PinnedLinks) -> Vec<u32> {
-    let names = links.names();
-    let mut found: Vec<u32> = names
-        .iter()
-        .filter_map(|name| name.strip_prefix("tc-")?.split('-').next()?.parse().ok())
-        .collect();
-    found.sort_unstable();
-    found.dedup();
-    found
+fn pinned(links: &PinnedLinks) -> HashSet<u32> {
+    let index = |name: String| name.strip_prefix("tc-")?.split('-').next()?.parse().ok();
+    links.names().into_iter().filter_map(index).collect()
+}
+
+/// Takes all programs off links that are not `attached`, and off all links those that are attached in
+/// the other mode.
+pub fn detach_others(links: &mut PinnedLinks, mode: TcMode, attached: &HashSet<u32>) {
+    let stays = |by: TcMode, ifindex: u32| mode == by && attached.contains(&ifindex);
+    for ifindex in pinned(links).into_iter().filter(|ifindex| !stays(TcMode::Tcx, *ifindex)) {
+        detach(links, TcMode::Tcx, ifindex, "");
+    }
+    remove_filters(|ifindex| stays(TcMode::Clsact, ifindex));
 }
 
 /// Takes both programs off a link.
@@ -153,10 +157,10 @@ fn remove_filter(name: &str, direction: TcAttachType) {
     drop(SchedClassifierLink::attached(name, direction, PRIORITY, HANDLE, None));
 }
 
-/// Removes our clsact filters from all links of this network namespace.
-pub fn remove_filters(_links: &Path) {
+/// Removes our clsact filters from all links of this network namespace but those that keep theirs.
+pub fn remove_filters(keeps: impl Fn(u32) -> bool) {
     let Ok(interfaces) = nix::net::if_::if_nameindex() else { return };
-    for interface in &interfaces {
+    for interface in interfaces.iter().filter(|interface| !keeps(interface.index())) {
         let name = interface.name().to_string_lossy();
         HOOKS.iter().for_each(|(direction, ..)| remove_filter(&name, *direction));
     }

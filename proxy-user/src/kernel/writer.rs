@@ -13,7 +13,7 @@ use super::mapped::Mapped;
 use super::read::{FromIp, read_actual};
 use crate::desired::{Frontend, PortId};
 use crate::model::IpFamily;
-use crate::plan::{Actual, BackendEntry, Capacity, Lead, Op};
+use crate::plan::{Actual, BackendEntry, Capacity, Lead, Op, flags_of};
 use crate::routes::{Route, Routes};
 
 /// One family's tables.
@@ -77,23 +77,6 @@ impl<F: Family> FamilyTables<F> {
         );
     }
 
-    /// Writes the routes that have changed to the backends that they lead to.
-    fn write_routes(&self, changed: &Routes)
-    where
-        F::Addr: FromIp,
-    {
-        for number in 0..self.backends.length() {
-            let backend = self.backends.get(number);
-            if backend.flags == 0 {
-                continue;
-            }
-            if let Some(route) = changed.get(&backend.addr.into()) {
-                let (source, link) = way::<F>(route.as_ref());
-                self.backends.set(number, tables::Backend { source, link, ..backend });
-            }
-        }
-    }
-
     fn put(&mut self, key: ServiceKey<F>, lead: Lead) -> Result<()> {
         let Lead { id, cluster, local, affinity, flags } = lead;
         let value = ServiceValue { tag: key.tag(), id, cluster, local, affinity, flags };
@@ -114,15 +97,12 @@ impl<F: Family> FamilyTables<F> {
 }
 
 fn flags<F: Family>(entry: BackendEntry) -> u32 {
-    [
+    flags_of(&[
         (entry.serving, tables::Backend::<F>::SERVING),
         (entry.local, tables::Backend::<F>::LOCAL),
         (entry.usable, tables::Backend::<F>::IN_CLUSTER),
         (entry.usable_local, tables::Backend::<F>::IN_LOCAL),
-    ]
-    .into_iter()
-    .filter(|(set, _)| *set)
-    .fold(0, |flags, (_, flag)| flags | flag)
+    ])
 }
 
 /// A route as a backend has it.
@@ -182,7 +162,7 @@ impl Writer {
         read_actual(self)
     }
 
-    /// Takes in which ways lead to backends, where that has changed.
+    /// Takes in which ways lead to backends, where that has changed: for those written from now on.
     pub fn set_routes(&mut self, changed: &Routes) {
         for (address, route) in changed {
             match route {
@@ -190,8 +170,6 @@ impl Writer {
                 None => self.routes.remove(address),
             };
         }
-        self.v4.write_routes(changed);
-        self.v6.write_routes(changed);
     }
 
     /// Carries out one write.

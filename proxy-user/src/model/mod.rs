@@ -7,7 +7,7 @@ pub mod from_k8s;
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ipnet::IpNet;
 use proxy_common::proto;
@@ -49,6 +49,14 @@ impl IpFamily {
         match address {
             IpAddr::V4(_) => Self::V4,
             IpAddr::V6(_) => Self::V6,
+        }
+    }
+
+    /// The family's unspecified address.
+    pub const fn any(self) -> IpAddr {
+        match self {
+            Self::V4 => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
+            Self::V6 => IpAddr::V6(Ipv6Addr::UNSPECIFIED),
         }
     }
 }
@@ -228,6 +236,11 @@ impl Cluster {
     /// The slices of the Service of that name, in the order of their names.
     pub fn slices(&self, service: &ObjectName) -> impl Iterator<Item = &Slice> {
         self.slices.get(service).into_iter().flat_map(BTreeMap::values)
+    }
+
+    /// How many Services there are.
+    pub fn services(&self) -> usize {
+        self.services.len()
     }
 
     /// The names of all Services.

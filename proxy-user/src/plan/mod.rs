@@ -19,6 +19,7 @@ use ipnet::IpNet;
 use proxy_common::settings::ticks;
 use proxy_common::tables::{Range, ServiceValue};
 
+pub(crate) use self::op::flags_of;
 pub use self::op::{BackendEntry, Capacity, Change, Lead, Op, Refusal};
 pub use self::recover::{Actual, ActualBackend, ActualService};
 use crate::desired::{Access, Backend, Frontend, Port, PortId};
@@ -92,9 +93,24 @@ impl Planner {
         self.held.keys()
     }
 
-    /// The addresses of all backends that the kernel holds.
-    pub fn backends(&self) -> HashSet<IpAddr> {
-        self.held.values().flat_map(|held| held.numbers.keys().map(SocketAddr::ip)).collect()
+    /// The addresses of all backends on other nodes that the kernel holds.
+    pub fn remote_backends(&self) -> HashSet<IpAddr> {
+        let all = self.held.values().flat_map(|held| held.numbers.values());
+        all.filter(|(_, entry)| !entry.local).map(|(_, entry)| entry.address.ip()).collect()
+    }
+
+    /// Writes backends again as they are: another way leads to those addresses.
+    pub fn rewrite(&self, is_concerned: impl Fn(IpAddr) -> bool) -> Vec<Op> {
+        let mut ops = Vec::new();
+        for (port, held) in &self.held {
+            let concerned = held.numbers.values().filter(|(_, e)| is_concerned(e.address.ip()));
+            ops.extend(concerned.map(|(number, entry)| Op::Backend {
+                family: port.family,
+                number: *number,
+                backend: *entry,
+            }));
+        }
+        ops
     }
 
     /// Plans changes of Service ports, each to what is wanted; `None` removes one. `now` orders the reuse
@@ -348,16 +364,13 @@ impl Held {
 }
 
 fn flags(access: Access) -> u32 {
-    [
+    flags_of(&[
         (access.refuses, ServiceValue::REFUSES),
         (access.local_for_all, ServiceValue::LOCAL_FOR_ALL),
         (access.local_for_outside, ServiceValue::LOCAL_FOR_OUTSIDE),
         (access.source_ranges, ServiceValue::SOURCE_RANGES),
         (access.node_allowed, ServiceValue::NODE_ALLOWED),
-    ]
-    .into_iter()
-    .filter(|(set, _)| *set)
-    .fold(0, |flags, (_, flag)| flags | flag)
+    ])
 }
 
 fn entry(backend: &Backend, generation: u16, service: u32) -> BackendEntry {

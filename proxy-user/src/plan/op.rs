@@ -115,6 +115,11 @@ pub struct BackendEntry {
 }
 
 impl BackendEntry {
+    /// Whether it takes packets and is on another node.
+    pub const fn is_remote(&self) -> bool {
+        self.serving && !self.local
+    }
+
     /// The backend, gone.
     pub(super) fn withdrawn(self) -> Self {
         Self { serving: false, usable: false, usable_local: false, ..self }
@@ -156,4 +161,10 @@ pub struct Capacity {
     pub backends: u32,
     /// Source ranges of each family.
     pub ranges: u32,
+}
+
+/// The flags of the facts that hold.
+pub(crate) fn flags_of(facts: &[(bool, u32)]) -> u32 {
+    let set = facts.iter().filter(|(holds, _)| *holds);
+    set.fold(0, |flags, (_, flag)| flags | flag)
 }

@@ -4,10 +4,7 @@ use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream, UdpSocket};
 use std::time::Duration;
 
-use nix::sys::socket::{
-    AddressFamily, SockFlag, SockType, SockaddrIn, SockaddrIn6, bind, connect, setsockopt, socket,
-    sockopt,
-};
+use socket2::{Domain, Socket, Type};
 
 use super::namespace::Namespace;
 use super::server::parse_greeting;
@@ -47,24 +44,10 @@ pub fn tcp_here(to: SocketAddr) -> io::Result<Connection> {
 /// As the socket calls say.
 pub fn tcp_from_port(from: &Namespace, to: SocketAddr, port: u16) -> io::Result<Connection> {
     let stream = from.run(|| -> io::Result<TcpStream> {
-        let family = if to.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
-        let socket = socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
-        setsockopt(&socket, sockopt::ReuseAddr, &true)?;
-        let fd = std::os::fd::AsRawFd::as_raw_fd(&socket);
-        match to {
-            SocketAddr::V4(to) => {
-                bind(
-                    fd,
-                    &SockaddrIn::from(std::net::SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, port)),
-                )?;
-                connect(fd, &SockaddrIn::from(to))?;
-            }
-            SocketAddr::V6(to) => {
-                let any = std::net::SocketAddrV6::new(Ipv6Addr::UNSPECIFIED, port, 0, 0);
-                bind(fd, &SockaddrIn6::from(any))?;
-                connect(fd, &SockaddrIn6::from(to))?;
-            }
-        }
+        let socket = Socket::new(Domain::for_address(to), Type::STREAM, None)?;
+        socket.set_reuse_address(true)?;
+        socket.bind(&SocketAddr::new(unspecified(to.is_ipv6()), port).into())?;
+        socket.connect(&to.into())?;
         Ok(socket.into())
     })?;
     greeted(stream)
@@ -121,10 +104,13 @@ pub fn udp_socket(namespace: &Namespace, v6: bool, port: u16) -> io::Result<UdpS
 /// # Errors
 /// As the socket calls say.
 pub fn udp_socket_here(v6: bool, port: u16) -> io::Result<UdpSocket> {
-    let any: IpAddr = if v6 { Ipv6Addr::UNSPECIFIED.into() } else { Ipv4Addr::UNSPECIFIED.into() };
-    let socket = UdpSocket::bind((any, port))?;
+    let socket = UdpSocket::bind((unspecified(v6), port))?;
     socket.set_read_timeout(Some(PATIENCE))?;
     Ok(socket)
+}
+
+fn unspecified(v6: bool) -> IpAddr {
+    if v6 { Ipv6Addr::UNSPECIFIED.into() } else { Ipv4Addr::UNSPECIFIED.into() }
 }
 
 /// Sends a datagram and waits for its answer.

@@ -1,11 +1,11 @@
 //! A whole cluster: a world, an API server stand-in, and an agent on each node.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
-use super::agent::{Agent, provide_api};
+use super::agent::{Agent, command, http, provide_api};
 use super::apiserver::ApiServer;
 use super::objects::{self, Port};
 use super::world::{Cni, Pod, World};
@@ -19,6 +19,12 @@ pub const TARGET: u16 = 8080;
 const SERVICE_PORTS: [Port<'static>; 2] = [("tcp", "TCP", PORT), ("udp", "UDP", PORT)];
 const TARGET_PORTS: [Port<'static>; 2] = [("tcp", "TCP", TARGET), ("udp", "UDP", TARGET)];
 
+/// Two virtual IPs of one Service, one of each family.
+pub const VIPS: [IpAddr; 2] = [
+    IpAddr::V4(Ipv4Addr::new(10, 96, 0, 10)),
+    IpAddr::V6(Ipv6Addr::new(0xfd00, 0x96, 0, 0, 0, 0, 0, 0x10)),
+];
+
 /// A cluster of two nodes.
 pub struct Cluster {
     /// The agents, by node; `None` while one is stopped.
@@ -27,8 +33,9 @@ pub struct Cluster {
     pub api: ApiServer,
     /// Nodes and pods.
     pub world: World,
+    /// What agents are started with.
+    pub arguments: Vec<String>,
     portal: PathBuf,
-    arguments: Vec<String>,
 }
 
 impl Cluster {
@@ -102,6 +109,41 @@ impl Cluster {
             slice["addressType"] = if v6 { "IPv6" } else { "IPv4" }.into();
             self.api.put(slice);
         }
+    }
+
+    /// What `portal-probe` says on a node: its lines, or the kind of its failure.
+    ///
+    /// # Errors
+    /// The failure that it met.
+    pub fn probe(&self, node: usize, protocol: &str, to: SocketAddr) -> Result<String, String> {
+        self.probe_often(node, protocol, to, 1)
+    }
+
+    /// As [`Cluster::probe`], so many times.
+    ///
+    /// # Errors
+    /// The first failure that it met.
+    pub fn probe_often(
+        &self,
+        node: usize,
+        protocol: &str,
+        to: SocketAddr,
+        times: u32,
+    ) -> Result<String, String> {
+        let program = self.portal.with_file_name("portal-probe");
+        let mut probe = command(&self.world.nodes[node], &program, true);
+        let arguments = [protocol, &to.to_string(), &times.to_string()];
+        let output = probe.args(arguments).output().map_err(|error| error.to_string())?;
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).trim().to_owned();
+        if output.status.success() { Ok(text(&output.stdout)) } else { Err(text(&output.stderr)) }
+    }
+
+    /// How often a node's agent counts an outcome.
+    pub fn outcomes(&self, node: usize, label: &str) -> u64 {
+        let metrics = http(&self.world.nodes[node], 10249, "/metrics").expect("metrics are served");
+        let line = format!("portal_outcomes_total{{outcome=\"{label}\"}} ");
+        let count = metrics.lines().find_map(|text| text.strip_prefix(&line)).expect("a counter");
+        count.parse().expect("a number")
     }
 
     /// What `portal` prints with `-o json` on a node.

@@ -385,6 +385,24 @@ impl Net {
         self.handle.link().add(bridge).execute().await.expect("a bridge");
     }
 
+    /// How many traffic control filters a link has.
+    pub async fn filters(&self, link: &str) -> usize {
+        use futures::TryStreamExt;
+        let index = i32::try_from(self.index(link).await).expect("a small number");
+        let mut count = 0;
+        for ingress in [true, false] {
+            let mut filters = self.handle.traffic_filter(index);
+            let request = filters.get();
+            let request = if ingress { request.ingress() } else { request.egress() };
+            // The kernel tells of each filter's chain head too, which has no handle.
+            let mut found = request.execute();
+            while let Ok(Some(filter)) = found.try_next().await {
+                count += usize::from(u32::from(filter.header.handle) != 0);
+            }
+        }
+        count
+    }
+
     /// Makes a vxlan tunnel to another node.
     pub async fn vxlan(&self, name: &str, remote: Ipv4Addr) {
         let tunnel = LinkVxlan::new(name, 1).remote(remote).port(4789).build();

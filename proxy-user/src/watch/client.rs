@@ -4,6 +4,8 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use axum::http::HeaderValue;
+use axum::http::header::USER_AGENT;
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::{Client, Config};
 
@@ -39,8 +41,7 @@ impl ApiServer {
         // Picked up from the environment of a shell, where NO_PROXY would be looked at too.
         config.proxy_url = None;
         let agent = concat!("portal/", env!("CARGO_PKG_VERSION"));
-        let header = (http_name("user-agent")?, agent.parse().context("a valid header")?);
-        config.headers.push(header);
+        config.headers.push((USER_AGENT, HeaderValue::from_static(agent)));
         Client::try_from(config).context("cannot make a client for the API server")
     }
 
@@ -62,11 +63,4 @@ impl ApiServer {
             )
         })
     }
-}
-
-fn http_name<T: std::str::FromStr>(name: &str) -> Result<T>
-where
-    T::Err: std::error::Error + Send + Sync + 'static,
-{
-    name.parse().context("a valid header name")
 }

@@ -85,6 +85,27 @@ pub enum Becomes {
     Nothing,
 }
 
+impl Becomes {
+    /// Compares a frame with what it was and with what it should have become.
+    ///
+    /// # Panics
+    /// If it is something else; `place` says where.
+    pub fn check(&self, place: &str, before: &[u8], after: &[u8]) {
+        match self {
+            Self::Same => assert!(before == after, "{place}: it was touched"),
+            Self::This(wanted) => assert_eq!(after, wanted, "{place}"),
+            Self::OtherSourcePort(wanted) => {
+                let ports = 14 + if wanted.src.is_ipv4() { 20 } else { 40 };
+                let port = u16::from_be_bytes([after[ports], after[ports + 1]]);
+                assert_ne!(port, wanted.src.port(), "{place}");
+                let src = SocketAddr::new(wanted.src.ip(), port);
+                assert_eq!(after, Packet { src, ..wanted.clone() }.frame(), "{place}");
+            }
+            Self::Nothing => {}
+        }
+    }
+}
+
 /// One step of a case.
 #[derive(Clone, Debug)]
 pub enum Step {
