@@ -106,11 +106,19 @@ impl Port {
 }
 
 /// One round of the hash that flow keys use: a multiplication spreads, a shift brings the high bits
-/// down. Cheap enough for every packet; the final avalanche is in `FlowKey::hash`.
+/// down. Cheap enough for every packet; [`spread`] is the final avalanche.
 #[inline(always)]
 pub const fn mix(hash: u32, word: u32) -> u32 {
     let hash = (hash ^ word).wrapping_mul(0x9e37_79b1);
     hash ^ (hash >> 15)
+}
+
+/// The last step of `MurmurHash3`: every input bit reaches every output bit.
+#[inline(always)]
+pub const fn spread(hash: u32) -> u32 {
+    let hash = (hash ^ (hash >> 16)).wrapping_mul(0x85eb_ca6b);
+    let hash = (hash ^ (hash >> 13)).wrapping_mul(0xc2b2_ae35);
+    hash ^ (hash >> 16)
 }
 
 impl From<Ipv4Addr> for Addr4 {

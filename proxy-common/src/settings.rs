@@ -69,27 +69,12 @@ map_type! {
         pub port_count: u32,
         /// 1: ICMP echo to VIPs is answered.
         pub vip_ping: u32,
-        /// How a new flow's backend is chosen: an [`Algorithm`] as a number.
-        pub algorithm: u32,
         /// The pods' IPv4 range (`--cluster-cidr`), by which pods of other nodes are known; its mask is
         /// zero if it is not given.
         pub pods4: Range4,
         /// The pods' IPv6 range.
         pub pods6: Range6,
     }
-}
-
-/// How a new flow's backend is chosen.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-#[repr(u32)]
-pub enum Algorithm {
-    /// By a hash of addresses and ports: the same flow finds the same backend again.
-    Hash = 0,
-    /// At random.
-    Random = 1,
-    /// By a hash of the client's address: a client stays with its backend as long as the Service does
-    /// not change.
-    SourceHash = 2,
 }
 
 impl Settings {
@@ -109,7 +94,6 @@ impl Settings {
         first_port: 61_000,
         port_count: 4_535,
         vip_ping: 1,
-        algorithm: Algorithm::Hash as u32,
         pods4: Range4 { address: [0; 4], mask: [0; 4] },
         pods6: Range6 { address: [0; 16], mask: [0; 16] },
     };

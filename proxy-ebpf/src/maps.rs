@@ -24,7 +24,7 @@ const ON_DEMAND: usize = BPF_F_NO_PREALLOC as usize;
 const MAPPED: usize = BPF_F_MMAPABLE as usize;
 
 const SERVICES: usize = 131_072;
-const SLOTS: usize = 524_288;
+const SLOTS: usize = 2_097_152;
 const BACKENDS: usize = 262_144;
 const FLOWS: usize = 524_288;
 const EMBRYOS: usize = 32_768;
@@ -49,6 +49,9 @@ static OUTCOME_COUNTS: PerCpuArray<u64, OUTCOMES> = PerCpuArray::new();
 #[btf_map(name = "slots")]
 static SLOT_NUMBERS: Array<u64, SLOTS, MAPPED> = Array::new();
 
+#[btf_map(name = "turns")]
+static TURNS: Array<u32, SERVICES> = Array::new();
+
 /// Counts an outcome.
 #[inline(always)]
 pub fn count(outcome: Outcome) {
@@ -59,11 +62,25 @@ pub fn count(outcome: Outcome) {
     }
 }
 
+/// Changes a counter in an array map and returns what it was. Two CPUs at once may count one step less:
+/// they choose the same backend, and the sweep counts loads anew.
+#[inline(always)]
+fn bump(counter: *mut u32, step: impl FnOnce(u32) -> u32) -> u32 {
+    // SAFETY: callers pass an element of an array map, aligned and never freed, which is shared memory:
+    // hence volatile.
+    unsafe {
+        let before = counter.read_volatile();
+        counter.write_volatile(step(before));
+        before
+    }
+}
+
 /// What one family needs of the kernel's maps.
 macro_rules! tables {
     (
         $tables:ident, $family:ty,
         $services:ident = $services_name:literal, $backends:ident = $backends_name:literal,
+        $loads:ident = $loads_name:literal,
         $flows:ident = $flows_name:literal, $embryos:ident = $embryos_name:literal,
         $fragments:ident = $fragments_name:literal, $peers:ident = $peers_name:literal,
         $affinity:ident = $affinity_name:literal, $ranges:ident = $ranges_name:literal,
@@ -74,6 +91,8 @@ macro_rules! tables {
             HashMap::new();
         #[btf_map(name = $backends_name)]
         static $backends: Array<Backend<$family>, BACKENDS, MAPPED> = Array::new();
+        #[btf_map(name = $loads_name)]
+        static $loads: Array<u32, BACKENDS, MAPPED> = Array::new();
         #[btf_map(name = $flows_name)]
         static $flows: HashMap<FlowKey<$family>, FlowValue<$family>, FLOWS, ON_DEMAND> =
             HashMap::new();
@@ -166,6 +185,26 @@ macro_rules! tables {
             #[inline(always)]
             fn backend(&self, number: u32) -> Option<Backend<$family>> {
                 $backends.get(number).copied()
+            }
+
+            #[inline(always)]
+            fn load(&self, backend: u32) -> u32 {
+                $loads.get(backend).copied().unwrap_or_default()
+            }
+
+            #[inline(always)]
+            fn count_flow(&self, backend: u32, more: bool) {
+                if let Some(load) = $loads.get_ptr_mut(backend) {
+                    let step = |load: u32| if more { load + 1 } else { load.saturating_sub(1) };
+                    bump(load, step);
+                }
+            }
+
+            #[inline(always)]
+            fn turn(&self, service: u32) -> u32 {
+                TURNS
+                    .get_ptr_mut(service)
+                    .map_or(0, |turns| bump(turns, |turn| turn.wrapping_add(1)))
             }
 
             #[inline(always)]
@@ -264,6 +303,7 @@ tables!(
     V4,
     SERVICES_V4 = "services_v4",
     BACKENDS_V4 = "backends_v4",
+    LOADS_V4 = "loads_v4",
     FLOWS_V4 = "flows_v4",
     EMBRYOS_V4 = "embryos_v4",
     FRAGMENTS_V4 = "fragments_v4",
@@ -278,6 +318,7 @@ tables!(
     V6,
     SERVICES_V6 = "services_v6",
     BACKENDS_V6 = "backends_v6",
+    LOADS_V6 = "loads_v6",
     FLOWS_V6 = "flows_v6",
     EMBRYOS_V6 = "embryos_v6",
     FRAGMENTS_V6 = "fragments_v6",

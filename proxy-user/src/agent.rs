@@ -40,11 +40,11 @@ pub struct Agent {
 }
 
 impl Agent {
-    /// An agent of the node of that name, for what `planner` holds.
-    pub fn new(node: &str, node_ports: NodePortAddresses, planner: Planner) -> Self {
+    /// An agent of a node of which little is known yet, for what `planner` holds.
+    pub fn new(node: Node, node_ports: NodePortAddresses, planner: Planner) -> Self {
         Self {
             cluster: Cluster::default(),
-            node: Node { name: node.to_owned(), ..Node::default() },
+            node,
             node_ports,
             addresses: None,
             checks: BTreeMap::new(),
@@ -98,7 +98,8 @@ impl Agent {
     /// Takes in what the cluster says of this node: hints are judged by its zone (KP-69), source ranges
     /// and `NodePorts` by its addresses.
     fn set_node(&mut self, node: Node) {
-        let node = Node { name: self.node.name.clone(), ..node };
+        let Node { name, algorithm, .. } = &self.node;
+        let node = Node { name: name.clone(), algorithm: *algorithm, ..node };
         if node != self.node {
             self.node = node;
             self.node_changed = true;

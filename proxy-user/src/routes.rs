@@ -19,6 +19,8 @@ pub struct Route {
     pub source: IpAddr,
     /// The link that it begins with.
     pub link: u32,
+    /// The longest IP packet that it takes; 0 if it is not known.
+    pub mtu: u16,
 }
 
 /// Ways that have changed, by destination; `None` where there is none any more.
@@ -93,5 +95,5 @@ fn route(answer: &RouteMessage) -> Option<Route> {
             _ => {}
         }
     }
-    Some(Route { source: source?, link: link? })
+    Some(Route { source: source?, link: link?, mtu: 0 })
 }

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use aya_log::EbpfLogger;
 use proxy_common::Outcome;
+use proxy_common::tables::Algorithm;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::signal::unix::{SignalKind, signal};
@@ -20,6 +21,7 @@ use crate::desired::node_ports::NodePortAddresses;
 use crate::health::HealthChecks;
 use crate::http::{self, Status};
 use crate::kernel::{Datapath, Options};
+use crate::model;
 use crate::netlink::{self, Change, Role, Rule};
 use crate::plan::Op;
 use crate::routes::Resolver;
@@ -35,6 +37,8 @@ const LINK_QUEUE: usize = 1024;
 pub struct Settings {
     /// The node's name.
     pub node: String,
+    /// How Services choose their backends that do not say.
+    pub algorithm: Algorithm,
     /// Where objects come from.
     pub source: Source,
     /// The datapath.
@@ -77,7 +81,12 @@ async fn follow(settings: Settings) -> Result<()> {
     }
     let (changes, links) = mpsc::channel(LINK_QUEUE);
     tasks.spawn(netlink::follow(settings.interfaces, changes));
-    let agent = Agent::new(&settings.node, settings.node_ports, planner);
+    let own = model::Node {
+        name: settings.node.clone(),
+        algorithm: settings.algorithm,
+        ..model::Node::default()
+    };
+    let agent = Agent::new(own, settings.node_ports, planner);
     let routes = Resolver::new()?;
     let failed = HashMap::new();
     let checks = HealthChecks::default();

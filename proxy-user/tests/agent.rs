@@ -5,15 +5,19 @@ use std::time::{Duration, Instant};
 
 use portal::agent::Agent;
 use portal::desired::node_ports::NodePortAddresses;
-use portal::model::ObjectName;
+use portal::model::{Node, ObjectName};
 use portal::plan::{Capacity, Op, Planner};
 use portal::watch::{Kind, Update, raw};
+use proxy_common::tables::Algorithm;
 use serde_json::json;
 
 const ROOMY: Capacity = Capacity { services: 100, slots: 100, backends: 100, ranges: 100 };
 
 fn agent(capacity: Capacity) -> Agent {
-    Agent::new("n0", NodePortAddresses::Primary, Planner::new(capacity))
+    // One slot for each backend.
+    let algorithm = Algorithm::RoundRobin;
+    let node = Node { name: "n0".to_owned(), algorithm, ..Node::default() };
+    Agent::new(node, NodePortAddresses::Primary, Planner::new(capacity))
 }
 
 fn object(name: &str) -> ObjectName {

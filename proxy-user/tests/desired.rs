@@ -6,6 +6,7 @@ use portal::desired::{Access, Backend, Frontend, Port, PortId, desired};
 use portal::model::from_k8s::{self, Problem};
 use portal::model::{Cluster, Node, ObjectName, Protocol};
 use portal::watch::raw;
+use proxy_common::tables::Algorithm;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
@@ -34,7 +35,8 @@ fn judge(case: &Case) -> Result<(), String> {
     let cluster = cluster(case, &mut problems);
     let name = "n0".to_owned();
     let addresses = ["192.0.2.1".parse().unwrap(), "2001:db8::1".parse().unwrap()].into();
-    let node = Node { name, zone: Some("here".to_owned()), leaving: false, addresses };
+    let zone = Some("here".to_owned());
+    let node = Node { name, zone, addresses, ..Node::default() };
     let tables = desired(&cluster, &node);
     let mut lines: Vec<String> = tables.iter().map(|(id, port)| line(id, port)).collect();
     let mut expected = case.expect.clone();
@@ -98,10 +100,18 @@ fn line(id: &PortId, port: &Port) -> String {
         0 => String::new(),
         seconds => format!(" for {seconds} s"),
     };
+    let algorithm = match port.algorithm {
+        Algorithm::Maglev => String::new(),
+        other => format!(" by {}", other.label()),
+    };
     let ranges: Vec<String> = port.source_ranges.iter().map(ToString::to_string).collect();
     let ranges =
         if ranges.is_empty() { String::new() } else { format!(" from {}", ranges.join(", ")) };
-    format!("{}/{protocol} {} -> {backends}{affinity}{ranges}", id.port, frontends.join(", "))
+    format!(
+        "{}/{protocol} {} -> {backends}{algorithm}{affinity}{ranges}",
+        id.port,
+        frontends.join(", ")
+    )
 }
 
 fn flags(flags: &[(bool, &str)]) -> String {
@@ -132,5 +142,9 @@ fn backend(backend: &Backend) -> String {
         (!backend.usable && backend.usable_local, " +only-for-local"),
         (backend.usable && !backend.serving, " +dead"),
     ]);
-    backend.address.to_string() + &told
+    let weight = match backend.weight {
+        1 => String::new(),
+        weight => format!(" x{weight}"),
+    };
+    backend.address.to_string() + &weight + &told
 }

@@ -6,7 +6,7 @@ use std::io::{ErrorKind, Read, Write};
 use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
 
-use portal::testing::client::{exchange, tcp, tcp_from_port, udp, udp_socket};
+use portal::testing::client::{Connection, exchange, tcp, tcp_from_port, udp, udp_socket};
 use portal::testing::cluster::{Cluster, VIPS, at};
 use portal::testing::namespace::Namespace;
 use portal::testing::world::{CNIS, Cni, OUTSIDER4, OUTSIDER6, Pod};
@@ -470,4 +470,45 @@ fn hints_keep_traffic_in_its_zone_kp_65_and_69() {
     eventually("the other zone's pod is reached", || {
         (reached() == ["far".to_owned()].into()).then_some(())
     });
+}
+
+#[test]
+fn services_choose_as_their_annotations_say() {
+    let cluster = start(Cni::Bridge);
+    let client = cluster.pod(0, "client");
+    let servers: Vec<Pod> = (0..3).map(|n| cluster.server(n % 2, &format!("s{n}"))).collect();
+    let [vip, _] = VIPS;
+    let expose = |algorithm: &str, weights: &str| {
+        let mut service = objects::service("web", &[vip], &[("tcp", "TCP", 80)]);
+        service["metadata"]["annotations"] = json!({"portal.dev/lb-algorithm": algorithm});
+        cluster.api.put(service);
+        let endpoints: Vec<Value> =
+            servers.iter().map(|pod| objects::endpoint(pod.v4.into(), &pod.node)).collect();
+        let mut slice = objects::slice("web", "web", &[("tcp", "TCP", 8080)], &endpoints);
+        slice["metadata"]["annotations"] = json!({"portal.dev/weights": weights});
+        cluster.api.put(slice);
+        cluster.wait_backends(vip, 3);
+        eventually("the algorithm is in force", || {
+            let services = cluster.list(0, "services");
+            (services[0]["algorithm"] == algorithm).then_some(())
+        });
+    };
+    let reach = |times: usize| -> Vec<Connection> {
+        (0..times).map(|_| tcp(&client.namespace, at(vip)).unwrap()).collect()
+    };
+    let counts = |connections: &[Connection]| -> Vec<usize> {
+        let count = |pod: &Pod| connections.iter().filter(|c| c.server == pod.name).count();
+        servers.iter().map(count).collect()
+    };
+    expose("round-robin", "");
+    assert_eq!(counts(&reach(9)), [3, 3, 3]);
+    expose("round-robin", &format!("{}=4", servers[1].v4));
+    eventually("the weights are in force", || (counts(&reach(6)) == [1, 4, 1]).then_some(()));
+    // Connections that are held are a load.
+    expose("least-conn", "");
+    let mut held = reach(30);
+    assert!(counts(&held).iter().all(|count| (8..=12).contains(count)), "{:?}", counts(&held));
+    held.retain(|connection| connection.server != "s0");
+    let fresh = counts(&reach(6));
+    assert!(fresh[0] >= 4, "those of the idle backend: {fresh:?}");
 }

@@ -19,7 +19,7 @@ use portal::model::{IpFamily, ObjectName, Protocol};
 use portal::plan::Planner;
 use portal::routes::Route;
 use portal::testing::namespace::Mounts;
-use proxy_common::settings::{Algorithm, Settings};
+use proxy_common::settings::Settings;
 use proxy_common::tables::{
     AffinityKey, AffinityValue, FlowKey, FlowValue, FragmentKey, FragmentValue, ServiceValue, Side,
 };
@@ -42,7 +42,6 @@ fn options() -> Options {
         max_flows: 1000,
         trace: false,
         vip_ping: true,
-        algorithm: Algorithm::Hash,
         cluster_cidrs: Vec::new(),
     }
 }
@@ -103,7 +102,7 @@ impl Bench {
         let backends = services.iter().flat_map(|service| &service.backends);
         let route = |backend: &SocketAddr| {
             let source = NODE[usize::from(backend.is_ipv6())];
-            (backend.ip(), Some(Route { source, link: LINK }))
+            (backend.ip(), Some(Route { source, link: LINK, mtu: 0 }))
         };
         self.datapath.set_routes(&backends.map(route).collect());
         let ops = self.planner.plan(now, &changes, &mut refusals);
@@ -171,7 +170,14 @@ fn tables(services: &[Service]) -> Tables {
         };
         let backend = |address: &SocketAddr| {
             let local = service.local.contains(address);
-            Backend { address: *address, usable: true, usable_local: local, serving: true, local }
+            Backend {
+                address: *address,
+                usable: true,
+                usable_local: local,
+                serving: true,
+                local,
+                weight: 1,
+            }
         };
         let has = |flag| service.flags & flag != 0;
         let access = Access {

@@ -13,9 +13,9 @@ use portal::plan::{
 };
 use proptest::prelude::*;
 use proxy_common::settings::ticks;
-use proxy_common::tables::{Range, ServiceValue};
+use proxy_common::tables::{Algorithm, Range, ServiceValue};
 
-const CAPACITY: Capacity = Capacity { services: 200, slots: 400, backends: 200, ranges: 100 };
+const CAPACITY: Capacity = Capacity { services: 200, slots: 8000, backends: 200, ranges: 100 };
 const FAMILIES: [IpFamily; 2] = [IpFamily::V4, IpFamily::V6];
 
 /// The kernel's maps, simulated.
@@ -96,10 +96,7 @@ impl Maps {
                 assert_eq!(entry.service, id, "a slot leads to another Service port's backend");
                 entry.address
             });
-            let backends: Vec<SocketAddr> = backends.collect();
-            let addresses: BTreeSet<SocketAddr> = backends.iter().copied().collect();
-            assert_eq!(addresses.len(), backends.len(), "a backend has two slots");
-            addresses
+            backends.collect::<BTreeSet<SocketAddr>>()
         };
         (port.clone(), [addresses(cluster), addresses(local)])
     }
@@ -131,6 +128,7 @@ impl Maps {
             let access = wanted[port].frontends[frontend];
             assert_eq!(has(ServiceValue::REFUSES), access.refuses);
             assert_eq!(has(ServiceValue::LOCAL_FOR_OUTSIDE), access.local_for_outside);
+            assert!(wanted[port].algorithm.is_in(lead.flags));
         }
         for (id, port) in &self.names {
             let serving = self.backends.iter().filter(|((family, _), entry)| {
@@ -143,11 +141,14 @@ impl Maps {
     }
 }
 
+/// The backends that its slots lead to; this node's only if someone asks for them.
 fn usable(port: &Port) -> [BTreeSet<SocketAddr>; 2] {
     let of = |usable: fn(&Backend) -> bool| {
         port.backends.iter().filter(|b| usable(b)).map(|b| b.address).collect()
     };
-    [of(|backend| backend.usable), of(|backend| backend.usable_local)]
+    let asks = port.frontends.values().any(|access| access.local_for_outside);
+    let local = if asks { of(|backend| backend.usable_local) } else { BTreeSet::new() };
+    [of(|backend| backend.usable), local]
 }
 
 /// The marks of addresses that go with frontends.
@@ -206,9 +207,10 @@ fn any_port(family: IpFamily) -> impl Strategy<Value = Port> {
     let frontends =
         proptest::collection::btree_map((0..3_u8, 80..82_u16), any::<(bool, bool)>(), 0..4);
     let backends = proptest::collection::btree_map(10..16_u8, any::<(bool, bool)>(), 0..5);
+    let algorithm = proptest::sample::select(Algorithm::ALL.to_vec());
     let ranges = proptest::collection::btree_set(1..4_u8, 0..3);
-    (1..4_u8, frontends, backends, ranges, 0..2_u32).prop_map(
-        move |(created, frontends, backends, ranges, affinity)| Port {
+    (1..4_u8, frontends, backends, ranges, 0..2_u32, algorithm).prop_map(
+        move |(created, frontends, backends, ranges, affinity, algorithm)| Port {
             created: created.to_string(),
             frontends: frontends
                 .into_iter()
@@ -224,11 +226,13 @@ fn any_port(family: IpFamily) -> impl Strategy<Value = Port> {
                     let address = SocketAddr::new(address(family, host), 8080);
                     // Whoever is usable here makes the Service usable at all.
                     let usable = usable || usable_local;
-                    Backend { address, usable, usable_local, serving: true, local: usable_local }
+                    let (serving, local, weight) = (true, usable_local, 1 + u16::from(host % 3));
+                    Backend { address, usable, usable_local, serving, local, weight }
                 })
                 .collect(),
             source_ranges: ranges.into_iter().map(|h| IpNet::from(address(family, h))).collect(),
             affinity: affinity * 100,
+            algorithm,
         },
     )
 }

@@ -13,7 +13,7 @@ use core::marker::PhantomData;
 use core::ptr::NonNull;
 
 use super::service::{AffinityKey, SourceRange};
-use crate::addr::{Address, Port, mix};
+use crate::addr::{Address, Port, mix, spread};
 use crate::{Family, map_type};
 
 /// The hook at which a direction's packets are seen, in the view of the link they are on.
@@ -70,11 +70,7 @@ impl<F: Family> FlowKey<F> {
     /// A well-spread hash for the choice of a backend and of a source port.
     #[inline(always)]
     pub fn hash(&self, seed: u32) -> u32 {
-        // The last step of MurmurHash3: every input bit reaches every output bit.
-        let hash = self.mixed(seed);
-        let hash = (hash ^ (hash >> 16)).wrapping_mul(0x85eb_ca6b);
-        let hash = (hash ^ (hash >> 13)).wrapping_mul(0xc2b2_ae35);
-        hash ^ (hash >> 16)
+        spread(self.mixed(seed))
     }
 
     #[inline(always)]
@@ -158,6 +154,12 @@ impl<F: Family> FlowValue<F> {
     #[inline(always)]
     pub const fn expired(&self, now: u32) -> bool {
         expired(self.seen, self.timeout, now)
+    }
+
+    /// Whether it stands for a flow that is a load for its backend: one of a client's records that has
+    /// neither ended nor fallen silent.
+    pub const fn is_counted(&self, now: u32) -> bool {
+        self.flags & Self::IS_REPLY == 0 && self.state < State::Closing as u8 && !self.expired(now)
     }
 }
 

@@ -5,6 +5,8 @@
 //! | `services_v4/6` | hash | [`ServiceKey`] → [`ServiceValue`] | agent | datapath |
 //! | `slots` | array, memory-mapped | slot → backend number (`u64`) | agent | datapath |
 //! | `backends_v4/6` | array, memory-mapped | backend number → [`Backend`] | agent | datapath |
+//! | `loads_v4/6` | array, memory-mapped | backend number → its flows (`u32`), for least-conn | datapath, agent's sweep | datapath |
+//! | `turns` | array | service id → flows so far (`u32`), for round-robin | datapath | datapath |
 //! | `affinity_v4/6` | LRU hash | [`AffinityKey`] → [`AffinityValue`] | datapath | datapath |
 //! | `ranges_v4/6` | LPM trie | [`SourceRange`] → 1 (`u32`) | agent | datapath |
 //! | `flows_v4/6` | hash | [`FlowKey`] → [`FlowValue`] | datapath, agent's sweep | datapath |
@@ -27,5 +29,6 @@ pub use flow::{FlowKey, FlowRecord, FlowValue, Packet, Part, Side, State, Work, 
 pub use fragment::{FragmentKey, FragmentValue};
 pub use peer::{PeerKey, PeerValue};
 pub use service::{
-    AffinityKey, AffinityValue, Backend, Range, RangeData, ServiceKey, ServiceValue, SourceRange,
+    AffinityKey, AffinityValue, Algorithm, Backend, Range, RangeData, ServiceKey, ServiceValue,
+    SourceRange,
 };

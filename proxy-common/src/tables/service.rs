@@ -97,6 +97,55 @@ impl ServiceValue {
     pub const SOURCE_RANGES: u32 = 32;
     /// Frontend: with source ranges that this node's own address is in (KP-92).
     pub const NODE_ALLOWED: u32 = 64;
+    /// Frontend: the flags from this bit on are its [`Algorithm`] as a number.
+    pub const ALGORITHM_SHIFT: u32 = 24;
+}
+
+/// How a new flow's backend is chosen among a frontend's slots.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default)]
+#[repr(u32)]
+pub enum Algorithm {
+    /// By a hash of addresses and ports, the same on all nodes, in Maglev's table: the same flow finds
+    /// the same backend again, and few flows another one when backends change.
+    #[default]
+    Maglev = 0,
+    /// At random.
+    Random = 1,
+    /// By a hash of the client's address, in Maglev's table: a client stays with its backend.
+    SourceHash = 2,
+    /// One after the other.
+    RoundRobin = 3,
+    /// Of two at random the one with fewer flows.
+    LeastConn = 4,
+}
+
+impl Algorithm {
+    /// All algorithms, in the order of their numbers.
+    pub const ALL: [Self; 5] =
+        [Self::Maglev, Self::Random, Self::SourceHash, Self::RoundRobin, Self::LeastConn];
+
+    /// The algorithm's name, for flags and annotations.
+    pub const fn label(self) -> &'static str {
+        match self {
+            Self::Maglev => "maglev",
+            Self::Random => "random",
+            Self::SourceHash => "source-hash",
+            Self::RoundRobin => "round-robin",
+            Self::LeastConn => "least-conn",
+        }
+    }
+
+    /// The algorithm as flags of a [`ServiceValue`].
+    #[inline(always)]
+    pub const fn flags(self) -> u32 {
+        (self as u32) << ServiceValue::ALGORITHM_SHIFT
+    }
+
+    /// Whether the flags of a [`ServiceValue`] say so.
+    #[inline(always)]
+    pub const fn is_in(self, flags: u32) -> bool {
+        flags >> ServiceValue::ALGORITHM_SHIFT == self as u32
+    }
 }
 
 map_type! {
@@ -118,6 +167,10 @@ map_type! {
         pub service: u32,
         /// The link by which the node reaches the endpoint. 0 if it is not known.
         pub link: u32,
+        /// Its share of new flows, beside those of others (least-conn divides by it).
+        pub weight: u16,
+        /// The longest IP packet that passes on the way to the endpoint; 0 if it is not known.
+        pub mtu: u16,
     }
 }
 

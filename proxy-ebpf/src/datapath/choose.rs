@@ -1,8 +1,9 @@
 //! A new flow's backend: who may ask, which backends count for him, and which of them it is.
 
+use proxy_common::addr::mix;
 use proxy_common::tables::{
-    AffinityKey, AffinityValue, Backend, Range, RangeData, ServiceKey, ServiceValue, SourceRange,
-    expired,
+    AffinityKey, AffinityValue, Algorithm, Backend, Range, RangeData, ServiceKey, ServiceValue,
+    SourceRange, expired,
 };
 use proxy_common::{Family, Outcome, Port};
 
@@ -58,7 +59,8 @@ pub fn source_range<F: Family>(service: &Service, client: F::Addr) -> SourceRang
     SourceRange { prefix, data: RangeData { service: service.id.to_be_bytes(), address: client } }
 }
 
-/// One of the Service's backends: the one that the client stays with, or one chosen by `hash`.
+/// One of the Service's backends: the one that the client stays with, or one chosen by the number that
+/// `draw` gives.
 ///
 /// # Errors
 /// Says why there is none.
@@ -68,7 +70,7 @@ pub fn backend<F: Family, T: Tables<F>>(
     service: &Service,
     asker: Asker,
     client: &AffinityKey<F>,
-    hash: u32,
+    draw: impl FnOnce() -> u32,
 ) -> Result<(u32, Backend<F>), Failure> {
     // KP-94: before there is a word about endpoints.
     if service.has(ServiceValue::SOURCE_RANGES) && !asker.allowed {
@@ -85,17 +87,18 @@ pub fn backend<F: Family, T: Tables<F>>(
         let elsewhere = service.cluster.count != 0;
         return Err(if elsewhere { Failure::Dropped(Outcome::NoLocal) } else { Failure::Refused });
     }
-    if service.affinity == 0 {
-        return by_hash(tables, range, hash).ok_or(Failure::Refused);
-    }
-    let now = tables.now();
-    let found = match sticky(tables, service, client, flag, now) {
-        Some(found) => found,
-        None => by_hash(tables, range, hash).ok_or(Failure::Refused)?,
+    let now = if service.affinity == 0 { 0 } else { tables.now() };
+    let known =
+        if service.affinity == 0 { None } else { sticky(tables, service, client, flag, now) };
+    let found = match known {
+        Some(known) => known,
+        None => pick(tables, service, range, draw()).ok_or(Failure::Refused)?,
     };
-    let value =
-        AffinityValue { backend: found.0, seen: now, generation: found.1.generation, pad: 0 };
-    tables.remember_affinity(client, &value);
+    if service.affinity != 0 {
+        let value =
+            AffinityValue { backend: found.0, seen: now, generation: found.1.generation, pad: 0 };
+        tables.remember_affinity(client, &value);
+    }
     Ok(found)
 }
 
@@ -117,17 +120,38 @@ fn sticky<F: Family, T: Tables<F>>(
     (same && backend.flags & flag != 0).then_some((known.backend, backend))
 }
 
-/// A backend by a hash: the same flow finds the same backend again as long as the Service does not
-/// change.
+/// The backend that a number stands for among those in a run of slots, which is not empty.
 #[inline(always)]
-fn by_hash<F: Family, T: Tables<F>>(
+fn pick<F: Family, T: Tables<F>>(
     tables: &T,
+    service: &Service,
     range: Range,
-    hash: u32,
+    number: u32,
 ) -> Option<(u32, Backend<F>)> {
-    let index = scale(hash, range.count);
-    let number = tables.slot(range.first.wrapping_add(index))?;
-    Some((number, tables.backend(number)?))
+    let index = if service.chooses(Algorithm::RoundRobin) {
+        number % range.count
+    } else {
+        scale(number, range.count)
+    };
+    let mut chosen = tables.slot(range.first.wrapping_add(index))?;
+    if service.chooses(Algorithm::LeastConn) && range.count > 1 {
+        // Any of the others.
+        let step = 1 + scale(mix(number, range.count), range.count - 1);
+        let other = tables.slot(range.first.wrapping_add((index + step) % range.count))?;
+        if is_less_busy(tables, other, chosen) {
+            chosen = other;
+        }
+    }
+    Some((chosen, tables.backend(chosen)?))
+}
+
+/// Whether one backend has fewer flows for its weight than another.
+#[inline(always)]
+fn is_less_busy<F: Family, T: Tables<F>>(tables: &T, one: u32, other: u32) -> bool {
+    let load = |number: u32| u64::from(tables.load(number));
+    let weight =
+        |number: u32| tables.backend(number).map_or(1, |backend| u64::from(backend.weight));
+    load(one) * weight(other) < load(other) * weight(one)
 }
 
 /// Scales a hash to a number below `count`, without a division.

@@ -131,6 +131,9 @@ fn follow_tcp<F: Family, T: Tables<F>>(
         // As it does here.
         (State::Established, tables.setting(|s| &s.tcp_timeout))
     };
+    if state as u8 >= State::Closing as u8 && record.state() < State::Closing as u8 {
+        tables.count_flow(record.backend(), false);
+    }
     write_both(record, now, tables, work, (state, timeout, fins));
 }
 

@@ -20,7 +20,7 @@ mod story;
 
 use proxy_common::settings::Settings;
 use proxy_common::tables::{
-    AffinityKey, AffinityValue, Backend, FlowKey, FlowRecord, FlowValue, FragmentKey,
+    AffinityKey, AffinityValue, Algorithm, Backend, FlowKey, FlowRecord, FlowValue, FragmentKey,
     FragmentValue, PeerKey, PeerValue, Range, ServiceKey, SourceRange,
 };
 use proxy_common::{Family, Outcome};
@@ -47,6 +47,12 @@ impl Service {
     #[inline(always)]
     pub const fn has(&self, flags: u32) -> bool {
         self.flags & flags != 0
+    }
+
+    /// Whether that is how it chooses a backend.
+    #[inline(always)]
+    pub const fn chooses(&self, by: Algorithm) -> bool {
+        by.is_in(self.flags)
     }
 }
 
@@ -89,6 +95,13 @@ pub trait Tables<F: Family> {
     fn slot(&self, index: u32) -> Option<u32>;
     /// A backend.
     fn backend(&self, number: u32) -> Option<Backend<F>>;
+
+    /// How many flows a backend has, as far as they are counted.
+    fn load(&self, backend: u32) -> u32;
+    /// Counts a flow more or less of a backend.
+    fn count_flow(&self, backend: u32, more: bool);
+    /// How many flows a Service port has chosen backends for in turn; counts one more.
+    fn turn(&self, service: u32) -> u32;
 
     /// The backend that a client stays with.
     fn affinity(&self, key: &AffinityKey<F>) -> Option<AffinityValue>;

@@ -4,9 +4,10 @@
 //! nothing else. The insert of the reply's record, if there is none, is the lock: of two flows that
 //! a backend could not tell apart, the second gets another source port.
 
-use proxy_common::addr::mix;
-use proxy_common::settings::Algorithm;
-use proxy_common::tables::{AffinityKey, Backend, FlowValue, ServiceValue, Side, State, Work};
+use proxy_common::addr::{mix, spread};
+use proxy_common::tables::{
+    AffinityKey, Algorithm, Backend, FlowKey, FlowValue, ServiceValue, Side, State, Work,
+};
 use proxy_common::{Address, Family, Outcome, Port, proto};
 
 use super::choose::{self, Asker, Failure};
@@ -37,12 +38,15 @@ pub fn open<F: Family, T: Tables<F>>(
     let key = &work.key;
     let service = choose::frontend(tables, mark, key.dst, key.dport, key.proto)?;
     let hash = key.hash(tables.setting(|s| &s.seed));
-    let choice = choice(tables, work, hash);
     let asker = asker(tables, work, &service, client);
     work.affinity = AffinityKey { client: work.key.src, service: service.id, netns: [0; 2] };
-    let (number, backend) = choose::backend(tables, &service, asker, &work.affinity, choice)?;
+    let draw = || draw(tables, &service, &work.key, hash);
+    let (number, backend) = choose::backend(tables, &service, asker, &work.affinity, draw)?;
     record(tables, work, (number, &backend), client, link, hash)?;
     lock(work, hash, tables)?;
+    if service.chooses(Algorithm::LeastConn) {
+        tables.count_flow(number, true);
+    }
     // A record left over from a flow that has ended would hide the new one. Losing a race for the
     // place is harmless: the winner's record is of the same flow.
     tables.remove_embryo(&work.key);
@@ -84,18 +88,23 @@ fn record<F: Family, T: Tables<F>>(
     Ok(())
 }
 
-/// The number that chooses the backend: the flow's hash, unless another algorithm is asked for.
+/// The number that chooses a new flow's backend. `hash` is the flow's.
 #[inline(always)]
-fn choice<F: Family, T: Tables<F>>(tables: &T, work: &Work<F>, hash: u32) -> u32 {
-    let algorithm = tables.setting(|s| &s.algorithm);
-    if algorithm == Algorithm::Random as u32 {
-        tables.random()
-    } else if algorithm == Algorithm::SourceHash as u32 {
-        let seed = tables.setting(|s| &s.seed);
-        // Two rounds more, or neighbours would share their highest bits.
-        mix(mix(work.key.src.mix(seed), u32::from(F::BITS)), seed)
+fn draw<F: Family, T: Tables<F>>(
+    tables: &T,
+    service: &Service,
+    key: &FlowKey<F>,
+    hash: u32,
+) -> u32 {
+    if service.chooses(Algorithm::Maglev) {
+        // Without this node's seed: any node that the flow comes by chooses alike.
+        key.hash(0)
+    } else if service.chooses(Algorithm::SourceHash) {
+        spread(key.src.mix(service.id))
+    } else if service.chooses(Algorithm::RoundRobin) {
+        tables.turn(service.id)
     } else {
-        hash
+        tables.random() ^ hash
     }
 }
 

@@ -4,9 +4,9 @@
 //! kept under its cookie, so that getpeername and recvmsg show the VIP.
 
 use bytemuck::Zeroable;
-use proxy_common::addr::mix;
-use proxy_common::tables::{AffinityKey, PeerKey, PeerValue, ServiceKey, ServiceValue};
-use proxy_common::{Address, Family, Outcome, Port};
+use proxy_common::addr::{mix, spread};
+use proxy_common::tables::{AffinityKey, Algorithm, PeerKey, PeerValue, ServiceKey, ServiceValue};
+use proxy_common::{Address, Family, Outcome, Port, proto};
 
 use super::choose::{self, Asker, Failure};
 use super::{Service, Tables};
@@ -59,12 +59,21 @@ fn lead<F: Family, S: Socket<F>, T: Tables<F>>(
 ) -> Result<(), Failure> {
     let (vip, port) = socket.address();
     let [low, high] = halves(socket.cookie());
-    // By the socket and not at random: an unconnected socket's datagrams stay with one backend.
-    let hash = mix(mix(mix(tables.setting(|s| &s.seed), low), high), u32::from(port.word()));
-    let hash = mix(vip.mix(hash), service.id);
     let client = AffinityKey { client: Zeroable::zeroed(), service: service.id, netns };
     let asker = Asker { outside: false, allowed: service.has(ServiceValue::NODE_ALLOWED) };
-    let (_, backend) = choose::backend(tables, service, asker, &client, hash)?;
+    let draw = || {
+        // An unconnected socket's datagrams stay with one backend.
+        if service.chooses(Algorithm::RoundRobin) && socket.protocol() == proto::TCP {
+            return tables.turn(service.id);
+        }
+        let seed = tables.setting(|s| &s.seed);
+        if service.chooses(Algorithm::SourceHash) {
+            // All sockets of a network namespace are one client.
+            return spread(mix(mix(seed, netns[0]), service.id));
+        }
+        spread(mix(mix(mix(vip.mix(seed), low), high), u32::from(port.word())))
+    };
+    let (_, backend) = choose::backend(tables, service, asker, &client, draw)?;
     let key =
         PeerKey { cookie: [low, high], backend: backend.addr, port: backend.port, pad: [0; 2] };
     tables.remember_peer(&key, &PeerValue { vip, port, pad: [0; 2] });

@@ -112,7 +112,10 @@ pub struct Host<F: Family> {
     /// Service port, range and its bits.
     ranges: Vec<(u32, IpAddr, u8)>,
     affinity: RefCell<BTreeMap<Vec<u8>, AffinityValue>>,
-    backends: Vec<Backend<F>>,
+    pub backends: Vec<Backend<F>>,
+    /// Flows by backend.
+    pub loads: RefCell<BTreeMap<u32, u32>>,
+    turns: RefCell<BTreeMap<u32, u32>>,
     flows: Records<F>,
     embryos: Records<F>,
     fragments: RefCell<BTreeMap<Vec<u8>, FragmentValue>>,
@@ -159,6 +162,8 @@ impl<F: HostFamily> Host<F> {
             ranges: Vec::new(),
             affinity: RefCell::default(),
             backends: Vec::new(),
+            loads: RefCell::default(),
+            turns: RefCell::default(),
             flows: RefCell::default(),
             embryos: RefCell::default(),
             fragments: RefCell::default(),
@@ -224,6 +229,8 @@ impl<F: HostFamily> Host<F> {
                 flags,
                 service: id,
                 link: self.link,
+                weight: 1,
+                mtu: 0,
             };
             match known {
                 Some(known) => self.backends[known] = backend,
@@ -313,6 +320,23 @@ impl<F: HostFamily> Tables<F> for Host<F> {
 
     fn backend(&self, number: u32) -> Option<Backend<F>> {
         self.backends.get(number as usize).copied()
+    }
+
+    fn load(&self, backend: u32) -> u32 {
+        self.loads.borrow().get(&backend).copied().unwrap_or_default()
+    }
+
+    fn count_flow(&self, backend: u32, more: bool) {
+        let mut loads = self.loads.borrow_mut();
+        let load = loads.entry(backend).or_default();
+        *load = if more { *load + 1 } else { load.saturating_sub(1) };
+    }
+
+    fn turn(&self, service: u32) -> u32 {
+        let mut turns = self.turns.borrow_mut();
+        let turn = turns.entry(service).or_default();
+        *turn += 1;
+        *turn - 1
     }
 
     fn affinity(&self, key: &AffinityKey<F>) -> Option<AffinityValue> {

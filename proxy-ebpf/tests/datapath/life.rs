@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
 
-use proxy_common::settings::{Algorithm, ticks};
+use proxy_common::settings::ticks;
 use proxy_common::tables::ServiceValue;
 use proxy_common::tables::Side::{Egress, Ingress};
 use proxy_common::testing::{Hook, Packet, Service};
@@ -139,35 +139,6 @@ fn a_client_stays_with_its_backend_while_it_is_there_kp_95_to_97() {
     host.serve(&[service(&left)]);
     let next = reached(&host, 1, 4001);
     assert!(next != last && (4002..4010).all(|port| reached(&host, 1, port) == next));
-}
-
-#[test]
-fn algorithms_choose_by_the_flow_by_chance_or_by_the_client() {
-    let backends: Vec<SocketAddr> =
-        (1..=4).map(|h| SocketAddr::from(([10, 0, 1, h], 80))).collect();
-    for algorithm in [Algorithm::Hash, Algorithm::Random, Algorithm::SourceHash] {
-        let mut host = Host::<V4>::new();
-        host.settings.algorithm = algorithm as u32;
-        host.serve(&[Service::new(vip(), proto::UDP, &backends)]);
-        let reached = |client: [u8; 4], port: u16| {
-            let packet = Packet::udp(Ingress, SocketAddr::from((client, port)), vip());
-            IpAddr::from(
-                <[u8; 4]>::try_from(&host.see(Hook::Ingress, &packet.frame()).1[30..34]).unwrap(),
-            )
-        };
-        let of_one: BTreeSet<IpAddr> = (1000..1100).map(|p| reached([10, 0, 0, 9], p)).collect();
-        assert_eq!(of_one.len(), if algorithm == Algorithm::SourceHash { 1 } else { 4 });
-        let mut counts = std::collections::BTreeMap::<IpAddr, u32>::new();
-        for client in 0..4000_u16 {
-            let [high, low] = client.to_be_bytes();
-            *counts.entry(reached([10, 1, high, low], 5000)).or_default() += 1;
-        }
-        // 1,000 each, with a standard deviation of 27.
-        assert!(
-            counts.len() == 4 && counts.values().all(|n| (850..1150).contains(n)),
-            "{counts:?}"
-        );
-    }
 }
 
 #[test]

@@ -1,5 +1,6 @@
 //! The datapath on the host.
 
+mod algorithms;
 mod cases;
 mod host;
 mod life;

@@ -1,13 +1,13 @@
 //! The stage: the cluster, and what is asked of it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use aya::maps::{HashMap, Map, MapData};
+use aya::maps::{Array, HashMap, Map, MapData};
 use portal::kernel::name_of;
 use portal::testing::cluster::{Cluster, VIPS, at};
 use portal::testing::world::{BPFFS, Cni, Node, Pod};
@@ -172,12 +172,18 @@ impl Stage {
     }
 }
 
-/// How many backends each frontend of a family has in the kernel of the node that the thread is on.
+/// How many backends each frontend of a family leads to in the kernel of the node that the thread is on.
 fn counts<F: Family>() -> Vec<usize> {
-    let path = Path::new(BPFFS).join("portal/maps").join(name_of::<F>("services"));
-    let map = MapData::from_pin(path).map(Map::HashMap).expect("a pinned map");
-    let services = HashMap::<_, ServiceKey<F>, ServiceValue>::try_from(map).expect("Services");
+    let maps = Path::new(BPFFS).join("portal/maps");
+    let open = |name: &str| MapData::from_pin(maps.join(name)).expect("a pinned map");
+    let services = Map::HashMap(open(&name_of::<F>("services")));
+    let services = HashMap::<_, ServiceKey<F>, ServiceValue>::try_from(services).expect("Services");
+    let slots = Array::<_, u64>::try_from(Map::Array(open("slots"))).expect("slots");
     let frontends =
         services.iter().filter_map(Result::ok).filter(|(key, _)| key.port.number() != 0);
-    frontends.map(|(_, value)| value.cluster.count as usize).collect()
+    let backends = frontends.map(|(_, ServiceValue { cluster, .. })| {
+        let run = cluster.first..cluster.first + cluster.count;
+        run.filter_map(|slot| slots.get(&slot, 0).ok()).collect::<BTreeSet<u64>>().len()
+    });
+    backends.collect()
 }

@@ -1,10 +1,10 @@
 //! `portal services`, `backends` and `flows`: the pinned maps as kubectl would show them.
 
 use std::collections::HashMap;
-use std::net::IpAddr;
 
 use anyhow::Result;
 use proxy_common::settings::seconds;
+use proxy_common::tables::Algorithm;
 
 use super::Place;
 use super::table::{Column, Output, Table};
@@ -46,22 +46,27 @@ pub fn services(args: &Args) -> Result<()> {
         Column::always("PROTOCOL"),
         Column::always("BACKENDS"),
         Column::wide("LOCAL"),
+        Column::wide("ALGORITHM"),
         Column::wide("FAMILY"),
         Column::wide("ID"),
         Column::wide("SLOTS"),
     ]);
+    let counts = backend_counts(&actual);
     for service in sorted(&actual) {
-        let Lead { id, cluster, local, .. } = service.lead;
+        let Lead { id, cluster, local, flags, .. } = service.lead;
         let port = actual.names.get(&id);
+        let family = IpFamily::of(service.frontend.vip);
+        let [backends, here] = counts.get(&(family, id)).copied().unwrap_or_default();
         if args.wants(port) {
             table.row(names(port).into_iter().chain([
                 // The unspecified address stands for the node's own: it is a NodePort.
                 service.frontend.vip.to_string(),
                 service.frontend.port.to_string(),
                 read::protocol(service.frontend.protocol.number()).to_owned(),
-                cluster.count.to_string(),
-                local.count.to_string(),
-                family(service.frontend.vip).to_owned(),
+                backends.to_string(),
+                here.to_string(),
+                algorithm(flags).to_owned(),
+                family_name(family).to_owned(),
                 id.to_string(),
                 format!("{}+{}", cluster.first, cluster.count + local.count),
             ]));
@@ -131,10 +136,28 @@ fn slots_by_family(actual: &Actual) -> HashMap<(IpFamily, u32), u32> {
     found
 }
 
-const fn family(vip: IpAddr) -> &'static str {
-    match vip {
-        IpAddr::V4(_) => "IPv4",
-        IpAddr::V6(_) => "IPv6",
+fn algorithm(flags: u32) -> &'static str {
+    Algorithm::ALL
+        .into_iter()
+        .find(|algorithm| algorithm.is_in(flags))
+        .map_or("?", Algorithm::label)
+}
+
+/// How many backends each Service port has that take new flows, and how many of them on this node.
+fn backend_counts(actual: &Actual) -> HashMap<(IpFamily, u32), [usize; 2]> {
+    let mut counts: HashMap<(IpFamily, u32), [usize; 2]> = HashMap::new();
+    for backend in &actual.backends {
+        let [all, local] = counts.entry((backend.family, backend.entry.service)).or_default();
+        *all += usize::from(backend.entry.usable);
+        *local += usize::from(backend.entry.usable_local);
+    }
+    counts
+}
+
+const fn family_name(family: IpFamily) -> &'static str {
+    match family {
+        IpFamily::V4 => "IPv4",
+        IpFamily::V6 => "IPv6",
     }
 }
 

@@ -5,8 +5,9 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result};
+use clap::builder::{PossibleValuesParser, TypedValueParser};
 use ipnet::IpNet;
-use proxy_common::settings::Algorithm;
+use proxy_common::tables::Algorithm;
 use tracing_subscriber::EnvFilter;
 
 use super::Place;
@@ -74,9 +75,10 @@ pub struct Args {
     #[arg(long, value_enum, default_value = "auto")]
     tc: TcMode,
 
-    /// How a new flow's backend is chosen
-    #[arg(long, value_enum, default_value = "hash")]
-    lb_algorithm: LbAlgorithm,
+    /// How a new flow's backend is chosen, where a Service's annotation portal.dev/lb-algorithm does
+    /// not say otherwise
+    #[arg(long, value_name = "NAME", default_value = "maglev", value_parser = algorithms())]
+    lb_algorithm: Algorithm,
 
     /// Whether VIPs answer when they are pinged
     #[arg(long, value_name = "BOOL", default_value_t = true, action = clap::ArgAction::Set)]
@@ -104,27 +106,6 @@ enum Xdp {
     Generic,
 }
 
-#[derive(Clone, Copy, Debug, clap::ValueEnum)]
-enum LbAlgorithm {
-    /// By a hash of addresses and ports: the same flow finds the same backend again
-    Hash,
-    /// At random
-    Random,
-    /// By a hash of the client's address: a client stays with its backend while the Service does not
-    /// change
-    SourceHash,
-}
-
-impl From<LbAlgorithm> for Algorithm {
-    fn from(algorithm: LbAlgorithm) -> Self {
-        match algorithm {
-            LbAlgorithm::Hash => Self::Hash,
-            LbAlgorithm::Random => Self::Random,
-            LbAlgorithm::SourceHash => Self::SourceHash,
-        }
-    }
-}
-
 impl Args {
     /// Runs the agent.
     pub fn run(self) -> Result<()> {
@@ -149,6 +130,7 @@ impl Args {
         };
         Ok(Settings {
             node: node_name(self.hostname_override)?,
+            algorithm: self.lb_algorithm,
             source: match self.manifests {
                 Some(folder) => Source::Manifests(folder),
                 None => Source::Api(ApiServer {
@@ -164,7 +146,6 @@ impl Args {
                 max_flows: self.max_flows,
                 trace: self.trace,
                 vip_ping: self.vip_ping,
-                algorithm: self.lb_algorithm.into(),
                 cluster_cidrs: self.cluster_cidr,
             },
             interfaces: self.interfaces,
@@ -173,6 +154,12 @@ impl Args {
             metrics: address("--metrics-bind-address", &self.metrics_bind_address)?,
         })
     }
+}
+
+fn algorithms() -> impl TypedValueParser<Value = Algorithm> {
+    let known = |name: String| Algorithm::ALL.into_iter().find(|a| a.label() == name);
+    PossibleValuesParser::new(Algorithm::ALL.map(Algorithm::label))
+        .map(move |name| known(name).expect("a possible value"))
 }
 
 fn range(text: &str) -> Result<IpNet, String> {

@@ -26,8 +26,22 @@ pub fn backends(cluster: &Cluster, node: &Node, id: &PortId) -> Vec<Backend> {
         usable_local: is_local(endpoint) && serves(endpoint, local_ready),
         serving: endpoint.serving || endpoint.ready,
         local: is_local(endpoint),
+        weight: endpoint.weight,
     });
-    backends.filter(|backend| backend.usable || backend.usable_local || backend.serving).collect()
+    let mut backends: Vec<Backend> = backends.collect();
+    spare_weightless(&mut backends, |backend| &mut backend.usable);
+    spare_weightless(&mut backends, |backend| &mut backend.usable_local);
+    backends.retain(|backend| backend.usable || backend.usable_local || backend.serving);
+    backends
+}
+
+/// Whoever has weight 0 takes no new flows, unless there is no one else.
+fn spare_weightless(backends: &mut [Backend], usable: impl Fn(&mut Backend) -> &mut bool) {
+    if backends.iter_mut().any(|backend| *usable(backend) && backend.weight > 0) {
+        for backend in backends.iter_mut().filter(|backend| backend.weight == 0) {
+            *usable(backend) = false;
+        }
+    }
 }
 
 /// Which endpoints the hints leave.

@@ -14,6 +14,7 @@ use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 
 use ipnet::IpNet;
+use proxy_common::tables::Algorithm;
 
 use crate::model::{Cluster, IpFamily, Node, ObjectName, Protocol};
 use doors::doors;
@@ -72,6 +73,8 @@ pub struct Backend {
     pub serving: bool,
     /// Runs on this node (KP-12).
     pub local: bool,
+    /// Its share of new flows, beside those of others.
+    pub weight: u16,
 }
 
 /// What the kernel should hold for a Service port.
@@ -83,6 +86,8 @@ pub struct Port {
     pub frontends: BTreeMap<Frontend, Access>,
     /// Its endpoints, sorted by address, each address once (KP-14).
     pub backends: Vec<Backend>,
+    /// How an endpoint is chosen.
+    pub algorithm: Algorithm,
     /// For how many seconds a client stays with its endpoint; 0 if it does not.
     pub affinity: u32,
     /// Who may come through frontends with source ranges, sorted.
@@ -115,6 +120,7 @@ pub fn desired_service(cluster: &Cluster, node: &Node, name: &ObjectName) -> Tab
                 created: service.created.clone(),
                 frontends: doors.frontends(port),
                 backends: eligible::backends(cluster, node, &id),
+                algorithm: service.algorithm.unwrap_or(node.algorithm),
                 affinity: service.affinity.unwrap_or_default(),
                 source_ranges: doors.ranges.clone(),
             };

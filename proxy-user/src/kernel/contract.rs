@@ -21,7 +21,7 @@ const fn shape<K, V>(name: &'static str) -> Shape {
     Shape { name, key: size_of::<K>(), value: size_of::<V>() }
 }
 
-const fn family<F: Family>(names: [&'static str; 9]) -> [Shape; 9] {
+const fn family<F: Family>(names: [&'static str; 10]) -> [Shape; 10] {
     [
         shape::<ServiceKey<F>, ServiceValue>(names[0]),
         shape::<u32, Backend<F>>(names[1]),
@@ -32,10 +32,11 @@ const fn family<F: Family>(names: [&'static str; 9]) -> [Shape; 9] {
         shape::<AffinityKey<F>, AffinityValue>(names[6]),
         shape::<SourceRange<F>, u32>(names[7]),
         shape::<u32, Work<F>>(names[8]),
+        shape::<u32, u32>(names[9]),
     ]
 }
 
-const FAMILY_V4: [Shape; 9] = family::<V4>([
+const FAMILY_V4: [Shape; 10] = family::<V4>([
     "services_v4",
     "backends_v4",
     "flows_v4",
@@ -45,8 +46,9 @@ const FAMILY_V4: [Shape; 9] = family::<V4>([
     "affinity_v4",
     "ranges_v4",
     "scratch_v4",
+    "loads_v4",
 ]);
-const FAMILY_V6: [Shape; 9] = family::<V6>([
+const FAMILY_V6: [Shape; 10] = family::<V6>([
     "services_v6",
     "backends_v6",
     "flows_v6",
@@ -56,12 +58,14 @@ const FAMILY_V6: [Shape; 9] = family::<V6>([
     "affinity_v6",
     "ranges_v6",
     "scratch_v6",
+    "loads_v6",
 ]);
-const COMMON: [Shape; 4] = [
+const COMMON: [Shape; 5] = [
     shape::<u32, Config>("config"),
     shape::<u32, Name>("names"),
     shape::<u32, u64>("outcomes"),
     shape::<u32, u64>("slots"),
+    shape::<u32, u32>("turns"),
 ];
 
 /// All pinned maps.

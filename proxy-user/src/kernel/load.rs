@@ -141,7 +141,6 @@ fn settings(options: &Options, seed: u32) -> Settings {
         socket_errno: probe::socket_errno().into(),
         netns_cookie: bytemuck::cast(cookie),
         vip_ping: options.vip_ping.into(),
-        algorithm: options.algorithm as u32,
         pods4: options.cluster_cidrs.iter().find_map(range4).unwrap_or(Settings::DEFAULT.pods4),
         pods6: options.cluster_cidrs.iter().find_map(range6).unwrap_or(Settings::DEFAULT.pods6),
         ..Settings::DEFAULT

@@ -31,7 +31,6 @@ use aya_log::EbpfLogger;
 use ipnet::IpNet;
 use nix::fcntl::{Flock, FlockArg};
 use proxy_common::Outcome;
-use proxy_common::settings::Algorithm;
 
 use crate::netlink::Role;
 use crate::plan::{Capacity, Op, Planner};
@@ -61,8 +60,6 @@ pub struct Options {
     pub trace: bool,
     /// Whether VIPs answer ICMP echo.
     pub vip_ping: bool,
-    /// How a new flow's backend is chosen.
-    pub algorithm: Algorithm,
     /// The pods' ranges, by which pods of other nodes are known; the first of each family counts.
     pub cluster_cidrs: Vec<IpNet>,
 }
@@ -179,7 +176,7 @@ impl Datapath {
     /// # Errors
     /// If a table can't be read.
     pub fn sweep(&self) -> Result<Swept> {
-        sweep::sweep(&self.maps)
+        sweep::sweep(&self.maps, &self.writer)
     }
 }
 

@@ -112,6 +112,7 @@ fn entry_of<F: Family>(backend: &Backend<F>) -> BackendEntry {
         local: backend.flags & Backend::<F>::LOCAL != 0,
         usable: backend.flags & Backend::<F>::IN_CLUSTER != 0,
         usable_local: backend.flags & Backend::<F>::IN_LOCAL != 0,
+        weight: backend.weight,
         service: backend.service,
     }
 }

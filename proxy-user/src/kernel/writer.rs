@@ -21,6 +21,7 @@ pub struct FamilyTables<F: Family> {
     pub services: HashMap<MapData, ServiceKey<F>, ServiceValue>,
     pub ranges: LpmTrie<MapData, RangeData<F>, u32>,
     pub backends: Mapped<tables::Backend<F>>,
+    pub loads: Mapped<u32>,
 }
 
 /// All tables that the agent writes.
@@ -54,6 +55,7 @@ impl<F: Family> FamilyTables<F> {
             services: HashMap::try_from(Map::HashMap(services))?,
             ranges: LpmTrie::try_from(Map::LpmTrie(ranges))?,
             backends: open_mapped(maps, &super::name_of::<F>("backends"))?,
+            loads: open_mapped(maps, &super::name_of::<F>("loads"))?,
         })
     }
 
@@ -62,7 +64,10 @@ impl<F: Family> FamilyTables<F> {
         F::Addr: FromIp,
     {
         let Some(addr) = F::Addr::from_ip(entry.address.ip()) else { return };
-        let (source, link) = way::<F>(route);
+        if self.backends.get(number).generation != entry.generation {
+            self.loads.set(number, 0);
+        }
+        let (source, link, mtu) = way::<F>(route);
         self.backends.set(
             number,
             tables::Backend {
@@ -73,6 +78,8 @@ impl<F: Family> FamilyTables<F> {
                 flags: flags::<F>(entry),
                 service: entry.service,
                 link,
+                weight: entry.weight,
+                mtu,
             },
         );
     }
@@ -106,12 +113,13 @@ fn flags<F: Family>(entry: BackendEntry) -> u32 {
 }
 
 /// A route as a backend has it.
-fn way<F: Family>(route: Option<&Route>) -> (F::Addr, u32)
+fn way<F: Family>(route: Option<&Route>) -> (F::Addr, u32, u16)
 where
     F::Addr: FromIp,
 {
-    let known = route.and_then(|route| Some((F::Addr::from_ip(route.source)?, route.link)));
-    known.unwrap_or_else(|| (bytemuck::Zeroable::zeroed(), 0))
+    let known =
+        route.and_then(|route| Some((F::Addr::from_ip(route.source)?, route.link, route.mtu)));
+    known.unwrap_or_else(|| (bytemuck::Zeroable::zeroed(), 0, 0))
 }
 
 /// Runs an expression with the tables of an address's family and the address in them.

@@ -1,9 +1,11 @@
 //! From Kubernetes objects to facts: every `Option` is decided here, once, and every malformed field
 //! is reported by the object's name while the rest of the object counts.
 
+use std::collections::HashMap;
 use std::net::{IpAddr, Ipv4Addr};
 
 use ipnet::IpNet;
+use proxy_common::tables::Algorithm;
 
 use super::{
     Endpoint, EndpointPort, IpFamily, Node, ObjectName, Protocol, Service, ServicePort, Slice,
@@ -19,6 +21,13 @@ const SERVICE_NAME: &str = "kubernetes.io/service-name";
 
 /// The label that names a node's zone (KP-65).
 const ZONE: &str = "topology.kubernetes.io/zone";
+
+/// How a Service chooses an endpoint.
+const ALGORITHM: &str = "portal.dev/lb-algorithm";
+/// The weights of a slice's endpoints, as in `10.0.0.1=3,10.0.0.2=1`. Whoever is not named has 1.
+const WEIGHTS: &str = "portal.dev/weights";
+/// The greatest weight.
+const HEAVIEST: u16 = 1000;
 
 /// The taint of a node that the cluster autoscaler is about to remove (KP-118).
 const TO_BE_DELETED: &str = "ToBeDeletedByClusterAutoscaler";
@@ -50,6 +59,7 @@ pub fn service(raw: &raw::Service, problems: &mut Vec<Problem>) -> Option<Servic
         internal_local: spec.internal_traffic_policy == "Local",
         external_local,
         affinity: affinity(spec),
+        algorithm: algorithm(&raw.metadata, problems),
         source_ranges: source_ranges(spec, problems),
         health_check_port: port_number(spec.health_check_node_port).filter(|_| is_checked),
     })
@@ -81,6 +91,36 @@ fn affinity(spec: &raw::ServiceSpec) -> Option<u32> {
     let seconds = spec.session_affinity_config.client_ip.timeout_seconds.unwrap_or(10_800);
     let seconds = u32::try_from(seconds).ok().filter(|seconds| *seconds > 0).unwrap_or(10_800);
     (spec.session_affinity == "ClientIP").then_some(seconds)
+}
+
+fn algorithm(meta: &raw::Meta, problems: &mut Vec<Problem>) -> Option<Algorithm> {
+    let name = meta.annotations.get(ALGORITHM)?;
+    let found = Algorithm::ALL.into_iter().find(|algorithm| algorithm.label() == name);
+    if found.is_none() {
+        let known = Algorithm::ALL.map(Algorithm::label).join(", ");
+        problems.push(format!("annotation {ALGORITHM}: \"{name}\" is not one of {known}; ignored"));
+    }
+    found
+}
+
+/// The weights of a slice's endpoints, without those that can't be read.
+fn weights(meta: &raw::Meta, problems: &mut Vec<Problem>) -> HashMap<IpAddr, u16> {
+    let mut found = HashMap::new();
+    let text = meta.annotations.get(WEIGHTS).map(String::as_str).unwrap_or_default();
+    for entry in text.split(',').filter(|entry| !entry.trim().is_empty()) {
+        let weight = entry.split_once('=').and_then(|(address, weight)| {
+            let weight: u16 = weight.trim().parse().ok()?;
+            Some((parse_address(address)?, weight)).filter(|(_, weight)| *weight <= HEAVIEST)
+        });
+        match weight {
+            Some((address, weight)) => drop(found.insert(address, weight)),
+            None => problems.push(format!(
+                "annotation {WEIGHTS}: \"{entry}\" is not ADDRESS=WEIGHT with a weight up to \
+                 {HEAVIEST}; left out"
+            )),
+        }
+    }
+    found
 }
 
 fn source_ranges(spec: &raw::ServiceSpec, problems: &mut Vec<Problem>) -> Vec<IpNet> {
@@ -118,7 +158,7 @@ pub fn node(raw: &raw::Node) -> Node {
     let zone = raw.metadata.labels.get(ZONE).filter(|zone| !zone.is_empty()).cloned();
     let leaving = raw.metadata.deletion_timestamp.is_some()
         || raw.spec.taints.iter().any(|taint| taint.key == TO_BE_DELETED);
-    Node { name: raw.metadata.name.clone(), zone, leaving, addresses }
+    Node { name: raw.metadata.name.clone(), zone, leaving, addresses, ..Node::default() }
 }
 
 /// The cluster IPs, the first of each family. `clusterIPs` counts; a Service that has none, from
@@ -202,7 +242,13 @@ pub fn slice(raw: &raw::EndpointSlice, problems: &mut Vec<Problem>) -> Option<Sl
             return None;
         }
     };
-    let endpoints = raw.endpoints.iter().filter_map(|e| endpoint(e, family, problems)).collect();
+    let weights = weights(&raw.metadata, problems);
+    let endpoints = raw.endpoints.iter().filter_map(|raw| {
+        let endpoint = endpoint(raw, family, problems)?;
+        let weight = weights.get(&endpoint.address).copied().unwrap_or(1);
+        Some(Endpoint { weight, ..endpoint })
+    });
+    let endpoints = endpoints.collect();
     Some(Slice {
         service: ObjectName::new(&raw.metadata.namespace, service),
         family,
@@ -243,6 +289,7 @@ fn endpoint(
         serving: conditions.serving.unwrap_or(true),
         terminating: conditions.terminating.unwrap_or(false),
         node: raw.node_name.clone(),
+        weight: 1,
         zones: names(&raw.hints.for_zones),
         nodes: names(&raw.hints.for_nodes),
     })

@@ -11,6 +11,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ipnet::IpNet;
 use proxy_common::proto;
+use proxy_common::tables::Algorithm;
 
 /// An object's namespace and name.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
@@ -112,6 +113,8 @@ pub struct Service {
     pub external_local: bool,
     /// For how many seconds a client stays with its endpoint, if it does (KP-95, KP-96).
     pub affinity: Option<u32>,
+    /// How it chooses an endpoint, if it says so.
+    pub algorithm: Option<Algorithm>,
     /// Who may ask the load balancer's IPs; everyone if there are none of a family (KP-93).
     pub source_ranges: Vec<IpNet>,
     /// Where the load balancer asks whether this node has endpoints (KP-101).
@@ -168,6 +171,8 @@ pub struct Endpoint {
     pub terminating: bool,
     /// The node that it runs on, if known.
     pub node: Option<String>,
+    /// Its share of new flows, beside those of others; 0: none.
+    pub weight: u16,
     /// The zones that it is meant for (KP-65).
     pub zones: Vec<String>,
     /// The nodes that it is meant for (KP-66).
@@ -259,6 +264,8 @@ impl Cluster {
 pub struct Node {
     /// The node's name, as endpoints carry it (KP-139).
     pub name: String,
+    /// How its agent chooses backends for Services that do not say.
+    pub algorithm: Algorithm,
     /// Its zone.
     pub zone: Option<String>,
     /// It is going away, so load balancers are to send nothing more here (KP-118).

@@ -10,8 +10,10 @@ mod allocate;
 mod frontends;
 mod op;
 mod recover;
+mod spread;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
@@ -26,6 +28,7 @@ use crate::desired::{Access, Backend, Frontend, Port, PortId};
 use crate::model::IpFamily;
 use allocate::{Numbers, Runs};
 use frontends::Frontends;
+use spread::spread;
 
 /// How long a number or a slot stays out of use after its last reader could have seen it. A packet
 /// takes microseconds; a second is beyond doubt.
@@ -40,6 +43,8 @@ struct Held {
     range: Range,
     /// How many of them are the cluster's.
     cluster: u32,
+    /// What they were filled with: [`Filling::mark`].
+    filling: u64,
     /// It was taken over and not planned since: nothing of it is sure.
     adopted: bool,
     /// Runs of slots that frontends led to when it was taken over, beside its own.
@@ -178,6 +183,7 @@ impl Planner {
         if result.is_ok() {
             held.wanted.frontends.extend(wanted.frontends.clone());
             held.wanted.affinity = wanted.affinity;
+            held.wanted.algorithm = wanted.algorithm;
         }
         self.held.insert(port.clone(), held);
         result?;
@@ -198,6 +204,7 @@ impl Planner {
             wanted: Port::default(),
             range: Range::default(),
             cluster: 0,
+            filling: Filling::default().mark(),
             adopted: false,
             strays: Vec::new(),
             ranges: BTreeSet::new(),
@@ -228,8 +235,9 @@ impl Planner {
         if *room < fresh {
             return Err(full("source ranges"));
         }
-        let run = if held.needs_slots(wanted) {
-            let count = u32::try_from(slots(wanted).count()).map_err(|_| full("slots"))?;
+        let filling = Filling::of(wanted);
+        let run = if held.needs_slots(&filling) {
+            let count = u32::try_from(filling.len()).map_err(|_| full("slots"))?;
             Some(self.runs.take(count).ok_or_else(|| full("slots"))?)
         } else {
             None
@@ -238,7 +246,7 @@ impl Planner {
         held.number_backends(port.family, numbers, wanted, ops);
         if let Some(run) = run {
             self.runs.retire(now + GRACE, held.range);
-            held.fill_slots(run, wanted, ops);
+            held.fill_slots(run, &filling, ops);
         }
         for range in &wanted.source_ranges {
             if held.ranges.insert(*range) {
@@ -312,9 +320,9 @@ impl Planner {
 
 impl Held {
     /// Whether other backends are to be in the slots than are.
-    fn needs_slots(&self, wanted: &Port) -> bool {
-        !slots(&self.wanted).eq(slots(wanted))
-            || slots(wanted).any(|address| !self.numbers.contains_key(&address))
+    fn needs_slots(&self, filling: &Filling) -> bool {
+        self.filling != filling.mark()
+            || filling.slots().any(|address| !self.numbers.contains_key(address))
     }
 
     /// Gives each backend its number, and writes it if it is new or has changed.
@@ -338,13 +346,13 @@ impl Held {
     }
 
     /// Fills a run with the backends that are to be in the slots.
-    fn fill_slots(&mut self, run: Range, wanted: &Port, ops: &mut Vec<Op>) {
-        for (index, address) in (run.first..).zip(slots(wanted)) {
-            ops.push(Op::Slot { index, number: self.numbers[&address].0 });
+    fn fill_slots(&mut self, run: Range, filling: &Filling, ops: &mut Vec<Op>) {
+        for (index, address) in (run.first..).zip(filling.slots()) {
+            ops.push(Op::Slot { index, number: self.numbers[address].0 });
         }
         self.range = run;
-        let cluster = wanted.backends.iter().filter(|backend| backend.usable).count();
-        self.cluster = u32::try_from(cluster).expect("no more than all");
+        self.filling = filling.mark();
+        self.cluster = u32::try_from(filling.cluster.len()).expect("no more than all");
     }
 
     /// Where one of its frontends leads.
@@ -358,7 +366,7 @@ impl Held {
             cluster: Range { first, count: self.cluster },
             local: Range { first: local_first, count: local },
             affinity: ticks(self.wanted.affinity.into()),
-            flags: flags(access),
+            flags: flags(access) | self.wanted.algorithm.flags(),
         }
     }
 }
@@ -381,13 +389,49 @@ fn entry(backend: &Backend, generation: u16, service: u32) -> BackendEntry {
         local: backend.local,
         usable: backend.usable,
         usable_local: backend.usable_local,
+        weight: backend.weight,
         service,
     }
 }
 
-/// The addresses in a Service port's slots: the cluster's backends, then this node's.
-fn slots(port: &Port) -> impl Iterator<Item = SocketAddr> {
-    let cluster = port.backends.iter().filter(|backend| backend.usable);
-    let local = port.backends.iter().filter(|backend| backend.usable_local);
-    cluster.chain(local).map(|backend| backend.address)
+/// The backends in a Service port's slots, slot by slot.
+#[derive(Default, Hash)]
+struct Filling {
+    /// The whole cluster's.
+    cluster: Vec<SocketAddr>,
+    /// This node's, if one of the frontends asks for them.
+    local: Vec<SocketAddr>,
+}
+
+impl Filling {
+    fn of(port: &Port) -> Self {
+        let fill = |is_usable: fn(&Backend) -> bool| {
+            let usable = port.backends.iter().filter(|backend| is_usable(backend));
+            let backends: Vec<(SocketAddr, u16)> = usable.map(|b| (b.address, b.weight)).collect();
+            let slots = spread(port.algorithm, &backends).into_iter();
+            slots.map(|position| backends[position].0).collect()
+        };
+        let asks_for_local = |access: &Access| access.local_for_all || access.local_for_outside;
+        let local = if port.frontends.values().any(asks_for_local) {
+            fill(|backend| backend.usable_local)
+        } else {
+            Vec::new()
+        };
+        Self { cluster: fill(|backend| backend.usable), local }
+    }
+
+    fn len(&self) -> usize {
+        self.cluster.len() + self.local.len()
+    }
+
+    fn slots(&self) -> impl Iterator<Item = &SocketAddr> {
+        self.cluster.iter().chain(&self.local)
+    }
+
+    /// A number that tells fillings apart, instead of all those addresses.
+    fn mark(&self) -> u64 {
+        let mut hasher = DefaultHasher::new();
+        self.hash(&mut hasher);
+        hasher.finish()
+    }
 }

@@ -110,6 +110,8 @@ pub struct BackendEntry {
     pub usable: bool,
     /// Takes new flows that stay on this node.
     pub usable_local: bool,
+    /// Its share of new flows, beside those of others.
+    pub weight: u16,
     /// The Service port's number.
     pub service: u32,
 }

@@ -7,8 +7,8 @@ use std::net::{IpAddr, SocketAddr};
 use ipnet::IpNet;
 use proxy_common::tables::Range;
 
-use super::{BackendEntry, Capacity, Held, Lead, Op, Planner};
-use crate::desired::{Access, Backend, Frontend, Port, PortId};
+use super::{BackendEntry, Capacity, Filling, Held, Lead, Op, Planner};
+use crate::desired::{Access, Frontend, Port, PortId};
 use crate::model::IpFamily;
 
 /// A frontend as the maps hold it.
@@ -152,35 +152,25 @@ fn whole(lead: &Lead) -> Option<Range> {
     follows.then(|| Range { first, count: count.saturating_add(lead.local.count) })
 }
 
-/// A Service port as its first frontend tells of it. Its wish list is what its slots hold; the first
-/// plan compares it with what is wanted now.
+/// A Service port as its first frontend tells of it. What is in its slots is compared with what is
+/// wanted by the first plan.
 fn adopted(service: &ActualService, range: Range, index: &Index<'_>) -> Held {
     let family = IpFamily::of(service.frontend.vip);
-    let cluster = service.lead.cluster.count;
-    let mut backends: BTreeMap<SocketAddr, Backend> = BTreeMap::new();
-    for position in 0..range.count {
-        let number = index.actual.slots.get(&(range.first + position));
-        let address = number.and_then(|number| index.addresses.get(&(family, *number)));
-        let Some(address) = address else { continue };
-        let backend = backends.entry(*address).or_insert(Backend {
-            address: *address,
-            usable: false,
-            usable_local: false,
-            serving: true,
-            local: false,
-        });
-        backend.usable |= position < cluster;
-        backend.usable_local |= position >= cluster;
-    }
+    let addresses = |range: Range| -> Vec<SocketAddr> {
+        let slots = range.first..range.first.saturating_add(range.count);
+        let numbers = slots.filter_map(|slot| index.actual.slots.get(&slot));
+        numbers.filter_map(|number| index.addresses.get(&(family, *number))).copied().collect()
+    };
+    let Lead { id, cluster, local, .. } = service.lead;
     Held {
-        id: service.lead.id,
+        id,
         wanted: Port {
             frontends: BTreeMap::from([(service.frontend, Access::default())]),
-            backends: backends.into_values().collect(),
             ..Port::default()
         },
         range,
-        cluster,
+        cluster: cluster.count,
+        filling: Filling { cluster: addresses(cluster), local: addresses(local) }.mark(),
         adopted: true,
         strays: Vec::new(),
         ranges: BTreeSet::new(),

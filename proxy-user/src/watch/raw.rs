@@ -24,7 +24,7 @@ where
     Ok(serde_json::from_value(value).unwrap_or_default())
 }
 
-/// Reads labels. In hand-written YAML a value may be a number or a boolean: its text counts.
+/// Reads labels or annotations. In hand-written YAML a value may be a number or a boolean: its text counts.
 fn labels<'de, D>(deserializer: D) -> Result<BTreeMap<String, String>, D::Error>
 where
     D: Deserializer<'de>,
@@ -158,6 +158,7 @@ raw! {
         creation_timestamp: String = "small",
         deletion_timestamp: Option<String> = "small",
         labels: BTreeMap<String, String> = "labels",
+        annotations: BTreeMap<String, String> = "labels",
     }
     /// A Service.
     Service {
