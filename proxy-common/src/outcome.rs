@@ -49,6 +49,9 @@ outcomes! {
     Reset = "reset",
     /// Datagram to a VIP with no endpoint or no such port: answered with ICMP port unreachable.
     Unreachable = "unreachable",
+    /// Packet of a masqueraded flow that is too long for the way to its backend and must not be
+    /// fragmented: answered with ICMP "packet too big".
+    TooBig = "too_big",
     /// ICMP echo to a VIP: answered.
     EchoReply = "echo_reply",
     /// A packet to a VIP that gets no answer by rule (a reset, an ICMP message): dropped.

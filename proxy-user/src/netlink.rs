@@ -31,6 +31,8 @@ pub enum Role {
     Pod,
     /// Leads to other machines.
     Uplink,
+    /// Leads to other machines, and has no Ethernet headers (wireguard, ipip, tun).
+    Tunnel,
     /// Not to be touched.
     Ignore,
 }
@@ -41,6 +43,7 @@ impl Role {
         match self {
             Self::Pod => "pod link",
             Self::Uplink => "uplink",
+            Self::Tunnel => "tunnel",
             Self::Ignore => "link",
         }
     }
@@ -71,13 +74,41 @@ impl Rule {
     }
 }
 
+/// What a link's packets begin with.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub enum Header {
+    /// An Ethernet header.
+    #[default]
+    Ethernet,
+    /// Their IP header.
+    None,
+    /// Something that we can't read; or it is the loopback.
+    Other,
+}
+
+impl Header {
+    const fn of(kind: LinkLayerType) -> Self {
+        match kind {
+            LinkLayerType::Ether => Self::Ethernet,
+            LinkLayerType::None
+            | LinkLayerType::Rawip
+            | LinkLayerType::Tunnel
+            | LinkLayerType::Tunnel6
+            | LinkLayerType::Sit
+            | LinkLayerType::Ipgre
+            | LinkLayerType::Ip6gre => Self::None,
+            _ => Self::Other,
+        }
+    }
+}
+
 /// A link as netlink tells of it.
 #[derive(Clone, PartialEq, Eq, Default, Debug)]
 pub struct Link {
     /// Its name.
     pub name: String,
-    /// It has Ethernet headers.
-    pub ethernet: bool,
+    /// What its packets begin with.
+    pub header: Header,
     /// It is a veth or netkit pair whose other end is in another network namespace.
     pub leads_into_namespace: bool,
     /// Its own subnets: an address with a prefix shorter than the address.
@@ -101,6 +132,15 @@ impl Link {
             return Role::Pod;
         }
         if self.addresses.is_empty() { Role::Ignore } else { Role::Uplink }
+    }
+
+    /// What the link is for, and how it can serve that.
+    fn served_role(&self, rules: &[Rule]) -> Role {
+        match (self.header, self.role(rules)) {
+            (Header::Ethernet, role) => role,
+            (Header::None, Role::Uplink) => Role::Tunnel,
+            (Header::None | Header::Other, _) => Role::Ignore,
+        }
     }
 }
 
@@ -242,7 +282,7 @@ impl Links {
 
     fn set(&mut self, message: &LinkMessage) {
         let link = self.known.entry(message.header.index).or_default();
-        link.ethernet = message.header.link_layer_type == LinkLayerType::Ether;
+        link.header = Header::of(message.header.link_layer_type);
         let (mut is_pair, mut elsewhere) = (false, false);
         link.controller = None;
         for attribute in &message.attributes {
@@ -304,9 +344,7 @@ impl Links {
 
     /// The links to attach to. A bridge of pods is none: its ports are.
     fn wanted(&self) -> HashMap<u32, (String, Role)> {
-        let role = |link: &Link| {
-            if link.ethernet { link.role(&self.rules) } else { Role::Ignore }
-        };
+        let role = |link: &Link| link.served_role(&self.rules);
         let pods = self.known.values().filter(|link| role(link) == Role::Pod);
         let bridges: HashSet<u32> = pods.filter_map(|link| link.controller).collect();
         let links =
@@ -314,7 +352,7 @@ impl Links {
         links
             .filter(|(ifindex, (_, role))| match role {
                 Role::Pod => true,
-                Role::Uplink => !bridges.contains(ifindex),
+                Role::Uplink | Role::Tunnel => !bridges.contains(ifindex),
                 Role::Ignore => false,
             })
             .collect()
@@ -355,6 +393,18 @@ mod tests {
         let addresses = subnets.iter().copied().collect();
         assert_eq!(Link { subnets, addresses, ..veth("eth0") }.role(&[]), Role::Uplink);
         assert_eq!(Link { name: "lo".to_owned(), ..Link::default() }.role(&[]), Role::Ignore);
+    }
+
+    #[test]
+    fn a_link_without_ethernet_headers_may_be_an_uplink_and_nothing_else() {
+        let addresses: BTreeSet<IpAddr> = ["192.0.2.1".parse().unwrap()].into();
+        let link = |header| Link { header, addresses: addresses.clone(), ..Link::default() };
+        let role = |kind| link(Header::of(kind)).served_role(&[]);
+        assert_eq!(role(LinkLayerType::Ether), Role::Uplink);
+        assert_eq!(role(LinkLayerType::None), Role::Tunnel);
+        assert_eq!(role(LinkLayerType::Loopback), Role::Ignore);
+        let rules = ["pod=*".parse().unwrap()];
+        assert_eq!(link(Header::None).served_role(&rules), Role::Ignore);
     }
 
     #[test]

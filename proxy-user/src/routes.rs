@@ -6,7 +6,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use anyhow::{Context, Result};
 use futures::{StreamExt, TryStreamExt, stream};
-use rtnetlink::packet_route::route::{RouteAddress, RouteAttribute, RouteMessage};
+use rtnetlink::packet_route::link::LinkAttribute;
+use rtnetlink::packet_route::route::{RouteAddress, RouteAttribute, RouteMessage, RouteMetric};
 use rtnetlink::{Handle, RouteMessageBuilder, new_connection};
 
 /// How many questions are under way at a time.
@@ -63,7 +64,31 @@ impl Resolver {
 
     async fn ask_all(&self, addresses: impl IntoIterator<Item = IpAddr>) -> Routes {
         let questions = addresses.into_iter().map(async |a| (a, self.ask(a).await));
-        stream::iter(questions).buffer_unordered(AT_ONCE).collect().await
+        let mut routes: Routes = stream::iter(questions).buffer_unordered(AT_ONCE).collect().await;
+        let links: HashSet<u32> = routes.values().flatten().map(|route| route.link).collect();
+        let mut mtus: HashMap<u32, u16> = HashMap::new();
+        for link in links {
+            mtus.insert(link, self.mtu(link).await);
+        }
+        for route in routes.values_mut().flatten() {
+            let of_link = mtus[&route.link];
+            route.mtu = if route.mtu == 0 { of_link } else { route.mtu.min(of_link) };
+        }
+        routes
+    }
+
+    /// The longest packet that a link takes; 0 if it has just gone.
+    async fn mtu(&self, link: u32) -> u16 {
+        let mut answer = self.handle.link().get().match_index(link).execute();
+        let message = answer.try_next().await.ok().flatten();
+        let mtu =
+            message.into_iter().flat_map(|message| message.attributes).find_map(|attribute| {
+                match attribute {
+                    LinkAttribute::Mtu(mtu) => Some(mtu),
+                    _ => None,
+                }
+            });
+        u16::try_from(mtu.unwrap_or_default()).unwrap_or(u16::MAX)
     }
 
     async fn ask(&self, address: IpAddr) -> Option<Route> {
@@ -81,8 +106,18 @@ impl Resolver {
     }
 }
 
+/// The longest packet as a route says it; 0 if it does not.
+fn route_mtu(metrics: &[RouteMetric]) -> u16 {
+    let mtu = metrics.iter().find_map(|metric| match metric {
+        RouteMetric::Mtu(mtu) => Some(*mtu),
+        _ => None,
+    });
+    u16::try_from(mtu.unwrap_or_default()).unwrap_or(u16::MAX)
+}
+
 fn route(answer: &RouteMessage) -> Option<Route> {
-    let (mut source, mut link) = (None, None);
+    let (mut source, mut link, mut mtu) = (None, None, 0);
+    let mut is_passing = false;
     for attribute in &answer.attributes {
         match attribute {
             RouteAttribute::PrefSource(RouteAddress::Inet(address)) => {
@@ -92,8 +127,12 @@ fn route(answer: &RouteMessage) -> Option<Route> {
                 source = Some((*address).into());
             }
             RouteAttribute::Oif(index) => link = Some(*index),
+            RouteAttribute::Metrics(metrics) => mtu = route_mtu(metrics),
+            RouteAttribute::CacheInfo(info) => is_passing = info.expires != 0,
             _ => {}
         }
     }
-    Some(Route { source: source?, link: link?, mtu: 0 })
+    // What the kernel has learnt of the path holds for a while only; whoever asks too much is told anew.
+    let mtu = if is_passing { 0 } else { mtu };
+    Some(Route { source: source?, link: link?, mtu })
 }

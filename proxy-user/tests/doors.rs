@@ -202,6 +202,29 @@ fn through_an_overlay_the_tunnels_address_masquerades() {
 }
 
 #[test]
+fn through_a_tunnel_without_ethernet_headers_and_with_a_smaller_mtu() {
+    for cni in CNIS {
+        let stage = Stage::new(cni, &json!({}));
+        let _tunnel = stage.cluster.world.tunnel(1300);
+        for v6 in [false, true] {
+            let to = stage.at(0, v6);
+            let tunnel: IpAddr = if v6 { "fd00:99::1" } else { "10.99.0.1" }.parse().unwrap();
+            eventually("the new way to the pod is taken", || {
+                tcp(&stage.outsider, to).ok().filter(|c| c.seen_as.ip() == tunnel)
+            });
+            let mut connection = tcp(&stage.outsider, to).unwrap();
+            let bytes: Vec<u8> = (0..300_000_u32).map(|i| (i % 251) as u8).collect();
+            assert!(connection.echo(&bytes).unwrap() == bytes);
+            assert_eq!(udp(&stage.outsider, to, b"x").unwrap().server, "server");
+            // Clients of the tunnel itself: a pod's packets to the other node's port.
+            let client = stage.cluster.pod(0, &format!("client{v6}"));
+            assert_eq!(tcp(&client.namespace, stage.at(1, v6)).unwrap().server, "server");
+        }
+        assert!(stage.cluster.outcomes(0, "too_big") > 0, "the smaller MTU was told by the node");
+    }
+}
+
+#[test]
 fn external_and_balancer_ips_are_reached_from_everywhere() {
     let addresses = ["203.0.113.5", "2001:db8:113::5", "203.0.113.6", "2001:db8:113::6"];
     let [external4, external6, balancer4, balancer6] = addresses;

@@ -234,6 +234,8 @@ map_type! {
         pub reply: FlowValue<F>,
         /// The link that the packet leaves by, past the host stack; 0: by the host stack.
         pub link: u32,
+        /// The longest IP packet that the way there takes; 0 if it is not known.
+        pub mtu: u32,
         /// A client with affinity, to be looked up.
         pub affinity: AffinityKey<F>,
         /// A client's address, to be looked up among source ranges.

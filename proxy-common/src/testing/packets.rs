@@ -103,6 +103,16 @@ impl Packet {
         Self { payload: payload.to_vec(), ..self }
     }
 
+    /// The same ICMP message with other bytes behind its checksum.
+    ///
+    /// # Panics
+    /// If it is none.
+    #[must_use]
+    pub fn with_rest(self, bytes: [u8; 4]) -> Self {
+        let Transport::Icmp { kind, code, .. } = self.transport else { panic!("not ICMP") };
+        Self { transport: Transport::Icmp { kind, code, rest: bytes }, ..self }
+    }
+
     /// The frame as it is seen at the hook.
     pub fn frame(&self) -> Vec<u8> {
         let transport = self.transport_bytes();

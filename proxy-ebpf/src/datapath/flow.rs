@@ -23,7 +23,7 @@ pub fn established<F: Family, T: Tables<F>>(tables: &T, work: &mut Work<F>) -> b
         return false;
     }
     record.touch(now);
-    work.link = link(record, tables);
+    (work.link, work.mtu) = way(record, tables);
     if record.state() == State::Answered as u8 {
         confirm(record, now, tables, work);
     }
@@ -71,17 +71,17 @@ pub fn is_stale<F: Family, T: Tables<F>>(record: FlowRecord<'_, F>, tables: &T) 
     }
 }
 
-/// The link that the packet leaves by, past the host stack: the one that leads to the backend now, if
-/// that is known.
+/// The link that the packet leaves by, past the host stack, and the longest packet that passes there:
+/// those that lead to the backend now, if they are known.
 #[inline(always)]
-fn link<F: Family, T: Tables<F>>(record: FlowRecord<'_, F>, tables: &T) -> u32 {
+pub fn way<F: Family, T: Tables<F>>(record: FlowRecord<'_, F>, tables: &T) -> (u32, u32) {
     let link = record.link();
     if link == 0 || record.flags() & FlowValue::<F>::IS_REPLY != 0 {
-        return link;
+        return (link, 0);
     }
     match backend(record, tables) {
-        Some(backend) if backend.link != 0 => backend.link,
-        _ => link,
+        Some(backend) if backend.link != 0 => (backend.link, backend.mtu.into()),
+        _ => (link, 0),
     }
 }
 

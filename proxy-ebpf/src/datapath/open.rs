@@ -52,7 +52,7 @@ pub fn open<F: Family, T: Tables<F>>(
     tables.remove_embryo(&work.key);
     let _ = tables.insert_embryo(&work.key, &work.forward);
     work.other = work.forward.other;
-    work.link = work.forward.link;
+    (work.link, work.mtu) = (work.forward.link, backend.mtu.into());
     Ok(Outcome::Opened)
 }
 
@@ -147,7 +147,7 @@ fn embryo<F: Family, T: Tables<F>>(tables: &T, work: &mut Work<F>) -> bool {
         tables.remove_embryo(&work.other);
         return false;
     }
-    work.link = record.link();
+    (work.link, work.mtu) = flow::way(record, tables);
     if record.seen() != now {
         record.set_seen(now);
         // The reply's record holds the place of a flow that may never be answered. Without it the flow
@@ -293,7 +293,7 @@ pub fn promote<F: Family, T: Tables<F>>(tables: &T, work: &mut Work<F>) -> Optio
         link: record.other_link(),
         reply_link: record.link(),
     };
-    work.link = origin.reply_link;
+    (work.link, work.mtu) = (origin.reply_link, 0);
     if !record.verified(&work.key) {
         return None;
     }

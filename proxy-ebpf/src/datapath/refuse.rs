@@ -24,7 +24,7 @@ pub fn refuse<F: Wire, P: Frame>(frame: &mut P, work: &Work<F>) -> Outcome {
     let (written, outcome) = if work.packet.proto == proto::TCP {
         (reset(frame, work), Outcome::Reset)
     } else {
-        (unreachable(frame, work), Outcome::Unreachable)
+        (explain(frame, work, F::PORT_UNREACHABLE, 0), Outcome::Unreachable)
     };
     match written.and_then(|()| rewrite::turn_around(frame)) {
         Some(()) => outcome,
@@ -77,9 +77,42 @@ fn sequence_length<F: Wire, P: Frame>(
     Some((payload as u32).wrapping_add(controls))
 }
 
-/// "Port unreachable" from the VIP, quoting the packet's headers.
+/// Turns a packet that is too long for the way to its backend into the news of that (RFC 1191, RFC
+/// 8201).
 #[inline(always)]
-fn unreachable<F: Wire, P: Frame>(frame: &mut P, work: &Work<F>) -> Option<()> {
+pub fn too_big<F: Wire, P: Frame>(frame: &mut P, work: &Work<F>) -> Outcome {
+    match explain(frame, work, F::TOO_BIG, work.mtu).and_then(|()| rewrite::turn_around(frame)) {
+        Some(()) => Outcome::TooBig,
+        None => Outcome::NotWritable,
+    }
+}
+
+/// Whether the packet is longer than the way to its backend takes, and must not be cut.
+#[inline(always)]
+pub fn is_too_big<F: Wire, P: Frame>(frame: &P, work: &Work<F>) -> bool {
+    if work.mtu == 0 || work.packet.is(Part::Later) {
+        return false;
+    }
+    let Some(total) = F::total_length(frame, P::NETWORK) else { return false };
+    let length = match frame.segment() {
+        0 => total,
+        payload => {
+            // At least: with TCP's options a little more, which its receiver has agreed to leave out.
+            let header = if work.packet.proto == proto::TCP { size_of::<tcp::Header>() } else { 8 };
+            work.packet.l4() - P::NETWORK + header + payload
+        }
+    };
+    length > work.mtu as usize && !F::may_be_cut(frame, P::NETWORK)
+}
+
+/// An ICMP error from the VIP, quoting the packet's headers; `detail` is what lies behind its checksum.
+#[inline(always)]
+fn explain<F: Wire, P: Frame>(
+    frame: &mut P,
+    work: &Work<F>,
+    [kind, code]: [u8; 2],
+    detail: u32,
+) -> Option<()> {
     let quote = work.packet.l4() + 8 - P::NETWORK;
     if quote > F::MAX_QUOTE {
         return None;
@@ -89,13 +122,20 @@ fn unreachable<F: Wire, P: Frame>(frame: &mut P, work: &Work<F>) -> Option<()> {
     frame.resize(icmp + length)?;
     let quoted = move_quote::<F, P>(frame, quote)?;
     write_header(frame, work, F::ICMP, length as u16)?;
-    let [kind, code] = F::PORT_UNREACHABLE;
-    let header = [u16::from_ne_bytes([kind, code]), 0, 0, 0];
-    let mut total = quoted.half(0xffff, header[0]);
+    let [high, low] = halves(detail);
+    let header = [u16::from_ne_bytes([kind, code]), 0, high, low];
+    let mut total = quoted.half(0xffff, header[0]).half(0xffff, high).half(0xffff, low);
     if F::ICMP != proto::ICMP {
         total = total + pseudo_header(work, F::ICMP, length as u16);
     }
-    frame.store(icmp, [header[0], !fold(total.sum()), 0, 0])
+    frame.store(icmp, [header[0], !fold(total.sum()), high, low])
+}
+
+/// A number as two halves of a packet, in network byte order.
+#[inline(always)]
+const fn halves(number: u32) -> [u16; 2] {
+    let [a, b, c, d] = number.to_be_bytes();
+    [u16::from_ne_bytes([a, b]), u16::from_ne_bytes([c, d])]
 }
 
 /// Moves the packet's first `quote` bytes behind the place of the new headers and sums them up. From

@@ -1,7 +1,7 @@
 //! The two stories of a packet.
 
-use proxy_common::Outcome;
 use proxy_common::tables::{FragmentValue, Part, ServiceKey, ServiceValue, Side, Work};
+use proxy_common::{Family, Outcome};
 
 use super::choose::Failure;
 use super::{Client, Tables, flow, icmp, open, refuse, rewrite};
@@ -28,21 +28,46 @@ pub fn ingress<F: Wire, P: Frame, T: Tables<F>>(
     if work.packet.is(Part::Later) && !recall_ports(tables, work) {
         return unknown_fragment(tables, work);
     }
-    if flow::established(tables, work) {
-        return pass_on(frame, tables, work, Outcome::Forwarded);
-    }
-    let Some(mark) = tables.service(&ServiceKey::mark(work.key.dst)) else {
-        return Outcome::NotService;
-    };
-    if let Some(outcome) = open::promote(tables, work) {
-        return pass_on(frame, tables, work, outcome);
-    }
-    match open::open(tables, work, &mark, client, frame.link()) {
-        Ok(outcome) => pass_on(frame, tables, work, outcome),
+    match flow_of(tables, work, client, frame.link()) {
+        Ok(outcome) => send_on(frame, tables, work, outcome),
         Err(Failure::NotService) => Outcome::NotService,
         Err(Failure::Refused) => refuse::refuse(frame, work),
         Err(Failure::Dropped(outcome)) => outcome,
     }
+}
+
+/// The flow that the packet belongs to: one that was answered, one in the making, or a new one.
+#[inline(always)]
+fn flow_of<F: Family, T: Tables<F>>(
+    tables: &T,
+    work: &mut Work<F>,
+    client: Client,
+    link: u32,
+) -> Result<Outcome, Failure> {
+    if flow::established(tables, work) {
+        return Ok(Outcome::Forwarded);
+    }
+    let Some(mark) = tables.service(&ServiceKey::mark(work.key.dst)) else {
+        return Err(Failure::NotService);
+    };
+    match open::promote(tables, work) {
+        Some(outcome) => Ok(outcome),
+        None => open::open(tables, work, &mark, client, link),
+    }
+}
+
+/// As [`pass_on`], unless the packet is too long for the flow's own link.
+#[inline(always)]
+fn send_on<F: Wire, P: Frame, T: Tables<F>>(
+    frame: &mut P,
+    tables: &T,
+    work: &Work<F>,
+    outcome: Outcome,
+) -> Outcome {
+    if work.link != 0 && refuse::is_too_big(frame, work) {
+        return refuse::too_big(frame, work);
+    }
+    pass_on(frame, tables, work, outcome)
 }
 
 /// A packet that goes out to a client's link: back from a backend, if it belongs to a flow.

@@ -6,6 +6,7 @@
 //! | `portal_ingress` | tc ingress of a pod's host-side link | `datapath::ingress` |
 //! | `portal_uplink` | tc ingress of an uplink | `datapath::ingress` |
 //! | `portal_egress` | tc egress of both | `datapath::egress` |
+//! | `portal_l3uplink`, `portal_l3egress` | the same of an uplink without Ethernet headers | as above |
 //! | `portal_connect4/6` | cgroup connect | `datapath::socket::send` |
 //! | `portal_sendmsg4/6` | cgroup sendmsg (UDP) | `datapath::socket::send` |
 //! | `portal_recvmsg4/6` | cgroup recvmsg (UDP) | `datapath::socket::restore` |

@@ -17,11 +17,13 @@ const BPF_F_IPV6: u64 = 1 << 7;
 
 /// A socket buffer at tc. Its packet pointers are read from the context at each access: any helper
 /// that may change the packet makes older ones invalid.
-pub struct Skb<'a> {
+///
+/// `NETWORK` is the length of the link's own header: 14 with Ethernet, 0 with none.
+pub struct Skb<'a, const NETWORK: usize> {
     ctx: &'a TcContext,
 }
 
-impl<'a> Skb<'a> {
+impl<'a, const NETWORK: usize> Skb<'a, NETWORK> {
     #[inline(always)]
     pub const fn new(ctx: &'a TcContext) -> Self {
         Self { ctx }
@@ -49,22 +51,35 @@ impl<'a> Skb<'a> {
         if offset > MAX_OFFSET {
             return None;
         }
-        let start = self.ctx.data() + offset;
+        let start = self.data() + offset;
         if start + size_of::<T>() > self.ctx.data_end() {
             return None;
         }
         Some(start as *mut T)
     }
+
+    /// Where the packet begins. Volatile, or the compiler might read it again after a check of bounds,
+    /// which the verifier would then not take for a check of this pointer.
+    #[inline(always)]
+    fn data(&self) -> usize {
+        // SAFETY: the context is the kernel's and outlives the program.
+        unsafe { (&raw const (*self.ctx.skb.skb).data).read_volatile() as usize }
+    }
 }
 
-impl Frame for Skb<'_> {
-    /// Pods' links have Ethernet headers.
-    const NETWORK: usize = 14;
+impl<const NETWORK: usize> Frame for Skb<'_, NETWORK> {
+    const NETWORK: usize = NETWORK;
 
     #[inline(always)]
     fn link(&self) -> u32 {
         // SAFETY: the context is the kernel's and outlives the program.
         unsafe { (*self.ctx.skb.skb).ifindex }
+    }
+
+    #[inline(always)]
+    fn segment(&self) -> usize {
+        // SAFETY: the context is the kernel's and outlives the program.
+        unsafe { (*self.ctx.skb.skb).gso_size as usize }
     }
 
     #[inline(always)]
@@ -113,7 +128,7 @@ impl Frame for Skb<'_> {
     }
 }
 
-impl Skb<'_> {
+impl<const NETWORK: usize> Skb<'_, NETWORK> {
     #[inline(always)]
     fn replace_sum(&mut self, offset: usize, delta: Delta, flags: u64) -> Option<()> {
         // SAFETY: the helper checks the offset; packet pointers are read anew afterwards.

@@ -13,6 +13,7 @@ pub fn log(ctx: &TcContext, outcome: Outcome) {
     match outcome {
         Outcome::Reset => info!(ctx, "reset, link {}", link),
         Outcome::Unreachable => info!(ctx, "unreachable, link {}", link),
+        Outcome::TooBig => info!(ctx, "too_big, link {}", link),
         Outcome::Silent => info!(ctx, "silent, link {}", link),
         Outcome::NoLocal => info!(ctx, "no_local, link {}", link),
         Outcome::NotAllowed => info!(ctx, "not_allowed, link {}", link),

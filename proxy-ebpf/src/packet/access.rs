@@ -14,6 +14,10 @@ pub trait Frame {
     /// The index of the link that the packet is seen on.
     fn link(&self) -> u32;
 
+    /// How many bytes of payload the packets have that this one is to be cut into; 0 if it is one
+    /// packet.
+    fn segment(&self) -> usize;
+
     /// Makes the first `length` bytes reachable, if the packet is that long. A packet's end may lie in
     /// other memory than its start; loads and stores beyond what is reachable fail.
     fn want(&mut self, length: usize);

@@ -19,6 +19,8 @@ pub trait Wire: Family {
     const MAX_QUOTE: usize;
     /// Type and code of "port unreachable" (RFC 792, RFC 4443).
     const PORT_UNREACHABLE: [u8; 2];
+    /// Type and code of "fragmentation needed" (RFC 1191) and "packet too big" (RFC 4443).
+    const TOO_BIG: [u8; 2];
 
     /// Reads the IP header at `l3`, passing over options and extension headers, and puts its addresses
     /// into `key`. `None` if it is cut short or no valid header.
@@ -50,6 +52,9 @@ pub trait Wire: Family {
         proto: u8,
         length: u16,
     ) -> Option<()>;
+
+    /// Whether routers may cut the packet at `l3` into fragments.
+    fn may_be_cut<P: Frame>(frame: &P, l3: usize) -> bool;
 
     /// The length of the IP packet at `l3`, header and all, as it says itself.
     fn total_length<P: Frame>(frame: &P, l3: usize) -> Option<usize>;

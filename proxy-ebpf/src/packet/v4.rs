@@ -23,6 +23,9 @@ struct Header {
     dst: Addr4,
 }
 
+/// Flags and fragment offset.
+const FRAGMENT: usize = 6;
+const DONT_FRAGMENT: u8 = 0x40;
 /// The time to live, and the protocol behind it.
 const TTL: usize = 8;
 const CHECKSUM: usize = 10;
@@ -34,6 +37,7 @@ impl Wire for V4 {
     const SOURCE: usize = 12;
     const MAX_QUOTE: usize = 60 + 8;
     const PORT_UNREACHABLE: [u8; 2] = [3, 3];
+    const TOO_BIG: [u8; 2] = [3, 4];
     const ECHO: [u8; 2] = [8, 0];
 
     #[inline(always)]
@@ -122,6 +126,12 @@ impl Wire for V4 {
         }
         header.checksum = !fold(sum.sum());
         frame.store(l3, header)
+    }
+
+    #[inline(always)]
+    fn may_be_cut<P: Frame>(frame: &P, l3: usize) -> bool {
+        let fragment: Option<[u8; 2]> = frame.load(l3 + FRAGMENT);
+        fragment.is_some_and(|[high, _]| high & DONT_FRAGMENT == 0)
     }
 
     #[inline(always)]

@@ -89,6 +89,7 @@ impl Wire for V6 {
     const SOURCE: usize = 8;
     const MAX_QUOTE: usize = 40 + 48 + 8;
     const PORT_UNREACHABLE: [u8; 2] = [1, 4];
+    const TOO_BIG: [u8; 2] = [2, 0];
     const ECHO: [u8; 2] = [128, 129];
 
     #[inline(always)]
@@ -149,6 +150,12 @@ impl Wire for V6 {
                 dst: *dst,
             },
         )
+    }
+
+    /// Only their sender may (RFC 8200, section 4.5).
+    #[inline(always)]
+    fn may_be_cut<P: Frame>(_frame: &P, _l3: usize) -> bool {
+        false
     }
 
     #[inline(always)]

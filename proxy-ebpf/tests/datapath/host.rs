@@ -12,7 +12,7 @@ use proxy_common::tables::{
     AffinityKey, AffinityValue, Backend, FlowKey, FlowRecord, FlowValue, FragmentKey,
     FragmentValue, PeerKey, PeerValue, Range, ServiceKey, ServiceValue, SourceRange, Work,
 };
-use proxy_common::testing::{Hook, LINK, NODE, Service as ServiceSpec};
+use proxy_common::testing::{Hook, LINK, MTU, NODE, Service as ServiceSpec};
 use proxy_common::{Family, Outcome, Port, V4, V6};
 use proxy_ebpf::datapath::{self, Client, Refused, Service, Tables};
 use proxy_ebpf::packet::{Frame, Wire};
@@ -23,11 +23,13 @@ pub struct Buffer {
     reachable: usize,
     /// Whether it may be changed.
     pub writable: bool,
+    /// The payload of the packets that it is to be cut into.
+    pub segment: usize,
 }
 
 impl Buffer {
     pub fn new(bytes: &[u8]) -> Self {
-        Self { bytes: bytes.to_vec(), reachable: 0, writable: true }
+        Self { bytes: bytes.to_vec(), reachable: 0, writable: true, segment: 0 }
     }
 
     fn end<T>(&self, offset: usize) -> Option<usize> {
@@ -40,6 +42,10 @@ impl Frame for Buffer {
 
     fn link(&self) -> u32 {
         LINK
+    }
+
+    fn segment(&self) -> usize {
+        self.segment
     }
 
     fn want(&mut self, length: usize) {
@@ -230,7 +236,7 @@ impl<F: HostFamily> Host<F> {
                 service: id,
                 link: self.link,
                 weight: 1,
-                mtu: 0,
+                mtu: MTU,
             };
             match known {
                 Some(known) => self.backends[known] = backend,

@@ -13,7 +13,7 @@ use proxy_common::settings::{Range4, Range6, Settings};
 use proxy_common::tables::Config;
 
 use super::contract::shapes;
-use super::{Options, SocketLb, probe};
+use super::{Options, SocketLb, probe, tc};
 
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/portal-ebpf.o"));
 
@@ -57,7 +57,7 @@ pub fn load(options: &Options, maps: &Path) -> Result<Ebpf> {
         "the kernel does not take Portal's eBPF object (it needs Linux 5.10 or later with BTF)",
     )?;
     write_config(&mut ebpf, seed)?;
-    for (name, program) in ebpf.programs_mut() {
+    for (name, program) in ebpf.programs_mut().filter(|(name, _)| !tc::is_loaded_late(name)) {
         load_program(program).map_err(shortened).with_context(|| format!("program {name}"))?;
     }
     Ok(ebpf)
@@ -181,7 +181,7 @@ fn range6(range: &IpNet) -> Option<Range6> {
 }
 
 /// A verifier's error holds its whole log: its end says what is wrong.
-fn shortened(error: impl std::error::Error) -> anyhow::Error {
+pub(super) fn shortened(error: impl std::error::Error) -> anyhow::Error {
     let mut text = error.to_string();
     let mut source = error.source();
     while let Some(cause) = source {

@@ -11,6 +11,7 @@ use aya::programs::tc::{
 };
 
 use super::links::PinnedLinks;
+use super::load::shortened;
 use super::sys::{self, AttachPoint};
 use crate::netlink::Role;
 
@@ -36,8 +37,14 @@ const HOOKS: [(TcAttachType, &str, u32); 2] = [
 const fn programs(role: Role) -> [&'static str; 2] {
     match role {
         Role::Uplink => ["portal_egress", "portal_uplink"],
+        Role::Tunnel => ["portal_l3egress", "portal_l3uplink"],
         Role::Pod | Role::Ignore => ["portal_egress", "portal_ingress"],
     }
+}
+
+/// Whether a program is loaded when it is first needed: few nodes have tunnels.
+pub fn is_loaded_late(program: &str) -> bool {
+    programs(Role::Tunnel).contains(&program)
 }
 
 /// Our place among clsact filters: fixed, so that a later agent finds its filters again, and first,
@@ -79,6 +86,10 @@ pub fn attach(
             .program_mut(program)
             .with_context(|| format!("the object has no program {program}"))?
             .try_into()?;
+        // Those of tunnels only once there is one.
+        if program.fd().is_err() {
+            program.load().map_err(shortened)?;
+        }
         if mode == TcMode::Tcx {
             let at = AttachPoint::Tcx { ifindex, attach_type };
             links.ensure(&pin(ifindex, side), program.fd()?, at)

@@ -14,6 +14,7 @@ pub mod namespace;
 pub mod objects;
 mod offload;
 pub mod server;
+pub mod tunnel;
 pub mod world;
 
 use std::time::{Duration, Instant};

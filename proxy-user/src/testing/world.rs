@@ -22,6 +22,7 @@ use rtnetlink::{
 };
 
 use super::namespace::{Mounts, Namespace};
+use super::tunnel::Tunnel;
 
 /// How a node's pods are connected.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -133,11 +134,28 @@ impl World {
     /// Sends what goes from node to node's pods through a vxlan tunnel from now on.
     pub fn overlay(&self) {
         for (node, other) in [(&self.nodes[0], &self.nodes[1]), (&self.nodes[1], &self.nodes[0])] {
+            node.namespace.netlink(async |net| net.vxlan("vxlan0", other.v4()).await);
+        }
+        self.route_by("vxlan0");
+    }
+
+    /// As [`World::overlay`], through a tunnel whose packets have no Ethernet headers.
+    pub fn tunnel(&self, mtu: u32) -> Tunnel {
+        let tunnel = Tunnel::new("tun0", [&self.nodes[0].namespace, &self.nodes[1].namespace]);
+        for node in &self.nodes {
+            node.namespace.netlink(async |net| net.mtu("tun0", mtu).await);
+        }
+        self.route_by("tun0");
+        tunnel
+    }
+
+    /// Gives a link between the nodes addresses, and leads what goes to the other node's pods there.
+    fn route_by(&self, link: &str) {
+        for (node, other) in [(&self.nodes[0], &self.nodes[1]), (&self.nodes[1], &self.nodes[0])] {
             node.namespace.netlink(async |net| {
-                net.vxlan("vxlan0", other.v4()).await;
-                net.up("vxlan0").await;
-                net.address("vxlan0", node.overlay4().into(), 24).await;
-                net.address("vxlan0", node.overlay6().into(), 64).await;
+                net.up(link).await;
+                net.address(link, node.overlay4().into(), 24).await;
+                net.address(link, node.overlay6().into(), 64).await;
                 for (to, bits, old, new) in [
                     (IpAddr::from(node.pods4(other.number, 0)), 24, false, other.overlay4().into()),
                     (IpAddr::from(node.pods6(other.number, 0)), 64, true, other.overlay6().into()),

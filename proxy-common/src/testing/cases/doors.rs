@@ -2,7 +2,7 @@
 
 use std::net::{IpAddr, SocketAddr};
 
-use super::{ACK, Becomes, Cast, SYN, Service, Step, packet, translated, uplink};
+use super::{ACK, Becomes, Cast, MTU, SYN, Service, Step, packet, translated, uplink};
 use crate::addr::Port;
 use crate::settings::Settings;
 use crate::tables::Side::{Egress, Ingress};
@@ -95,6 +95,28 @@ pub fn masqueraded_error(cast: &Cast) -> Vec<Step> {
     let mut steps = masqueraded(cast);
     steps.push(masquerades(&error(cast.node, &arrived), &error(cast.outsider.ip(), &sent)));
     steps
+}
+
+pub fn too_big(cast: &Cast) -> Vec<Step> {
+    let (node_port, frontend) = cast.node_port();
+    let headers = if cast.vip.is_ipv4() { 28 } else { 48 };
+    let datagram = |length: usize| {
+        let bytes = vec![7; length - headers];
+        Packet::udp(Ingress, cast.outsider, node_port).with_payload(&bytes)
+    };
+    let fits = datagram(MTU.into());
+    let seen_as = SocketAddr::new(cast.node, source_port(&fits, proto::UDP));
+    let arrived = Packet { src: seen_as, dst: cast.pod, hops: 63, ..fits.clone() };
+    let long = datagram(usize::from(MTU) + 1);
+    let head = if cast.vip.is_ipv4() { [3, 4] } else { [2, 0] };
+    let told = Packet::icmp(Egress, cast.node, cast.outsider.ip(), head, long.quoted(headers))
+        .with_rest(u32::from(MTU).to_be_bytes());
+    vec![
+        serve(&Service { flags: 0, ..Service::new(frontend, proto::TCP, &[cast.pod]) }),
+        masquerades(&fits, &arrived),
+        uplink(translated(&long, Outcome::TooBig, &told)),
+        masquerades(&fits, &arrived),
+    ]
 }
 
 pub fn local_pod(cast: &Cast) -> Vec<Step> {

@@ -66,6 +66,9 @@ pub enum Hook {
 /// loopback's, since the kernel's test runs are on it.
 pub const LINK: u32 = 1;
 
+/// The longest IP packet that passes there.
+pub const MTU: u16 = 1400;
+
 /// This node's own addresses, which masqueraded flows come from.
 pub const NODE: [IpAddr; 2] = [
     IpAddr::V4(Ipv4Addr::new(192, 0, 2, 50)),
@@ -226,7 +229,7 @@ fn reply(cast: &Cast, flags: u8, outcome: Outcome) -> Step {
 
 /// All cases, of both families.
 pub fn cases() -> Vec<Case> {
-    let stories: [(&str, Story); 27] = [
+    let stories: [(&str, Story); 28] = [
         ("a connection from its SYN to its end", flows::connection),
         ("a connection that is reset", flows::reset_connection),
         ("a port is used again after its connection has ended", flows::port_reuse),
@@ -249,6 +252,7 @@ pub fn cases() -> Vec<Case> {
         ("headers that no stack accepts", flows::malformed),
         ("from outside to a pod elsewhere the node masquerades", doors::masqueraded),
         ("an error about a masqueraded packet", doors::masqueraded_error),
+        ("what is too long for the way to the pod is told to its sender", doors::too_big),
         ("from outside to a pod of this node the client's address stays", doors::local_pod),
         ("externalTrafficPolicy asks for a local pod only from outside", doors::external_policy),
         ("internalTrafficPolicy asks for a local pod from everyone", doors::internal_policy),
