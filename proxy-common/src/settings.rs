@@ -48,9 +48,10 @@ map_type! {
         pub coarse_clock: u32,
         /// 1: `bpf_set_retval` exists for socket hooks (5.18), so that a refusal is ECONNREFUSED.
         pub socket_errno: u32,
-        /// The cookie, in two halves, of the network namespace whose sockets are translated; 0: those of
-        /// all namespaces.
+        /// The cookie, in two halves, of the node's network namespace; 0 if it is not known.
         pub netns_cookie: [u32; 2],
+        /// 1: the sockets of all network namespaces are translated; 0: only those of the node's.
+        pub all_sockets: u32,
         /// Ticks that a flow lives without an answer.
         pub syn_timeout: u32,
         /// Ticks that an established TCP flow may be idle.
@@ -85,6 +86,7 @@ impl Settings {
         coarse_clock: 0,
         socket_errno: 0,
         netns_cookie: [0; 2],
+        all_sockets: 1,
         syn_timeout: ticks(60),
         tcp_timeout: ticks(6 * 3600),
         half_closed_timeout: ticks(3600),

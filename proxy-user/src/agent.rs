@@ -1,24 +1,29 @@
 //! The agent's state between an update heard and the writes it causes.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Instant;
 
 use proxy_common::tables::ServiceValue;
 
 use crate::desired::health::{HealthCheck, health_check};
 use crate::desired::node_ports::{NodePortAddresses, is_eligible};
-use crate::desired::{PortId, desired, desired_service};
+use crate::desired::{Frontend, PortId, desired, desired_of};
 use crate::model::from_k8s::{self, Problem};
-use crate::model::{Cluster, Node, ObjectName};
+use crate::model::{Cluster, Node, ObjectName, Owner};
 use crate::plan::{Change, Op, Planner, Refusal};
-use crate::watch::{KINDS, Kind, Update};
+use crate::watch::{Kind, Update};
+
+/// Where a node's own sockets reach its host ports too.
+const LOOPBACK: [IpAddr; 2] = [IpAddr::V4(Ipv4Addr::LOCALHOST), IpAddr::V6(Ipv6Addr::LOCALHOST)];
 
 /// Everything between the watches and the kernel, without I/O but for the log.
 pub struct Agent {
     cluster: Cluster,
     node: Node,
     node_ports: NodePortAddresses,
+    /// The kinds that must be listed before anything is written.
+    kinds: Vec<Kind>,
     /// The node's own addresses, once netlink has told of them.
     addresses: Option<BTreeSet<IpAddr>>,
     /// What load balancers are told, by Service.
@@ -27,12 +32,12 @@ pub struct Agent {
     /// The node or its addresses have changed.
     node_changed: bool,
     planner: Planner,
-    /// Services to plan anew.
-    dirty: BTreeSet<ObjectName>,
+    /// What to plan anew.
+    dirty: BTreeSet<Owner>,
     listed: HashSet<Kind>,
     started: bool,
-    /// The Service ports of each Service as last wanted.
-    planned: HashMap<ObjectName, BTreeSet<PortId>>,
+    /// The ports of each object as last wanted.
+    planned: HashMap<Owner, BTreeSet<PortId>>,
     /// What was said of each object, so that it is said once.
     reported: HashMap<(&'static str, ObjectName), Vec<Problem>>,
     /// What can't be done, so that it is said once and tried again.
@@ -41,11 +46,18 @@ pub struct Agent {
 
 impl Agent {
     /// An agent of a node of which little is known yet, for what `planner` holds.
-    pub fn new(node: Node, node_ports: NodePortAddresses, planner: Planner) -> Self {
+    /// `kinds` are what it hears of.
+    pub fn new(
+        node: Node,
+        node_ports: NodePortAddresses,
+        kinds: Vec<Kind>,
+        planner: Planner,
+    ) -> Self {
         Self {
             cluster: Cluster::default(),
             node,
             node_ports,
+            kinds,
             addresses: None,
             checks: BTreeMap::new(),
             checks_changed: false,
@@ -62,7 +74,7 @@ impl Agent {
 
     /// Whether every kind was listed, so that the kernel follows the cluster (KP-126).
     pub fn is_ready(&self) -> bool {
-        KINDS.iter().all(|kind| self.listed.contains(kind))
+        self.kinds.iter().all(|kind| self.listed.contains(kind))
     }
 
     /// How many Services there are.
@@ -79,7 +91,16 @@ impl Agent {
                 let service = from_k8s::service(&raw, &mut problems);
                 self.report("Service", &name, problems);
                 if self.cluster.set_service(&name, service) {
-                    self.dirty.insert(name);
+                    self.dirty.insert(Owner::Service(name));
+                }
+            }
+            Update::Pod(raw) => {
+                let name = ObjectName::new(&raw.metadata.namespace, &raw.metadata.name);
+                let mut problems = Vec::new();
+                let pod = from_k8s::pod(&raw, &self.node.name, &mut problems);
+                self.report("Pod", &name, problems);
+                if self.cluster.set_pod(&name, pod) {
+                    self.dirty.insert(Owner::Pod(name));
                 }
             }
             Update::Slice(raw) => {
@@ -87,7 +108,8 @@ impl Agent {
                 let mut problems = Vec::new();
                 let slice = from_k8s::slice(&raw, &mut problems);
                 self.report("EndpointSlice", &name, problems);
-                self.dirty.extend(self.cluster.set_slice(&name, slice));
+                let concerned = self.cluster.set_slice(&name, slice);
+                self.dirty.extend(concerned.into_iter().map(Owner::Service));
             }
             Update::Node(raw) => self.set_node(from_k8s::node(&raw)),
             Update::Gone(kind, name) => self.forget(kind, &name),
@@ -103,7 +125,7 @@ impl Agent {
         if node != self.node {
             self.node = node;
             self.node_changed = true;
-            self.dirty.extend(self.cluster.service_names().cloned());
+            self.dirty.extend(self.cluster.owners());
         }
     }
 
@@ -139,12 +161,19 @@ impl Agent {
             Kind::Services => {
                 self.reported.remove(&("Service", name.clone()));
                 if self.cluster.set_service(name, None) {
-                    self.dirty.insert(name.clone());
+                    self.dirty.insert(Owner::Service(name.clone()));
                 }
             }
             Kind::Slices => {
                 self.reported.remove(&("EndpointSlice", name.clone()));
-                self.dirty.extend(self.cluster.set_slice(name, None));
+                let concerned = self.cluster.set_slice(name, None);
+                self.dirty.extend(concerned.into_iter().map(Owner::Service));
+            }
+            Kind::Pods => {
+                self.reported.remove(&("Pod", name.clone()));
+                if self.cluster.set_pod(name, None) {
+                    self.dirty.insert(Owner::Pod(name.clone()));
+                }
             }
             // KP-138: the last node known goes on to count.
             Kind::Nodes => {}
@@ -155,6 +184,7 @@ impl Agent {
         let known: Vec<ObjectName> = match kind {
             Kind::Services => self.cluster.service_names().cloned().collect(),
             Kind::Slices => self.cluster.slice_names().cloned().collect(),
+            Kind::Pods => self.cluster.pod_names().cloned().collect(),
             Kind::Nodes => Vec::new(),
         };
         for name in known.iter().filter(|name| !names.contains(name)) {
@@ -184,7 +214,13 @@ impl Agent {
 
     /// Tries again what was refused, at the next plan: places may have become free.
     pub fn retry(&mut self) {
-        self.dirty.extend(self.refused.keys().map(|port| port.service.clone()));
+        if self.refused.is_empty() {
+            return;
+        }
+        let is_refused =
+            |ports: &BTreeSet<PortId>| ports.iter().any(|p| self.refused.contains_key(p));
+        let owners = self.planned.iter().filter(|(_, ports)| is_refused(ports));
+        self.dirty.extend(owners.map(|(owner, _)| owner.clone()));
     }
 
     /// The writes that make the kernel hold what it should. None before every kind was listed: until
@@ -196,8 +232,8 @@ impl Agent {
         let mut ops = self.plan_node();
         let mut changes = Vec::new();
         if self.started {
-            for name in std::mem::take(&mut self.dirty) {
-                self.change_service(&name, &mut changes);
+            for owner in std::mem::take(&mut self.dirty) {
+                self.change(&owner, &mut changes);
             }
         } else {
             self.started = true;
@@ -222,7 +258,11 @@ impl Agent {
             let takes = if node_ports.contains(address) { ServiceValue::NODE_PORTS } else { 0 };
             (*address, ServiceValue::NODE | takes)
         });
-        self.planner.plan_node(&marks.collect())
+        let mut marks: BTreeMap<IpAddr, u32> = marks.collect();
+        if self.kinds.contains(&Kind::Pods) {
+            marks.extend(LOOPBACK.map(|ip| (ip, ServiceValue::NODE | ServiceValue::LOOPBACK)));
+        }
+        self.planner.plan_node(&marks)
     }
 
     /// The first change: what is held and not wanted goes, and the rest is put.
@@ -231,27 +271,34 @@ impl Agent {
         let wanted = desired(&self.cluster, &self.node);
         let gone = self.planner.ports().filter(|port| !wanted.contains_key(port));
         changes.extend(gone.map(|port| (port.clone(), None)));
-        let names: Vec<ObjectName> = self.cluster.service_names().cloned().collect();
-        for name in &names {
-            self.change_service(name, changes);
+        let owners: Vec<Owner> = self.cluster.owners().collect();
+        for owner in &owners {
+            self.change(owner, changes);
         }
     }
 
-    fn change_service(&mut self, name: &ObjectName, changes: &mut Vec<Change>) {
+    fn change(&mut self, owner: &Owner, changes: &mut Vec<Change>) {
+        if let Owner::Service(name) = owner {
+            self.check(name);
+        }
+        let wanted = desired_of(&self.cluster, &self.node, owner);
+        let before = self.planned.remove(owner).unwrap_or_default();
+        let gone = before.into_iter().filter(|port| !wanted.contains_key(port));
+        changes.extend(gone.map(|port| (port, None)));
+        if !wanted.is_empty() {
+            self.planned.insert(owner.clone(), wanted.keys().cloned().collect());
+        }
+        changes.extend(wanted.into_iter().map(|(port, tables)| (port, Some(tables))));
+    }
+
+    /// Notes what load balancers are told of a Service.
+    fn check(&mut self, name: &ObjectName) {
         let check = health_check(&self.cluster, &self.node, name);
         self.checks_changed |= self.checks.get(name) != check.as_ref();
         match check {
             Some(check) => self.checks.insert(name.clone(), check),
             None => self.checks.remove(name),
         };
-        let wanted = desired_service(&self.cluster, &self.node, name);
-        let before = self.planned.remove(name).unwrap_or_default();
-        let gone = before.into_iter().filter(|port| !wanted.contains_key(port));
-        changes.extend(gone.map(|port| (port, None)));
-        if !wanted.is_empty() {
-            self.planned.insert(name.clone(), wanted.keys().cloned().collect());
-        }
-        changes.extend(wanted.into_iter().map(|(port, tables)| (port, Some(tables))));
     }
 
     /// Says what can't be done, once.
@@ -276,13 +323,12 @@ impl Agent {
 
 fn describe(refusal: &Refusal) -> String {
     match refusal {
-        Refusal::Full { port, table } => format!(
-            "Service {} port \"{}\": the table of {table} is full; it keeps what it had",
-            port.service, port.port
-        ),
-        Refusal::Taken { port, frontend, holder } => format!(
-            "Service {} port \"{}\": {}:{} belongs to the older Service {}",
-            port.service, port.port, frontend.vip, frontend.port, holder.service
-        ),
+        Refusal::Full { port, table } => {
+            format!("{port}: the table of {table} is full; it keeps what it had")
+        }
+        Refusal::Taken { port, frontend, holder } => {
+            let Frontend { vip, port: number, .. } = frontend;
+            format!("{port}: {} belongs to the older {holder}", SocketAddr::new(*vip, *number))
+        }
     }
 }

@@ -47,6 +47,8 @@ pub struct Settings {
     pub interfaces: Vec<Rule>,
     /// Which of the node's addresses take `NodePorts`.
     pub node_ports: NodePortAddresses,
+    /// Whether pods get the ports of the node that they ask for.
+    pub host_ports: bool,
     /// Where to serve health.
     pub healthz: Option<SocketAddr>,
     /// Where to serve metrics.
@@ -70,7 +72,8 @@ pub async fn run(settings: Settings) -> Result<()> {
 async fn follow(settings: Settings) -> Result<()> {
     let mut tasks = JoinSet::new();
     // First what may fail without a trace.
-    let updates = watch::start(settings.source, &settings.node, &mut tasks).await?;
+    let kinds = watch::kinds(settings.host_ports);
+    let updates = watch::start(settings.source, &settings.node, kinds.clone(), &mut tasks).await?;
     let (mut datapath, planner) = Datapath::install(&settings.kernel)?;
     if settings.kernel.trace {
         tasks.spawn(log_packets(datapath.take_log()?));
@@ -86,7 +89,7 @@ async fn follow(settings: Settings) -> Result<()> {
         algorithm: settings.algorithm,
         ..model::Node::default()
     };
-    let agent = Agent::new(own, settings.node_ports, planner);
+    let agent = Agent::new(own, settings.node_ports, kinds, planner);
     let routes = Resolver::new()?;
     let failed = HashMap::new();
     let checks = HealthChecks::default();

@@ -7,7 +7,7 @@ use portal::agent::Agent;
 use portal::desired::node_ports::NodePortAddresses;
 use portal::model::{Node, ObjectName};
 use portal::plan::{Capacity, Op, Planner};
-use portal::watch::{Kind, Update, raw};
+use portal::watch::{Kind, Update, kinds, raw};
 use proxy_common::tables::Algorithm;
 use serde_json::json;
 
@@ -17,7 +17,7 @@ fn agent(capacity: Capacity) -> Agent {
     // One slot for each backend.
     let algorithm = Algorithm::RoundRobin;
     let node = Node { name: "n0".to_owned(), algorithm, ..Node::default() };
-    Agent::new(node, NodePortAddresses::Primary, Planner::new(capacity))
+    Agent::new(node, NodePortAddresses::Primary, kinds(true), Planner::new(capacity))
 }
 
 fn object(name: &str) -> ObjectName {
@@ -58,6 +58,7 @@ fn list_all(agent: &mut Agent, services: &[&str], slices: &[&str]) {
     agent.hear(listed(Kind::Services, services));
     agent.hear(listed(Kind::Slices, slices));
     agent.hear(listed(Kind::Nodes, &["n0"]));
+    agent.hear(listed(Kind::Pods, &[]));
 }
 
 /// The frontends that writes lead to so many slots, by the VIP's last byte.
@@ -88,6 +89,7 @@ fn kp_126_nothing_is_written_before_everything_was_listed() {
     }
     assert_eq!(agent.plan(now), []);
     agent.hear(listed(Kind::Nodes, &["n0"]));
+    agent.hear(listed(Kind::Pods, &[]));
     assert_eq!(leads(&agent.plan(now)), [(1, 1)]);
 }
 

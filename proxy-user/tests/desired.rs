@@ -17,6 +17,8 @@ struct Case {
     services: Vec<Value>,
     #[serde(default)]
     slices: Vec<Value>,
+    #[serde(default)]
+    pods: Vec<Value>,
     expect: Vec<String>,
     #[serde(default)]
     problems: Vec<String>,
@@ -72,6 +74,11 @@ fn cluster(case: &Case, problems: &mut Vec<Problem>) -> Cluster {
         let name = ObjectName::new(&raw.metadata.namespace, &raw.metadata.name);
         cluster.set_slice(&name, from_k8s::slice(&raw, problems));
     }
+    for object in &case.pods {
+        let raw: raw::Pod = serde_json::from_value(complete(object)).unwrap();
+        let name = ObjectName::new(&raw.metadata.namespace, &raw.metadata.name);
+        cluster.set_pod(&name, from_k8s::pod(&raw, "n0", problems));
+    }
     cluster
 }
 
@@ -125,7 +132,8 @@ fn frontend((frontend, access): (&Frontend, &Access)) -> String {
         SocketAddr::new(frontend.vip, frontend.port).to_string()
     };
     let told = flags(&[
-        (!access.refuses, " +external"),
+        (!access.refuses && !access.host_port, " +external"),
+        (access.host_port, " +host-port"),
         (access.local_for_all, " +local-for-all"),
         (access.local_for_outside, " +local-for-outside"),
         (access.source_ranges, " +ranges"),

@@ -98,7 +98,7 @@ fn the_manifests_are_objects_of_the_api() {
         .into_iter()
         .flat_map(|rule| rule.resources.unwrap_or_default())
         .collect();
-    for kind in ["services", "endpointslices", "nodes"] {
+    for kind in ["services", "endpointslices", "nodes", "pods"] {
         assert!(kinds.iter().any(|allowed| allowed == kind), "{kind} may not be watched");
     }
 }

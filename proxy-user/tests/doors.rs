@@ -535,3 +535,49 @@ fn services_choose_as_their_annotations_say() {
     let fresh = counts(&reach(6));
     assert!(fresh[0] >= 4, "those of the idle backend: {fresh:?}");
 }
+
+#[test]
+fn host_ports_lead_to_the_pods_that_ask_for_them() {
+    for cni in CNIS {
+        let cluster = start(cni);
+        let (one, two) = (cluster.server(0, "one"), cluster.server(0, "two"));
+        let near = cluster.pod(0, "near");
+        let far = cluster.pod(1, "far");
+        let outsider = cluster.world.outsider();
+        let place = &cluster.world.nodes[0];
+        let own = |pod: &Pod| [pod.v4.into(), pod.v6.into()];
+        // As the e2e test of host ports has it: one port, apart by address and by protocol.
+        let ports = json!([
+            {"containerPort": 8080, "hostPort": 5432},
+            {"containerPort": 8080, "hostPort": 5432, "protocol": "UDP", "hostIP": place.v4()},
+        ]);
+        cluster.api.put(objects::pod("one", "n0", &own(&one), &ports));
+        let ports = json!([{"containerPort": 8080, "hostPort": 5433, "hostIP": "127.0.0.1"}]);
+        cluster.api.put(objects::pod("two", "n0", &own(&two), &ports));
+        eventually("the kernel knows", || (cluster.list(0, "services").len() == 4).then_some(()));
+        let server_of =
+            |answer: Result<String, String>| answer.unwrap().split(' ').next().map(str::to_owned);
+        for v6 in [false, true] {
+            let to = SocketAddr::new(place.address(v6), 5432);
+            for namespace in [&outsider, &near.namespace, &far.namespace, &one.namespace] {
+                assert_eq!(tcp(namespace, to).unwrap().server, "one", "{to}");
+            }
+            let connection = tcp(&outsider, to).unwrap();
+            assert_eq!(connection.seen_as.ip(), Stage::own(v6), "its own address is kept");
+            let loopback: IpAddr = if v6 { "::1" } else { "127.0.0.1" }.parse().unwrap();
+            for at in [to, SocketAddr::new(loopback, 5432)] {
+                assert_eq!(server_of(cluster.probe(0, "tcp", at)).as_deref(), Some("one"), "{at}");
+            }
+        }
+        let (v4, v6) =
+            (SocketAddr::new(place.v4().into(), 5432), SocketAddr::new(place.v6().into(), 5432));
+        assert_eq!(udp(&outsider, v4, b"x").unwrap().server, "one");
+        assert!(udp(&outsider, v6, b"x").is_err(), "only at the IPv4 address");
+        let loopback = SocketAddr::new("127.0.0.1".parse().unwrap(), 5433);
+        assert_eq!(server_of(cluster.probe(0, "tcp", loopback)).as_deref(), Some("two"));
+        assert!(is_refused(&outsider, SocketAddr::new(place.v4().into(), 5433)));
+        // With the pod goes its port.
+        cluster.api.delete("Pod", "one");
+        eventually("the port is the node's again", || is_refused(&outsider, v4).then_some(()));
+    }
+}

@@ -190,6 +190,7 @@ fn tables(services: &[Service]) -> Tables {
             local_for_all: has(ServiceValue::LOCAL_FOR_ALL),
             local_for_outside: has(ServiceValue::LOCAL_FOR_OUTSIDE),
             source_ranges: has(ServiceValue::SOURCE_RANGES),
+            host_port: has(ServiceValue::HOST_PORT),
             node_allowed: has(ServiceValue::NODE_ALLOWED),
         };
         let range = |(ip, bits): &(IpAddr, u8)| IpNet::new(*ip, *bits).unwrap().trunc();

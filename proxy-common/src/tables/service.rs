@@ -97,6 +97,11 @@ impl ServiceValue {
     pub const SOURCE_RANGES: u32 = 32;
     /// Frontend: with source ranges that this node's own address is in (KP-92).
     pub const NODE_ALLOWED: u32 = 64;
+    /// Frontend: a pod's host port. At the zero address it is for all of the node's own addresses, also
+    /// those that take no `NodePorts`; at another one it counts only if that is the node's own.
+    pub const HOST_PORT: u32 = 128;
+    /// Mark: the node's loopback, which only its own sockets can mean.
+    pub const LOOPBACK: u32 = 256;
     /// Frontend: the flags from this bit on are its [`Algorithm`] as a number.
     pub const ALGORITHM_SHIFT: u32 = 24;
 }

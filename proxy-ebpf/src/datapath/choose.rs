@@ -41,11 +41,14 @@ pub fn frontend<F: Family, T: Tables<F>>(
     port: Port,
     proto: u8,
 ) -> Result<Service, Failure> {
-    if let Some(service) = tables.service(&ServiceKey::new(address, port, proto)) {
+    if let Some(service) = tables.service(&ServiceKey::new(address, port, proto))
+        && (mark.has(ServiceValue::NODE) || !service.has(ServiceValue::HOST_PORT))
+    {
         return Ok(service);
     }
-    if mark.has(ServiceValue::NODE_PORTS)
+    if mark.has(ServiceValue::NODE)
         && let Some(service) = tables.service(&ServiceKey::node_port(port, proto))
+        && (mark.has(ServiceValue::NODE_PORTS) || service.has(ServiceValue::HOST_PORT))
     {
         return Ok(service);
     }

@@ -28,15 +28,19 @@ pub trait Socket<F: Family> {
 /// connect or sendmsg to an address: led to a backend if the address is a Service's.
 #[inline(always)]
 pub fn send<F: Family, S: Socket<F>, T: Tables<F>>(socket: &mut S, tables: &T) -> Outcome {
-    let wanted = tables.setting(|s| &s.netns_cookie);
     let netns = halves(socket.netns_cookie());
-    if wanted != [0; 2] && netns != wanted {
+    let is_node = netns == tables.setting(|s| &s.netns_cookie);
+    if !is_node && tables.setting(|s| &s.all_sockets) == 0 {
         return Outcome::NotService;
     }
     let (address, port) = socket.address();
     let Some(mark) = tables.service(&ServiceKey::mark(address)) else {
         return Outcome::NotService;
     };
+    // Every namespace has a loopback of its own.
+    if mark.has(ServiceValue::LOOPBACK) && !is_node {
+        return Outcome::NotService;
+    }
     let service = match choose::frontend(tables, &mark, address, port, socket.protocol()) {
         Ok(service) => service,
         Err(Failure::NotService) => return Outcome::NotService,

@@ -52,6 +52,7 @@ fn flow_of<F: Family, T: Tables<F>>(
     };
     match open::promote(tables, work) {
         Some(outcome) => Ok(outcome),
+        None if mark.has(ServiceValue::LOOPBACK) => Err(Failure::NotService),
         None => open::open(tables, work, &mark, client, link),
     }
 }

@@ -202,7 +202,8 @@ impl<F: HostFamily> Host<F> {
         }
     }
 
-    fn mark(&mut self, address: F::Addr, flags: u32) {
+    /// Says what an address is.
+    pub fn mark(&mut self, address: F::Addr, flags: u32) {
         let none = Range::default();
         let value = Service { id: 0, cluster: none, local: none, affinity: 0, flags };
         self.services.insert(bytes(&ServiceKey::<F>::mark(address)), value);

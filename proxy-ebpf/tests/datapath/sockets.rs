@@ -3,7 +3,8 @@
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
 
-use proxy_common::testing::Service;
+use proxy_common::tables::{ServiceValue, Side};
+use proxy_common::testing::{Hook, NODE, Packet, Service};
 use proxy_common::{Family, Outcome, Port, V4, V6, proto};
 use proxy_ebpf::datapath::socket::{Socket, restore, send};
 
@@ -99,15 +100,50 @@ fn what_nobody_serves_is_refused<F: HostFamily>([vip, one, ..]: [SocketAddr; 4])
 fn only_sockets_of_the_wanted_namespace_are_led<F: HostFamily>([vip, one, ..]: [SocketAddr; 4]) {
     let mut host = Host::<F>::new();
     host.serve(&[Service::new(vip, proto::UDP, &[one])]);
-    for (wanted, outcome) in [
-        ([0, 0], Outcome::SocketTranslated),
-        ([7, 1 << 8], Outcome::SocketTranslated),
-        ([7, 0], Outcome::NotService),
-        ([0, 1 << 8], Outcome::NotService),
+    for (node, all, outcome) in [
+        ([0, 0], 1, Outcome::SocketTranslated),
+        ([7, 0], 1, Outcome::SocketTranslated),
+        ([7, 1 << 8], 0, Outcome::SocketTranslated),
+        ([7, 0], 0, Outcome::NotService),
+        ([0, 1 << 8], 0, Outcome::NotService),
     ] {
-        host.settings.netns_cookie = wanted;
+        (host.settings.netns_cookie, host.settings.all_sockets) = (node, all);
         assert_eq!(send(&mut Call::<F>::new(vip, 1), &host), outcome);
     }
+}
+
+fn a_host_port_is_at_all_addresses_of_the_node_and_at_its_loopback<F: HostFamily>(
+    [vip, pod, ..]: [SocketAddr; 4],
+) {
+    let mut host = Host::<F>::new();
+    let (any, loopback) = if vip.is_ipv4() { ("0.0.0.0", "127.0.0.1") } else { ("::", "::1") };
+    let at = |ip: &str, port| SocketAddr::new(ip.parse().unwrap(), port);
+    let host_port = |frontend| Service {
+        flags: ServiceValue::HOST_PORT,
+        local: vec![pod],
+        ..Service::new(frontend, proto::UDP, &[pod])
+    };
+    let node = NODE[usize::from(vip.is_ipv6())];
+    // The last is at an address that is not the node's: a pod can't have that.
+    let own = SocketAddr::new(node, 9090);
+    host.serve(&[host_port(at(any, 8080)), host_port(own), host_port(vip)]);
+    host.mark(F::address(node).unwrap(), ServiceValue::NODE);
+    let local = F::address(at(loopback, 0).ip()).unwrap();
+    host.mark(local, ServiceValue::NODE | ServiceValue::LOOPBACK);
+    host.settings.netns_cookie = [7, 1 << 8];
+    let call = |host: &Host<F>, to| send(&mut Call::<F>::new(to, 1), host);
+    for to in [SocketAddr::new(node, 8080), own, at(loopback, 8080)] {
+        assert_eq!(call(&host, to), Outcome::SocketTranslated, "{to}");
+    }
+    for to in [SocketAddr::new(node, 8081), vip, at(loopback, 9090)] {
+        assert_eq!(call(&host, to), Outcome::NotService, "{to}");
+    }
+    // A pod's loopback is its own, and no packet means this one.
+    host.settings.netns_cookie = [8, 0];
+    assert_eq!(call(&host, at(loopback, 8080)), Outcome::NotService);
+    let client = if vip.is_ipv4() { at("10.0.9.9", 999) } else { at("fd09::9", 999) };
+    let packet = Packet::udp(Side::Ingress, client, at(loopback, 8080)).frame();
+    assert_eq!(host.see(Hook::Uplink, &packet).0, Outcome::NotService);
 }
 
 #[test]
@@ -118,4 +154,6 @@ fn both_families() {
     what_nobody_serves_is_refused::<V6>(ends(true));
     only_sockets_of_the_wanted_namespace_are_led::<V4>(ends(false));
     only_sockets_of_the_wanted_namespace_are_led::<V6>(ends(true));
+    a_host_port_is_at_all_addresses_of_the_node_and_at_its_loopback::<V4>(ends(false));
+    a_host_port_is_at_all_addresses_of_the_node_and_at_its_loopback::<V6>(ends(true));
 }

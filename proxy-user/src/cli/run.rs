@@ -48,6 +48,11 @@ pub struct Args {
     #[arg(long, value_name = "CIDR|primary", value_delimiter = ',')]
     nodeport_addresses: Vec<String>,
 
+    /// Whether pods of this node get the ports of the node that they ask for (hostPort). Say false
+    /// where the CNI's portmap plugin sees to that
+    #[arg(long, value_name = "BOOL", default_value_t = true, action = clap::ArgAction::Set)]
+    host_ports: bool,
+
     /// Where to serve metrics; empty for nowhere
     #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:10249")]
     metrics_bind_address: String,
@@ -149,6 +154,7 @@ impl Args {
                 cluster_cidrs: self.cluster_cidr,
             },
             interfaces: self.interfaces,
+            host_ports: self.host_ports,
             node_ports: node_ports(&self.nodeport_addresses)?,
             healthz: address("--healthz-bind-address", &self.healthz_bind_address)?,
             metrics: address("--metrics-bind-address", &self.metrics_bind_address)?,

@@ -1,23 +1,26 @@
 //! What the kernel should hold for a cluster, seen from one node: a function without I/O, clock or
 //! state.
 //!
-//! `desired(cluster, node)` is the union of `desired_service` over all Services, and no Service's part
+//! `desired(cluster, node)` is the union of `desired_of` over all Services and pods, and no one's part
 //! depends on another's, so that a change costs in proportion to the change. What two Services may not
 //! share, a frontend, is settled in [`crate::plan`].
 
 mod doors;
 mod eligible;
 pub mod health;
+mod host_ports;
 pub mod node_ports;
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 
 use ipnet::IpNet;
 use proxy_common::tables::Algorithm;
 
-use crate::model::{Cluster, IpFamily, Node, ObjectName, Protocol};
+use crate::model::{Cluster, IpFamily, Node, ObjectName, Owner, Protocol};
 use doors::doors;
+use host_ports::{HOST_PORT, host_ports};
 
 /// The identity of a Service port in one family: what keeps its number over changes and restarts.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
@@ -30,6 +33,16 @@ pub struct PortId {
     pub protocol: Protocol,
     /// The family: a dual-stack Service port has two identities (KP-141).
     pub family: IpFamily,
+}
+
+impl fmt::Display for PortId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { service, port, .. } = self;
+        match port.strip_prefix(HOST_PORT) {
+            Some(host_port) => write!(f, "Pod {service} host port {host_port}"),
+            None => write!(f, "Service {service} port \"{port}\""),
+        }
+    }
 }
 
 /// Where clients send to. At the unspecified address it is a `NodePort`.
@@ -57,6 +70,8 @@ pub struct Access {
     pub source_ranges: bool,
     /// With source ranges that this node is in (KP-92).
     pub node_allowed: bool,
+    /// A pod's port of the node.
+    pub host_port: bool,
 }
 
 /// An endpoint of a Service port.
@@ -99,12 +114,18 @@ pub type Tables = BTreeMap<PortId, Port>;
 
 /// What the kernel should hold for the whole cluster.
 pub fn desired(cluster: &Cluster, node: &Node) -> Tables {
-    let names = cluster.service_names();
-    names.flat_map(|name| desired_service(cluster, node, name)).collect()
+    cluster.owners().flat_map(|owner| desired_of(cluster, node, &owner)).collect()
 }
 
-/// What the kernel should hold for one Service; nothing if there is no such Service.
-pub fn desired_service(cluster: &Cluster, node: &Node, name: &ObjectName) -> Tables {
+/// What the kernel should hold for one object; nothing if there is no such object.
+pub fn desired_of(cluster: &Cluster, node: &Node, owner: &Owner) -> Tables {
+    match owner {
+        Owner::Service(name) => desired_service(cluster, node, name),
+        Owner::Pod(name) => cluster.pod(name).map(|pod| host_ports(name, pod)).unwrap_or_default(),
+    }
+}
+
+fn desired_service(cluster: &Cluster, node: &Node, name: &ObjectName) -> Tables {
     let Some(service) = cluster.service(name) else { return Tables::new() };
     let mut tables = Tables::new();
     for cluster_ip in &service.cluster_ips {

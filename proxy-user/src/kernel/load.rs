@@ -122,16 +122,14 @@ fn fresh_seed() -> u32 {
 }
 
 fn settings(options: &Options, seed: u32) -> Settings {
-    let cookie = match options.socket_lb {
-        SocketLb::Host => probe::netns_cookie().unwrap_or_else(|error| {
-            tracing::warn!(
-                "this kernel does not name network namespaces ({error}; 5.14 does): the sockets of \
-                 all of them are translated, as with --socket-lb=all"
-            );
-            0
-        }),
-        SocketLb::All | SocketLb::Off => 0,
-    };
+    let cookie = probe::netns_cookie();
+    if let (SocketLb::Host, Err(error)) = (options.socket_lb, &cookie) {
+        tracing::warn!(
+            "this kernel does not name network namespaces ({error}; 5.14 does): the sockets of all of \
+             them are translated, as with --socket-lb=all"
+        );
+    }
+    let all_sockets = options.socket_lb == SocketLb::All || cookie.is_err();
     let (first_port, port_count) = masquerade_ports(probe::ephemeral_ports());
     Settings {
         first_port,
@@ -139,7 +137,8 @@ fn settings(options: &Options, seed: u32) -> Settings {
         seed,
         coarse_clock: probe::coarse_clock().into(),
         socket_errno: probe::socket_errno().into(),
-        netns_cookie: bytemuck::cast(cookie),
+        netns_cookie: bytemuck::cast(cookie.unwrap_or_default()),
+        all_sockets: all_sockets.into(),
         vip_ping: options.vip_ping.into(),
         pods4: options.cluster_cidrs.iter().find_map(range4).unwrap_or(Settings::DEFAULT.pods4),
         pods6: options.cluster_cidrs.iter().find_map(range6).unwrap_or(Settings::DEFAULT.pods6),

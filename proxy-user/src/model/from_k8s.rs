@@ -7,6 +7,7 @@ use std::net::{IpAddr, Ipv4Addr};
 use ipnet::IpNet;
 use proxy_common::tables::Algorithm;
 
+pub use super::pods::pod;
 use super::{
     Endpoint, EndpointPort, IpFamily, Node, ObjectName, Protocol, Service, ServicePort, Slice,
 };
@@ -206,12 +207,12 @@ fn service_port(raw: &raw::ServicePort, problems: &mut Vec<Problem>) -> Option<S
     })
 }
 
-fn port_number(number: i64) -> Option<u16> {
+pub(super) fn port_number(number: i64) -> Option<u16> {
     u16::try_from(number).ok().filter(|number| *number != 0)
 }
 
 /// TCP is the API's default.
-fn protocol(name: Option<&str>, problems: &mut Vec<Problem>) -> Option<Protocol> {
+pub(super) fn protocol(name: Option<&str>, problems: &mut Vec<Problem>) -> Option<Protocol> {
     match name {
         None | Some("TCP" | "") => Some(Protocol::Tcp),
         Some("UDP") => Some(Protocol::Udp),
@@ -300,7 +301,7 @@ fn names(hints: &[raw::Hint]) -> Vec<String> {
 }
 
 /// An address, sloppy ones included: Kubernetes accepts leading zeros in IPv4, as decimal (KP-21).
-fn parse_address(text: &str) -> Option<IpAddr> {
+pub(super) fn parse_address(text: &str) -> Option<IpAddr> {
     let text = text.trim();
     if let Ok(address) = text.parse() {
         return Some(address);

@@ -4,6 +4,7 @@
 //! clock, no client.
 
 pub mod from_k8s;
+mod pods;
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -179,6 +180,39 @@ pub struct Endpoint {
     pub nodes: Vec<String>,
 }
 
+/// A pod of this node that has ports of the node.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Pod {
+    /// When it was created.
+    pub created: String,
+    /// Its addresses, at most one per family.
+    pub addresses: Vec<IpAddr>,
+    /// Its ports of the node.
+    pub host_ports: Vec<HostPort>,
+}
+
+/// A port of the node that leads to a pod.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct HostPort {
+    /// The node's address that has it; all if there is none, all of a family if it is unspecified.
+    pub address: Option<IpAddr>,
+    /// Its number.
+    pub port: u16,
+    /// Its protocol.
+    pub protocol: Protocol,
+    /// The pod's port.
+    pub target: u16,
+}
+
+/// An object that has frontends.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub enum Owner {
+    /// A Service.
+    Service(ObjectName),
+    /// A pod, by its host ports.
+    Pod(ObjectName),
+}
+
 /// Everything known of the cluster.
 #[derive(Clone, Default, Debug)]
 pub struct Cluster {
@@ -187,6 +221,8 @@ pub struct Cluster {
     slices: BTreeMap<ObjectName, BTreeMap<String, Slice>>,
     /// The Service that each slice belongs to, for slices that change their label or are deleted.
     owners: BTreeMap<ObjectName, ObjectName>,
+    /// The pods of this node that have ports of the node.
+    pods: BTreeMap<ObjectName, Pod>,
 }
 
 impl Cluster {
@@ -251,6 +287,34 @@ impl Cluster {
     /// The names of all Services.
     pub fn service_names(&self) -> impl Iterator<Item = &ObjectName> {
         self.services.keys()
+    }
+
+    /// Puts a pod in the place of the one of that name; `None` removes it. Says whether anything changed.
+    pub fn set_pod(&mut self, name: &ObjectName, pod: Option<Pod>) -> bool {
+        if self.pods.get(name) == pod.as_ref() {
+            return false;
+        }
+        match pod {
+            Some(pod) => self.pods.insert(name.clone(), pod),
+            None => self.pods.remove(name),
+        };
+        true
+    }
+
+    /// The pod of that name.
+    pub fn pod(&self, name: &ObjectName) -> Option<&Pod> {
+        self.pods.get(name)
+    }
+
+    /// The names of all pods with ports of the node.
+    pub fn pod_names(&self) -> impl Iterator<Item = &ObjectName> {
+        self.pods.keys()
+    }
+
+    /// All that has frontends.
+    pub fn owners(&self) -> impl Iterator<Item = Owner> {
+        let services = self.services.keys().cloned().map(Owner::Service);
+        services.chain(self.pods.keys().cloned().map(Owner::Pod))
     }
 
     /// The names of all slices.

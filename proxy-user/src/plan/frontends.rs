@@ -90,7 +90,7 @@ impl Frontends {
     /// known again.
     pub fn adopt_mark(&mut self, address: IpAddr, flags: u32) {
         let mark = self.marks.entry(address).or_default();
-        mark.node = flags & (ServiceValue::NODE | ServiceValue::NODE_PORTS);
+        mark.node = flags & !ServiceValue::REFUSES;
         mark.written = Some(flags);
     }
 

@@ -378,6 +378,7 @@ fn flags(access: Access) -> u32 {
         (access.local_for_outside, ServiceValue::LOCAL_FOR_OUTSIDE),
         (access.source_ranges, ServiceValue::SOURCE_RANGES),
         (access.node_allowed, ServiceValue::NODE_ALLOWED),
+        (access.host_port, ServiceValue::HOST_PORT),
     ])
 }
 

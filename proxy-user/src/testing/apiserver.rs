@@ -28,10 +28,11 @@ const HISTORY: usize = 10_000;
 const BOOKMARKS: Duration = Duration::from_secs(1);
 
 /// Path of a kind's list, by kind.
-const PATHS: [(&str, &str); 3] = [
+const PATHS: [(&str, &str); 4] = [
     ("/api/v1/services", "Service"),
     ("/apis/discovery.k8s.io/v1/endpointslices", "EndpointSlice"),
     ("/api/v1/nodes", "Node"),
+    ("/api/v1/pods", "Pod"),
 ];
 
 /// How the server misbehaves.

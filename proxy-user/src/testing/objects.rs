@@ -77,6 +77,22 @@ pub fn slice(name: &str, service: &str, ports: &[Port<'_>], endpoints: &[Value])
     })
 }
 
+/// A running pod on a node, with these ports of its container.
+pub fn pod(name: &str, node: &str, addresses: &[IpAddr], ports: &Value) -> Value {
+    let ips: Vec<Value> = addresses.iter().map(|ip| json!({"ip": ip})).collect();
+    json!({
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {
+            "name": name,
+            "namespace": "default",
+            "creationTimestamp": "2026-01-01T00:00:00Z",
+        },
+        "spec": {"nodeName": node, "containers": [{"name": "server", "ports": ports}]},
+        "status": {"phase": "Running", "podIP": addresses.first(), "podIPs": ips},
+    })
+}
+
 /// A Node with its addresses and its zone, which has the node's name.
 pub fn node(name: &str, addresses: &[IpAddr]) -> Value {
     let addresses: Vec<Value> =

@@ -64,6 +64,12 @@ pub fn node(client: Client, name: &str, updates: mpsc::Sender<Update>) -> Follow
     Follower::new(client, "/api/v1/nodes", None, fields, updates)
 }
 
+/// Follows the pods of one Node.
+pub fn pods(client: Client, node: &str, updates: mpsc::Sender<Update>) -> Follower<raw::Pod> {
+    let fields = Some(format!("spec.nodeName={node}"));
+    Follower::new(client, "/api/v1/pods", None, fields, updates)
+}
+
 /// An object that can be followed.
 pub trait Followed: DeserializeOwned + Clone + Send + 'static {
     /// Its kind.
@@ -93,6 +99,7 @@ followed! {
     Service: Services, Service;
     EndpointSlice: Slices, Slice;
     Node: Nodes, Node;
+    Pod: Pods, Pod;
 }
 
 /// How lists are asked for.

@@ -1,4 +1,4 @@
-//! Follows a folder of YAML files: Services and `EndpointSlices` without an API server.
+//! Follows a folder of YAML files: Services, `EndpointSlices` and Pods without an API server.
 //!
 //! Files may hold several documents, and Lists. What can't be read is reported by its file; the rest
 //! counts, and of a file that can't be read at all what it last said. So does an empty file: most
@@ -15,14 +15,19 @@ use serde::Deserialize;
 use serde_json::Value;
 use tokio::sync::mpsc;
 
-use super::{KINDS, Kind, Update, raw};
+use super::{Kind, Update, raw};
 use crate::model::ObjectName;
 
 /// Follows the folder until nobody listens any more.
 ///
 /// # Errors
 /// If there is no such folder, or it can't be watched.
-pub async fn follow(folder: PathBuf, node: String, updates: mpsc::Sender<Update>) -> Result<()> {
+pub async fn follow(
+    folder: PathBuf,
+    node: String,
+    kinds: Vec<Kind>,
+    updates: mpsc::Sender<Update>,
+) -> Result<()> {
     // One slot: a change during a reading causes one more, and more changes no more than that.
     let (wake, mut changes) = mpsc::channel::<()>(1);
     let mut watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
@@ -35,7 +40,7 @@ pub async fn follow(folder: PathBuf, node: String, updates: mpsc::Sender<Update>
     let mut files = BTreeMap::new();
     loop {
         read_all(&folder, &mut files).with_context(unwatchable)?;
-        if tell(&files, &node, &updates).await.is_err() || changes.recv().await.is_none() {
+        if tell(&files, &node, &kinds, &updates).await.is_err() || changes.recv().await.is_none() {
             return Ok(());
         }
     }
@@ -152,6 +157,7 @@ fn identity(value: &Value) -> (Option<&Value>, Option<&Value>, Option<&Value>) {
 async fn tell(
     files: &Files,
     node: &str,
+    kinds: &[Kind],
     updates: &mpsc::Sender<Update>,
 ) -> Result<(), mpsc::error::SendError<Update>> {
     let mut seen: BTreeMap<&str, HashSet<ObjectName>> = BTreeMap::new();
@@ -163,10 +169,11 @@ async fn tell(
             }
         }
     }
-    for kind in KINDS {
+    for kind in kinds.iter().copied() {
         let listed = match kind {
             Kind::Services => seen.remove("Service"),
             Kind::Slices => seen.remove("EndpointSlice"),
+            Kind::Pods => seen.remove("Pod"),
             Kind::Nodes => Some(HashSet::from([ObjectName::new("", node)])),
         };
         updates.send(Update::Listed(kind, listed.unwrap_or_default())).await?;
@@ -184,6 +191,7 @@ fn update(object: &Value) -> Option<(&str, ObjectName, Update)> {
     let update = match kind {
         "Service" => Update::Service(Box::new(serde_json::from_value(object).ok()?)),
         "EndpointSlice" => Update::Slice(serde_json::from_value(object).ok()?),
+        "Pod" => Update::Pod(Box::new(serde_json::from_value(object).ok()?)),
         _ => return None,
     };
     Some((kind, ObjectName::new(&meta.namespace, &meta.name), update))

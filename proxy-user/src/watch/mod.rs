@@ -24,10 +24,16 @@ pub enum Kind {
     Slices,
     /// The agent's own Node.
     Nodes,
+    /// The Pods of the agent's own node.
+    Pods,
 }
 
 /// All kinds that must be known before anything is written (KP-126).
-pub const KINDS: [Kind; 3] = [Kind::Services, Kind::Slices, Kind::Nodes];
+pub fn kinds(host_ports: bool) -> Vec<Kind> {
+    let mut kinds = vec![Kind::Services, Kind::Slices, Kind::Nodes];
+    kinds.extend(host_ports.then_some(Kind::Pods));
+    kinds
+}
 
 /// What was heard of the cluster.
 #[derive(Debug)]
@@ -38,6 +44,8 @@ pub enum Update {
     Slice(raw::EndpointSlice),
     /// The node is as given.
     Node(raw::Node),
+    /// A pod is as given.
+    Pod(Box<raw::Pod>),
     /// An object is gone.
     Gone(Kind, ObjectName),
     /// A list is complete: of that kind there is nothing else.
@@ -56,30 +64,34 @@ pub enum Source {
 /// How many updates may wait before the sources do.
 const QUEUE: usize = 4096;
 
-/// Starts to follow the source. The tasks run for as long as the agent does.
+/// Starts to follow these kinds. The tasks run for as long as the agent does.
 ///
 /// # Errors
 /// If the source is unusable: no credentials, no such folder.
 pub async fn start(
     source: Source,
     node: &str,
+    kinds: Vec<Kind>,
     tasks: &mut JoinSet<Result<()>>,
 ) -> Result<mpsc::Receiver<Update>> {
     let (updates, receiver) = mpsc::channel(QUEUE);
     match source {
         Source::Api(server) => {
             let client = server.connect().await?;
-            let services = follow::services(client.clone(), updates.clone());
-            let slices = follow::slices(client.clone(), updates.clone());
-            let nodes = follow::node(client, node, updates);
-            tasks.spawn(services.run());
-            tasks.spawn(slices.run());
-            tasks.spawn(nodes.run());
+            for kind in kinds {
+                let (client, updates) = (client.clone(), updates.clone());
+                match kind {
+                    Kind::Services => tasks.spawn(follow::services(client, updates).run()),
+                    Kind::Slices => tasks.spawn(follow::slices(client, updates).run()),
+                    Kind::Nodes => tasks.spawn(follow::node(client, node, updates).run()),
+                    Kind::Pods => tasks.spawn(follow::pods(client, node, updates).run()),
+                };
+            }
         }
         Source::Manifests(folder) => {
             std::fs::read_dir(&folder)
                 .with_context(|| format!("cannot read the manifests in {}", folder.display()))?;
-            tasks.spawn(manifests::follow(folder, node.to_owned(), updates));
+            tasks.spawn(manifests::follow(folder, node.to_owned(), kinds, updates));
         }
     }
     Ok(receiver)

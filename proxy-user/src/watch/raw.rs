@@ -248,6 +248,44 @@ raw! {
         serving: Option<bool> = "small",
         terminating: Option<bool> = "small",
     }
+    /// A Pod.
+    Pod {
+        metadata: Meta = "object",
+        spec: PodSpec = "object",
+        status: PodStatus = "object",
+    }
+    /// `PodSpec`.
+    PodSpec {
+        node_name: String = "small",
+        host_network: bool = "small",
+        containers: Vec<Container> = "objects",
+        init_containers: Vec<Container> = "objects",
+    }
+    /// `Container`.
+    Container {
+        restart_policy: String = "small",
+        ports: Vec<ContainerPort> = "objects",
+    }
+    /// `ContainerPort`.
+    ContainerPort {
+        container_port: i64 = "small",
+        host_port: i64 = "small",
+        #[serde(rename = "hostIP")]
+        host_ip: String = "small",
+        protocol: Option<String> = "small",
+    }
+    /// `PodStatus`.
+    PodStatus {
+        phase: String = "small",
+        #[serde(rename = "podIP")]
+        pod_ip: String = "small",
+        #[serde(rename = "podIPs")]
+        pod_ips: Vec<PodIp> = "objects",
+    }
+    /// `PodIP`.
+    PodIp {
+        ip: String = "small",
+    }
     /// A Node.
     Node {
         metadata: Meta = "object",
