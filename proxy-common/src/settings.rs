@@ -70,6 +70,10 @@ map_type! {
         pub port_count: u32,
         /// 1: ICMP echo to VIPs is answered.
         pub vip_ping: u32,
+        /// 1: pods' flows to `ClusterIPs` are masqueraded too (KP-82).
+        pub masquerade_all: u32,
+        /// 1: what pods send out of the cluster is masqueraded.
+        pub masquerade_pods: u32,
         /// The pods' IPv4 range (`--cluster-cidr`), by which pods of other nodes are known; its mask is
         /// zero if it is not given.
         pub pods4: Range4,
@@ -96,6 +100,8 @@ impl Settings {
         first_port: 61_000,
         port_count: 4_535,
         vip_ping: 1,
+        masquerade_all: 0,
+        masquerade_pods: 0,
         pods4: Range4 { address: [0; 4], mask: [0; 4] },
         pods6: Range6 { address: [0; 16], mask: [0; 16] },
     };

@@ -13,7 +13,7 @@ use aya_ebpf::macros::btf_map;
 use aya_ebpf::maps::lpm_trie::Key;
 use proxy_common::settings::{Settings, TICK_SHIFT};
 use proxy_common::tables::{
-    AffinityKey, AffinityValue, Backend, Config, FlowKey, FlowRecord, FlowValue, FragmentKey,
+    AffinityKey, AffinityValue, Backend, Config, Exit, FlowKey, FlowRecord, FlowValue, FragmentKey,
     FragmentValue, Name, PeerKey, PeerValue, RangeData, ServiceKey, ServiceValue, SourceRange,
     Work,
 };
@@ -32,6 +32,7 @@ const FRAGMENTS: usize = 8_192;
 const PEERS: usize = 65_536;
 const AFFINITIES: usize = 65_536;
 const RANGES: usize = 65_536;
+const EXITS: usize = 1_024;
 const OUTCOMES: usize = 64;
 
 const _: () = assert!(Outcome::ALL.len() <= OUTCOMES);
@@ -80,7 +81,7 @@ macro_rules! tables {
     (
         $tables:ident, $family:ty,
         $services:ident = $services_name:literal, $backends:ident = $backends_name:literal,
-        $loads:ident = $loads_name:literal,
+        $loads:ident = $loads_name:literal, $exits:ident = $exits_name:literal,
         $flows:ident = $flows_name:literal, $embryos:ident = $embryos_name:literal,
         $fragments:ident = $fragments_name:literal, $peers:ident = $peers_name:literal,
         $affinity:ident = $affinity_name:literal, $ranges:ident = $ranges_name:literal,
@@ -93,6 +94,8 @@ macro_rules! tables {
         static $backends: Array<Backend<$family>, BACKENDS, MAPPED> = Array::new();
         #[btf_map(name = $loads_name)]
         static $loads: Array<u32, BACKENDS, MAPPED> = Array::new();
+        #[btf_map(name = $exits_name)]
+        static $exits: HashMap<u32, Exit<$family>, EXITS, ON_DEMAND> = HashMap::new();
         #[btf_map(name = $flows_name)]
         static $flows: HashMap<FlowKey<$family>, FlowValue<$family>, FLOWS, ON_DEMAND> =
             HashMap::new();
@@ -234,6 +237,13 @@ macro_rules! tables {
             }
 
             #[inline(always)]
+            fn exit(&self, link: u32) -> Option<<$family as Family>::Addr> {
+                // SAFETY: one address that is copied at once; a link's changes rarely, and an old one is
+                // as good as any packet that was just on its way.
+                unsafe { $exits.get(&link).map(|exit| exit.address) }
+            }
+
+            #[inline(always)]
             fn flow(&self, key: &FlowKey<$family>) -> Option<FlowRecord<'_, $family>> {
                 record($flows.get_ptr_mut(key)?)
             }
@@ -304,6 +314,7 @@ tables!(
     SERVICES_V4 = "services_v4",
     BACKENDS_V4 = "backends_v4",
     LOADS_V4 = "loads_v4",
+    EXITS_V4 = "exits_v4",
     FLOWS_V4 = "flows_v4",
     EMBRYOS_V4 = "embryos_v4",
     FRAGMENTS_V4 = "fragments_v4",
@@ -319,6 +330,7 @@ tables!(
     SERVICES_V6 = "services_v6",
     BACKENDS_V6 = "backends_v6",
     LOADS_V6 = "loads_v6",
+    EXITS_V6 = "exits_v6",
     FLOWS_V6 = "flows_v6",
     EMBRYOS_V6 = "embryos_v6",
     FRAGMENTS_V6 = "fragments_v6",

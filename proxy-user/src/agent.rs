@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Instant;
 
+use ipnet::IpNet;
 use proxy_common::tables::ServiceValue;
 
 use crate::desired::health::{HealthCheck, health_check};
@@ -26,6 +27,8 @@ pub struct Agent {
     kinds: Vec<Kind>,
     /// The node's own addresses, once netlink has told of them.
     addresses: Option<BTreeSet<IpAddr>>,
+    /// Where pods go without being masqueraded.
+    exceptions: BTreeSet<IpNet>,
     /// What load balancers are told, by Service.
     checks: BTreeMap<ObjectName, HealthCheck>,
     checks_changed: bool,
@@ -59,6 +62,7 @@ impl Agent {
             node_ports,
             kinds,
             addresses: None,
+            exceptions: BTreeSet::new(),
             checks: BTreeMap::new(),
             checks_changed: false,
             node_changed: true,
@@ -133,6 +137,11 @@ impl Agent {
     pub fn set_addresses(&mut self, addresses: BTreeSet<IpAddr>) {
         self.node_changed |= self.addresses.as_ref() != Some(&addresses);
         self.addresses = Some(addresses);
+    }
+
+    /// Says where pods go without being masqueraded.
+    pub fn set_masquerade_exceptions(&mut self, ranges: BTreeSet<IpNet>) {
+        self.exceptions = ranges;
     }
 
     /// Whether load balancers may send to this node (KP-118).
@@ -237,6 +246,7 @@ impl Agent {
             }
         } else {
             self.started = true;
+            ops.extend(self.planner.plan_exceptions(&self.exceptions));
             self.change_all(&mut changes);
         }
         let mut refusals = Vec::new();

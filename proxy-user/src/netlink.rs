@@ -1,7 +1,7 @@
 //! The node's network links, followed by netlink: which are pods' and which lead to other machines, and
 //! when they come and go; the node's addresses; and that routes have changed.
 
-use std::collections::{BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::IpAddr;
 
 use anyhow::{Context, Result};
@@ -38,6 +38,11 @@ pub enum Role {
 }
 
 impl Role {
+    /// Whether it leads to other machines.
+    pub const fn is_uplink(self) -> bool {
+        matches!(self, Self::Uplink | Self::Tunnel)
+    }
+
     /// The role in words.
     pub const fn label(self) -> &'static str {
         match self {
@@ -134,6 +139,15 @@ impl Link {
         if self.addresses.is_empty() { Role::Ignore } else { Role::Uplink }
     }
 
+    /// By which address pods leave the cluster here: the first of each family, in its subnet if it has
+    /// one.
+    fn exits(&self) -> [Option<IpAddr>; 2] {
+        let first = |is_family: fn(&IpAddr) -> bool| {
+            self.subnets.iter().chain(&self.addresses).copied().find(is_family)
+        };
+        [first(IpAddr::is_ipv4), first(IpAddr::is_ipv6)]
+    }
+
     /// What the link is for, and how it can serve that.
     fn served_role(&self, rules: &[Rule]) -> Role {
         match (self.header, self.role(rules)) {
@@ -167,9 +181,14 @@ pub enum Change {
     Listed,
     /// The node's addresses are these.
     Addresses(BTreeSet<IpAddr>),
+    /// The node's addresses on its uplinks, by link: the first of IPv4 and of IPv6.
+    Exits(Exits),
     /// Other ways may lead to backends.
     Routes,
 }
+
+/// The addresses by which pods leave the cluster, by link: of IPv4 and of IPv6.
+pub type Exits = BTreeMap<u32, [Option<IpAddr>; 2]>;
 
 /// Tells of links, addresses and routes, first of all that are there, then of each change.
 ///
@@ -246,6 +265,7 @@ struct Links {
     told: HashMap<u32, (String, Role)>,
     /// The addresses that were told of.
     addresses: BTreeSet<IpAddr>,
+    exits: Exits,
 }
 
 impl Links {
@@ -333,6 +353,11 @@ impl Links {
             }
         }
         self.told = wanted;
+        let exits = self.exits();
+        if exits != self.exits {
+            self.exits.clone_from(&exits);
+            changes.push(Change::Exits(exits));
+        }
         let addresses: BTreeSet<IpAddr> =
             self.known.values().flat_map(|link| link.addresses.iter().copied()).collect();
         if addresses != self.addresses {
@@ -340,6 +365,11 @@ impl Links {
             changes.push(Change::Addresses(addresses));
         }
         changes
+    }
+
+    fn exits(&self) -> Exits {
+        let told = self.told.iter().filter(|(_, (_, role))| role.is_uplink());
+        told.filter_map(|(ifindex, _)| Some((*ifindex, self.known.get(ifindex)?.exits()))).collect()
     }
 
     /// The links to attach to. A bridge of pods is none: its ports are.
@@ -352,8 +382,8 @@ impl Links {
         links
             .filter(|(ifindex, (_, role))| match role {
                 Role::Pod => true,
-                Role::Uplink | Role::Tunnel => !bridges.contains(ifindex),
                 Role::Ignore => false,
+                _ => !bridges.contains(ifindex),
             })
             .collect()
     }

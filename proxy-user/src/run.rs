@@ -1,12 +1,13 @@
 //! `portal run`: the wiring.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use aya_log::EbpfLogger;
+use ipnet::IpNet;
 use proxy_common::Outcome;
 use proxy_common::tables::Algorithm;
 use tokio::io::Interest;
@@ -47,6 +48,8 @@ pub struct Settings {
     pub interfaces: Vec<Rule>,
     /// Which of the node's addresses take `NodePorts`.
     pub node_ports: NodePortAddresses,
+    /// Where pods go without being masqueraded.
+    pub masquerade_except: BTreeSet<IpNet>,
     /// Whether pods get the ports of the node that they ask for.
     pub host_ports: bool,
     /// Where to serve health.
@@ -89,7 +92,8 @@ async fn follow(settings: Settings) -> Result<()> {
         algorithm: settings.algorithm,
         ..model::Node::default()
     };
-    let agent = Agent::new(own, settings.node_ports, kinds, planner);
+    let mut agent = Agent::new(own, settings.node_ports, kinds, planner);
+    agent.set_masquerade_exceptions(settings.masquerade_except);
     let routes = Resolver::new()?;
     let failed = HashMap::new();
     let checks = HealthChecks::default();
@@ -219,6 +223,11 @@ impl Node {
             Change::Addresses(addresses) => {
                 self.agent.set_addresses(addresses);
                 return true;
+            }
+            Change::Exits(exits) => {
+                if let Err(error) = self.datapath.set_exits(&exits) {
+                    tracing::warn!("cannot say by which address pods leave: {error:#}");
+                }
             }
             Change::Routes => return true,
         }

@@ -48,6 +48,7 @@ fn every_test_that_the_table_names_is_there() {
         .concat()
         + &read("proxy-ebpf/tests/datapath/life.rs")
         + &read("proxy-ebpf/tests/datapath/algorithms.rs")
+        + &read("proxy-ebpf/tests/datapath/masquerade.rs")
         + &read("proxy-user/src/desired/node_ports.rs");
     for row in rows() {
         let quoted = row[4].split('`').skip(1).step_by(2);

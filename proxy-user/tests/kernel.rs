@@ -47,6 +47,8 @@ fn options() -> Options {
         max_flows: 1000,
         trace: false,
         vip_ping: true,
+        masquerade_all: false,
+        masquerade_pods: false,
         cluster_cidrs: Vec::new(),
     }
 }

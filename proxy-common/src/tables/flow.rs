@@ -129,7 +129,8 @@ map_type! {
         pub service: u32,
         /// The backend's number.
         pub backend: u32,
-        /// The link that this direction's packets leave by, past the host stack; 0: by the host stack.
+        /// The link that this direction's packets leave by, past the host stack; 0 or
+        /// [`FlowValue::BY_STACK`]: by the host stack.
         pub link: u32,
         /// The link that the other direction's packets leave by.
         pub other_link: u32,
@@ -149,6 +150,9 @@ impl<F: Family> FlowValue<F> {
     pub const FIN_REPLY: u8 = 2;
     /// This is the record of the backend's packets.
     pub const IS_REPLY: u8 = 4;
+    /// As a link: by the host stack, although the packet seems to go back to where it came from. So go
+    /// answers of flows that are masqueraded for a pod of this node.
+    pub const BY_STACK: u32 = u32::MAX;
 
     /// Whether the record has been idle for longer than it may.
     #[inline(always)]

@@ -9,6 +9,7 @@
 //! | `turns` | array | service id → flows so far (`u32`), for round-robin | datapath | datapath |
 //! | `affinity_v4/6` | LRU hash | [`AffinityKey`] → [`AffinityValue`] | datapath | datapath |
 //! | `ranges_v4/6` | LPM trie | [`SourceRange`] → 1 (`u32`) | agent | datapath |
+//! | `exits_v4/6` | hash | link → [`Exit`] | agent | datapath |
 //! | `flows_v4/6` | hash | [`FlowKey`] → [`FlowValue`] | datapath, agent's sweep | datapath |
 //! | `embryos_v4/6` | LRU hash | [`FlowKey`] → [`FlowValue`] | datapath | datapath |
 //! | `fragments_v4/6` | LRU hash | [`FragmentKey`] → [`FragmentValue`] | datapath | datapath |
@@ -19,12 +20,14 @@
 //! | `scratch_v4/6` | per-CPU array | 0 → [`Work`] | datapath | datapath |
 
 pub mod config;
+pub mod exit;
 pub mod flow;
 pub mod fragment;
 pub mod peer;
 pub mod service;
 
 pub use config::{Config, Name};
+pub use exit::Exit;
 pub use flow::{FlowKey, FlowRecord, FlowValue, Packet, Part, Side, State, Work, expired};
 pub use fragment::{FragmentKey, FragmentValue};
 pub use peer::{PeerKey, PeerValue};

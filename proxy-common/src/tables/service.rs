@@ -220,7 +220,8 @@ map_type! {
 map_type! {
     /// A range of a Service port's source ranges: what the trie's prefix counts the bits of.
     pub struct RangeData<F> {
-        /// The Service port's number, in network byte order: it is matched bit by bit.
+        /// The Service port's number, in network byte order: it is matched bit by bit. 0: the ranges that
+        /// pods are not masqueraded for.
         pub service: [u8; 4],
         /// The range's address.
         pub address: F::Addr,

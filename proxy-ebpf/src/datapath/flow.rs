@@ -65,6 +65,10 @@ fn backend<F: Family, T: Tables<F>>(record: FlowRecord<'_, F>, tables: &T) -> Op
 /// Whether the flow's backend has been withdrawn since it was chosen (KP-109 to 113).
 #[inline(always)]
 pub fn is_stale<F: Family, T: Tables<F>>(record: FlowRecord<'_, F>, tables: &T) -> bool {
+    if record.service() == 0 {
+        // A pod's flow out of the cluster, which has none.
+        return false;
+    }
     match backend(record, tables) {
         Some(backend) => backend.flags & Backend::<F>::SERVING == 0,
         None => true,

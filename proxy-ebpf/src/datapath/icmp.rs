@@ -6,7 +6,7 @@
 //! the error had sent.
 
 use proxy_common::checksum::Delta;
-use proxy_common::tables::{Packet, Part, ServiceKey, ServiceValue, Work};
+use proxy_common::tables::{FlowValue, Packet, Part, ServiceKey, ServiceValue, Work};
 use proxy_common::{Address, Family, Outcome, Port, proto};
 
 use super::{Tables, rewrite};
@@ -73,6 +73,9 @@ pub fn error<F: Wire, P: Frame, T: Tables<F>>(
     }
     if translate(frame, work).is_none() {
         return Outcome::NotWritable;
+    }
+    if work.link == FlowValue::<F>::BY_STACK {
+        return Outcome::IcmpError;
     }
     if work.link != 0 {
         return Outcome::Masqueraded;

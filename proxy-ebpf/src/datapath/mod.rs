@@ -2,7 +2,8 @@
 //!
 //! - [`ingress`]: from a client toward a backend. parse → flow → service → open (which chooses) →
 //!   rewrite.
-//! - [`egress`]: from a backend back to a client. parse → flow → promote → rewrite.
+//! - [`egress`]: from a backend back to a client. parse → flow → promote → rewrite. And from a pod out of
+//!   the cluster, if that is to be masqueraded: [`leave`].
 //! - [`socket`]: the same decision at connect and sendmsg, before there is a packet.
 //!
 //! Steps: [`flow`] (an existing flow wins), [`choose`] and [`open`] (otherwise one is recorded), [`rewrite`] (the only
@@ -12,6 +13,7 @@
 pub mod choose;
 pub mod flow;
 pub mod icmp;
+pub mod leave;
 pub mod open;
 pub mod refuse;
 pub mod rewrite;
@@ -111,6 +113,8 @@ pub trait Tables<F: Family> {
     fn is_in_range(&self, key: &SourceRange<F>) -> bool;
     /// Whether an address is in the pods' range.
     fn is_pod(&self, address: &F::Addr) -> bool;
+    /// The node's address that pods leave the cluster by on a link.
+    fn exit(&self, link: u32) -> Option<F::Addr>;
 
     /// The record of an answered flow.
     fn flow(&self, key: &FlowKey<F>) -> Option<FlowRecord<'_, F>>;

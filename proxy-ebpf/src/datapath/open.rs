@@ -42,28 +42,65 @@ pub fn open<F: Family, T: Tables<F>>(
     work.affinity = AffinityKey { client: work.key.src, service: service.id, netns: [0; 2] };
     let draw = || draw(tables, &service, &work.key, hash);
     let (number, backend) = choose::backend(tables, &service, asker, &work.affinity, draw)?;
-    record(tables, work, (number, &backend), client, link, hash)?;
-    lock(work, hash, tables)?;
+    // Pods keep their address, unless even they are to be masqueraded (KP-82).
+    let masquerades = client == Client::Outside
+        || service.has(ServiceValue::REFUSES) && tables.setting(|s| &s.masquerade_all) != 0;
+    let reply_link = if client == Client::Outside { link } else { FlowValue::<F>::BY_STACK };
+    record(tables, work, (number, &backend), masquerades.then_some(reply_link), hash)?;
+    insert(tables, work, hash)?;
     if service.chooses(Algorithm::LeastConn) {
         tables.count_flow(number, true);
     }
+    work.mtu = backend.mtu.into();
+    Ok(Outcome::Opened)
+}
+
+/// Opens a flow of a pod to someone outside the cluster, who sees `exit` in its place.
+///
+/// # Errors
+/// Says why that can't be.
+#[inline(always)]
+pub fn leave<F: Family, T: Tables<F>>(
+    tables: &T,
+    work: &mut Work<F>,
+    exit: F::Addr,
+) -> Result<(), Failure> {
+    let hash = work.key.hash(tables.setting(|s| &s.seed));
+    let (to, port) = (work.key.dst, work.key.dport);
+    masquerade(work, (to, port), exit, spare_port(hash, tables));
+    let timeout = unanswered(tables, work.packet.proto);
+    let origin = Origin { service: 0, backend: u32::MAX, generation: 0, link: 0, reply_link: 0 };
+    work.forward.tag = work.key.tag();
+    fill(work, tables.now(), timeout, State::Embryo, origin);
+    insert(tables, work, hash)
+}
+
+/// Inserts both records of a new flow among those not answered yet. The other direction's key and the
+/// link to leave by are then in the work area.
+#[inline(always)]
+fn insert<F: Family, T: Tables<F>>(
+    tables: &T,
+    work: &mut Work<F>,
+    hash: u32,
+) -> Result<(), Failure> {
+    lock(work, hash, tables)?;
     // A record left over from a flow that has ended would hide the new one. Losing a race for the
     // place is harmless: the winner's record is of the same flow.
     tables.remove_embryo(&work.key);
     let _ = tables.insert_embryo(&work.key, &work.forward);
     work.other = work.forward.other;
-    (work.link, work.mtu) = (work.forward.link, backend.mtu.into());
-    Ok(Outcome::Opened)
+    (work.link, work.mtu) = (work.forward.link, 0);
+    Ok(())
 }
 
-/// Fills in both records of a flow to a backend.
+/// Fills in both records of a flow to a backend. It is masqueraded if the backend is elsewhere and a link
+/// for its answers is given.
 #[inline(always)]
 fn record<F: Family, T: Tables<F>>(
     tables: &T,
     work: &mut Work<F>,
     (number, backend): (u32, &Backend<F>),
-    client: Client,
-    link: u32,
+    reply_link: Option<u32>,
     hash: u32,
 ) -> Result<(), Failure> {
     let timeout = unanswered(tables, work.packet.proto);
@@ -74,12 +111,14 @@ fn record<F: Family, T: Tables<F>>(
         link: 0,
         reply_link: 0,
     };
-    if client == Client::Outside && backend.flags & Backend::<F>::LOCAL == 0 {
+    if let Some(reply_link) = reply_link
+        && backend.flags & Backend::<F>::LOCAL == 0
+    {
         if backend.link == 0 {
             return Err(Failure::Dropped(Outcome::NoRoute));
         }
-        (origin.link, origin.reply_link) = (backend.link, link);
-        masquerade(work, backend, spare_port(hash, tables));
+        (origin.link, origin.reply_link) = (backend.link, reply_link);
+        masquerade(work, (backend.addr, backend.port), backend.source, spare_port(hash, tables));
     } else {
         address(work, backend);
     }
@@ -136,7 +175,7 @@ fn asker<F: Family, T: Tables<F>>(
 
 /// Whether the packet belongs to a flow in the making whose backend has not been withdrawn.
 #[inline(always)]
-fn embryo<F: Family, T: Tables<F>>(tables: &T, work: &mut Work<F>) -> bool {
+pub fn embryo<F: Family, T: Tables<F>>(tables: &T, work: &mut Work<F>) -> bool {
     let Some(record) = tables.embryo(&work.key) else { return false };
     record.read_other(&mut work.other);
     let now = tables.now();
@@ -191,14 +230,12 @@ struct Origin {
     reply_link: u32,
 }
 
-/// The keys of both directions of a flow to a `backend` elsewhere that takes this node for its client.
+/// The keys of both directions of a flow to someone who takes `source` at `port` for its client.
 #[inline(always)]
-fn masquerade<F: Family>(work: &mut Work<F>, backend: &Backend<F>, port: Port) {
+fn masquerade<F: Family>(work: &mut Work<F>, to: (F::Addr, Port), source: F::Addr, port: Port) {
     let reply = &mut work.forward.other;
-    reply.src = backend.addr;
-    reply.sport = backend.port;
-    reply.dst = backend.source;
-    reply.dport = port;
+    (reply.src, reply.sport) = to;
+    (reply.dst, reply.dport) = (source, port);
     reply.proto = work.key.proto;
     reply.side = Side::Ingress as u8;
     reply.pad = [0; 2];

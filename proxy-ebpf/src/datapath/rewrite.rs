@@ -2,7 +2,7 @@
 
 use proxy_common::checksum::Delta;
 use proxy_common::crc32c;
-use proxy_common::tables::{Part, Work};
+use proxy_common::tables::{Part, Side, Work};
 use proxy_common::{Address, Port, proto};
 
 use crate::packet::{Frame, Wire, tcp};
@@ -20,12 +20,35 @@ pub fn translate<F: Wire, P: Frame>(frame: &mut P, work: &Work<F>) -> Option<()>
     }
     let old = [key.sport, key.dport];
     let new = [other.dport, other.sport];
+    if work.packet.proto == F::ICMP {
+        return set_identifier::<F, P>(frame, work, old, new);
+    }
     frame.store(work.packet.l4(), new)?;
     if work.packet.proto == proto::SCTP {
         return fix_sctp::<F, P>(frame, work, old, new);
     }
     let addresses = key.src.delta(other.dst) + key.dst.delta(other.src);
     fix_transport(frame, work.packet.l4(), work.packet.proto, addresses, ports_delta(old, new))
+}
+
+/// Gives an ICMP echo the identifier that stands for its ports: the one of the two that is not zero.
+#[inline(always)]
+fn set_identifier<F: Wire, P: Frame>(
+    frame: &mut P,
+    work: &Work<F>,
+    old: [Port; 2],
+    new: [Port; 2],
+) -> Option<()> {
+    let (key, other) = (&work.key, &work.other);
+    let identifier = if key.side == Side::Ingress as u8 { new[1] } else { new[0] };
+    frame.store(work.packet.l4() + F::ECHO_ID, identifier)?;
+    let pseudo = if F::ICMP == proto::ICMP {
+        // ICMP's covers no addresses, ICMPv6's does.
+        Delta::default()
+    } else {
+        key.src.delta(other.dst) + key.dst.delta(other.src)
+    };
+    frame.fix_l4(work.packet.l4() + F::ECHO_CHECKSUM, pseudo, ports_delta(old, new), false)
 }
 
 /// Mends SCTP's checksum, which covers no addresses. A zero is left to the hardware that is to fill

@@ -1,10 +1,10 @@
 //! The two stories of a packet.
 
-use proxy_common::tables::{FragmentValue, Part, ServiceKey, ServiceValue, Side, Work};
+use proxy_common::tables::{FlowValue, FragmentValue, Part, ServiceKey, ServiceValue, Side, Work};
 use proxy_common::{Family, Outcome};
 
 use super::choose::Failure;
-use super::{Client, Tables, flow, icmp, open, refuse, rewrite};
+use super::{Client, Tables, flow, icmp, leave, open, refuse, rewrite};
 use crate::packet::{Frame, Wire, fragment_key, has_ports, parse};
 
 /// A packet that comes in from a client's link: toward a backend, if it is for a Service. Answers of
@@ -19,11 +19,13 @@ pub fn ingress<F: Wire, P: Frame, T: Tables<F>>(
     if let Err(outcome) = parse(frame, Side::Ingress, &mut work.packet, &mut work.key) {
         return outcome;
     }
-    if work.packet.proto == F::ICMP {
-        return icmp::inbound(frame, tables, work);
-    }
-    if !has_ports(work.packet.proto) {
-        return Outcome::NotService;
+    if !leave::identify(frame, tables, work) {
+        if work.packet.proto == F::ICMP {
+            return icmp::inbound(frame, tables, work);
+        }
+        if !has_ports(work.packet.proto) {
+            return Outcome::NotService;
+        }
     }
     if work.packet.is(Part::Later) && !recall_ports(tables, work) {
         return unknown_fragment(tables, work);
@@ -52,7 +54,9 @@ fn flow_of<F: Family, T: Tables<F>>(
     };
     match open::promote(tables, work) {
         Some(outcome) => Ok(outcome),
-        None if mark.has(ServiceValue::LOOPBACK) => Err(Failure::NotService),
+        None if mark.has(ServiceValue::LOOPBACK) || !has_ports(work.packet.proto) => {
+            Err(Failure::NotService)
+        }
         None => open::open(tables, work, &mark, client, link),
     }
 }
@@ -81,19 +85,30 @@ pub fn egress<F: Wire, P: Frame, T: Tables<F>>(
     if let Err(outcome) = parse(frame, Side::Egress, &mut work.packet, &mut work.key) {
         return outcome;
     }
-    if work.packet.proto == F::ICMP {
-        return icmp::error(frame, tables, work);
+    if !leave::identify(frame, tables, work) {
+        if work.packet.proto == F::ICMP {
+            return icmp::error(frame, tables, work);
+        }
+        if !has_ports(work.packet.proto) {
+            return Outcome::NotService;
+        }
     }
-    if !has_ports(work.packet.proto) || work.packet.is(Part::Later) && !recall_ports(tables, work) {
+    if work.packet.is(Part::Later) && !recall_ports(tables, work) {
         return Outcome::NotService;
     }
-    if flow::established(tables, work) {
-        return pass_on(frame, tables, work, Outcome::Replied);
-    }
-    match open::promote(tables, work) {
-        Some(outcome) => pass_on(frame, tables, work, outcome),
-        None => Outcome::NotService,
-    }
+    let outcome = if flow::established(tables, work) {
+        Outcome::Replied
+    } else {
+        match open::promote(tables, work) {
+            Some(outcome) => outcome,
+            None => match leave::open(tables, work, frame.link()) {
+                Ok(outcome) => outcome,
+                Err(Failure::Dropped(outcome)) => return outcome,
+                Err(Failure::NotService | Failure::Refused) => return Outcome::NotService,
+            },
+        }
+    };
+    pass_on(frame, tables, work, outcome)
 }
 
 /// Translates the packet and says which way it goes: on; or by the flow's own link; or, when the other
@@ -116,6 +131,9 @@ fn pass_on<F: Wire, P: Frame, T: Tables<F>>(
     let outcome = core::hint::black_box(outcome);
     if rewrite::translate(frame, work).is_none() {
         return Outcome::NotWritable;
+    }
+    if work.link == FlowValue::<F>::BY_STACK {
+        return outcome;
     }
     if work.link != 0 {
         return match F::hop(frame, P::NETWORK) {

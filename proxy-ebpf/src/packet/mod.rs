@@ -28,6 +28,10 @@ pub trait Wire: Family {
 
     /// Types of ICMP's echo request and of its answer.
     const ECHO: [u8; 2];
+    /// Where an echo's checksum lies.
+    const ECHO_CHECKSUM: usize = 2;
+    /// Where an echo's identifier lies.
+    const ECHO_ID: usize = 4;
 
     /// Whether an ICMP type reports an error and so quotes the packet that met it. Redirects are left
     /// out: what they say is about the way to the backend, which the client does not know.

@@ -111,12 +111,14 @@ pub struct Host<F: Family> {
     pub link: u32,
     /// The pods' range.
     pub pods: Option<(IpAddr, u8)>,
+    /// The address that pods leave the cluster by, if they are masqueraded.
+    pub exit: Option<IpAddr>,
     /// How many records the table of answered flows holds.
     pub capacity: usize,
     services: BTreeMap<Vec<u8>, Service>,
     slots: Vec<u32>,
     /// Service port, range and its bits.
-    ranges: Vec<(u32, IpAddr, u8)>,
+    pub ranges: Vec<(u32, IpAddr, u8)>,
     affinity: RefCell<BTreeMap<Vec<u8>, AffinityValue>>,
     pub backends: Vec<Backend<F>>,
     /// Flows by backend.
@@ -162,6 +164,7 @@ impl<F: HostFamily> Host<F> {
             random: Cell::new(1),
             link: LINK,
             pods: None,
+            exit: None,
             capacity: usize::MAX,
             services: BTreeMap::new(),
             slots: Vec::new(),
@@ -365,6 +368,11 @@ impl<F: HostFamily> Tables<F> for Host<F> {
 
     fn is_pod(&self, address: &F::Addr) -> bool {
         self.pods.is_some_and(|(range, bits)| is_within((*address).into(), range, bits))
+    }
+
+    fn exit(&self, link: u32) -> Option<F::Addr> {
+        assert_eq!(link, LINK);
+        self.exit.and_then(F::address)
     }
 
     fn flow(&self, key: &FlowKey<F>) -> Option<FlowRecord<'_, F>> {

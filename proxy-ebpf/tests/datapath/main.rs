@@ -4,6 +4,7 @@ mod algorithms;
 mod cases;
 mod host;
 mod life;
+mod masquerade;
 mod properties;
 mod sockets;
 

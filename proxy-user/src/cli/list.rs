@@ -194,7 +194,11 @@ pub fn flows(args: &Args) -> Result<()> {
                 flow.backend.to_string(),
                 flow.state.to_owned(),
                 format!("{}s", seconds(flow.expires)),
-                labels.get(&flow.service).cloned().unwrap_or_else(|| "(deleted)".to_owned()),
+                match labels.get(&flow.service) {
+                    Some(label) => label.clone(),
+                    None if flow.service == 0 => "(leaves the cluster)".to_owned(),
+                    None => "(deleted)".to_owned(),
+                },
                 flow.seen_as.to_string(),
             ]);
         }

@@ -1,5 +1,6 @@
 //! The flags of `portal run`, named as kube-proxy names them, resolved once.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -20,6 +21,7 @@ use crate::watch::{ApiServer, Source};
 
 /// The flags of `portal run`.
 #[derive(clap::Args)]
+#[allow(clippy::struct_excessive_bools, reason = "flags of a command line")]
 pub struct Args {
     /// A kubeconfig; without it the in-cluster configuration, then the default kubeconfig
     #[arg(long, value_name = "FILE")]
@@ -42,6 +44,19 @@ pub struct Args {
     /// where a policy asks (externalTrafficPolicy)
     #[arg(long, value_name = "CIDR", value_delimiter = ',', value_parser = range)]
     cluster_cidr: Vec<IpNet>,
+
+    /// Masquerade pods even to `ClusterIPs`, where the endpoint is on another node
+    #[arg(long)]
+    masquerade_all: bool,
+
+    /// Masquerade what pods send out of the cluster: they are those in --cluster-cidr
+    #[arg(long, requires = "cluster_cidr")]
+    masquerade_pods: bool,
+
+    /// Where pods go with their own address in spite of --masquerade-pods, besides --cluster-cidr
+    #[arg(long, value_name = "CIDR", value_delimiter = ',', value_parser = range)]
+    #[arg(requires = "masquerade_pods")]
+    masquerade_except: Vec<IpNet>,
 
     /// Which of the node's addresses take `NodePorts`: ranges, or "primary" for the node's first
     /// address of each family, which is the default
@@ -128,6 +143,11 @@ impl Args {
         if !matches!(self.xdp, Xdp::Off | Xdp::Auto) {
             tracing::info!("--xdp has no effect yet: uplinks are served by tc");
         }
+        let masquerade_except = if self.masquerade_pods {
+            self.cluster_cidr.iter().chain(&self.masquerade_except).copied().collect()
+        } else {
+            BTreeSet::new()
+        };
         let cgroup_root = match self.cgroup_root {
             Some(root) => Some(root),
             None if self.socket_lb.is_on() => Some(probe::cgroup2_mount()?),
@@ -150,9 +170,12 @@ impl Args {
                 tc: self.tc,
                 max_flows: self.max_flows,
                 trace: self.trace,
+                masquerade_all: self.masquerade_all,
+                masquerade_pods: self.masquerade_pods,
                 vip_ping: self.vip_ping,
                 cluster_cidrs: self.cluster_cidr,
             },
+            masquerade_except,
             interfaces: self.interfaces,
             host_ports: self.host_ports,
             node_ports: node_ports(&self.nodeport_addresses)?,

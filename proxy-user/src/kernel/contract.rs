@@ -1,8 +1,8 @@
 //! The pinned maps, by name and shape, as `proxy_common::tables` lays them out.
 
 use proxy_common::tables::{
-    AffinityKey, AffinityValue, Backend, Config, FlowKey, FlowValue, FragmentKey, FragmentValue,
-    Name, PeerKey, PeerValue, ServiceKey, ServiceValue, SourceRange, Work,
+    AffinityKey, AffinityValue, Backend, Config, Exit, FlowKey, FlowValue, FragmentKey,
+    FragmentValue, Name, PeerKey, PeerValue, ServiceKey, ServiceValue, SourceRange, Work,
 };
 use proxy_common::{Family, V4, V6};
 
@@ -21,7 +21,7 @@ const fn shape<K, V>(name: &'static str) -> Shape {
     Shape { name, key: size_of::<K>(), value: size_of::<V>() }
 }
 
-const fn family<F: Family>(names: [&'static str; 10]) -> [Shape; 10] {
+const fn family<F: Family>(names: [&'static str; 11]) -> [Shape; 11] {
     [
         shape::<ServiceKey<F>, ServiceValue>(names[0]),
         shape::<u32, Backend<F>>(names[1]),
@@ -33,10 +33,11 @@ const fn family<F: Family>(names: [&'static str; 10]) -> [Shape; 10] {
         shape::<SourceRange<F>, u32>(names[7]),
         shape::<u32, Work<F>>(names[8]),
         shape::<u32, u32>(names[9]),
+        shape::<u32, Exit<F>>(names[10]),
     ]
 }
 
-const FAMILY_V4: [Shape; 10] = family::<V4>([
+const FAMILY_V4: [Shape; 11] = family::<V4>([
     "services_v4",
     "backends_v4",
     "flows_v4",
@@ -47,8 +48,9 @@ const FAMILY_V4: [Shape; 10] = family::<V4>([
     "ranges_v4",
     "scratch_v4",
     "loads_v4",
+    "exits_v4",
 ]);
-const FAMILY_V6: [Shape; 10] = family::<V6>([
+const FAMILY_V6: [Shape; 11] = family::<V6>([
     "services_v6",
     "backends_v6",
     "flows_v6",
@@ -59,6 +61,7 @@ const FAMILY_V6: [Shape; 10] = family::<V6>([
     "ranges_v6",
     "scratch_v6",
     "loads_v6",
+    "exits_v6",
 ]);
 const COMMON: [Shape; 5] = [
     shape::<u32, Config>("config"),

@@ -32,7 +32,7 @@ use ipnet::IpNet;
 use nix::fcntl::{Flock, FlockArg};
 use proxy_common::Outcome;
 
-use crate::netlink::Role;
+use crate::netlink::{Exits, Role};
 use crate::plan::{Capacity, Op, Planner};
 use crate::routes::Routes;
 pub use contract::{Shape, name_of, shapes};
@@ -45,6 +45,7 @@ use writer::Writer;
 
 /// Where and how the datapath is installed.
 #[derive(Clone, Debug)]
+#[allow(clippy::struct_excessive_bools, reason = "independent settings, each with a name")]
 pub struct Options {
     /// The folder for pins, on a bpffs.
     pub bpffs_root: PathBuf,
@@ -58,6 +59,10 @@ pub struct Options {
     pub max_flows: u32,
     /// Whether refused and dropped packets are logged.
     pub trace: bool,
+    /// Whether pods' flows to `ClusterIPs` are masqueraded too.
+    pub masquerade_all: bool,
+    /// Whether what pods send out of the cluster is masqueraded.
+    pub masquerade_pods: bool,
     /// Whether VIPs answer ICMP echo.
     pub vip_ping: bool,
     /// The pods' ranges, by which pods of other nodes are known; the first of each family counts.
@@ -138,6 +143,14 @@ impl Datapath {
     /// Takes in which ways lead to backends, where that has changed: for those written from now on.
     pub fn set_routes(&mut self, changed: &Routes) {
         self.writer.set_routes(changed);
+    }
+
+    /// Says by which address pods leave the cluster on each link.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn set_exits(&mut self, exits: &Exits) -> Result<()> {
+        self.writer.set_exits(exits)
     }
 
     /// Attaches the datapath to a link, or renews it there.

@@ -1,5 +1,6 @@
 //! The one writer of Services: planned writes become stores and system calls, in their order.
 
+use std::collections::HashSet;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
@@ -13,6 +14,7 @@ use super::mapped::Mapped;
 use super::read::{FromIp, read_actual};
 use crate::desired::{Frontend, PortId};
 use crate::model::IpFamily;
+use crate::netlink::Exits;
 use crate::plan::{Actual, BackendEntry, Capacity, Lead, Op, flags_of};
 use crate::routes::{Route, Routes};
 
@@ -22,6 +24,7 @@ pub struct FamilyTables<F: Family> {
     pub ranges: LpmTrie<MapData, RangeData<F>, u32>,
     pub backends: Mapped<tables::Backend<F>>,
     pub loads: Mapped<u32>,
+    exits: HashMap<MapData, u32, tables::Exit<F>>,
 }
 
 /// All tables that the agent writes.
@@ -51,7 +54,9 @@ impl<F: Family> FamilyTables<F> {
     fn open(maps: &Path) -> Result<Self> {
         let services = open(maps, &super::name_of::<F>("services"))?;
         let ranges = open(maps, &super::name_of::<F>("ranges"))?;
+        let exits = open(maps, &super::name_of::<F>("exits"))?;
         Ok(Self {
+            exits: HashMap::try_from(Map::HashMap(exits))?,
             services: HashMap::try_from(Map::HashMap(services))?,
             ranges: LpmTrie::try_from(Map::LpmTrie(ranges))?,
             backends: open_mapped(maps, &super::name_of::<F>("backends"))?,
@@ -82,6 +87,26 @@ impl<F: Family> FamilyTables<F> {
                 mtu,
             },
         );
+    }
+
+    /// Makes the table of exits hold these and no others.
+    fn set_exits(&mut self, wanted: impl Iterator<Item = (u32, IpAddr)>) -> Result<()>
+    where
+        F::Addr: FromIp,
+    {
+        let mut gone: HashSet<u32> = self.exits.keys().filter_map(Result::ok).collect();
+        for (link, address) in wanted {
+            gone.remove(&link);
+            if let Some(address) = F::Addr::from_ip(address) {
+                self.exits
+                    .insert(link, tables::Exit { address }, 0)
+                    .context("cannot write an exit")?;
+            }
+        }
+        for link in gone {
+            let _ = self.exits.remove(&link);
+        }
+        Ok(())
     }
 
     fn put(&mut self, key: ServiceKey<F>, lead: Lead) -> Result<()> {
@@ -178,6 +203,15 @@ impl Writer {
                 None => self.routes.remove(address),
             };
         }
+    }
+
+    /// Says by which address pods leave the cluster on each link.
+    pub fn set_exits(&mut self, exits: &Exits) -> Result<()> {
+        let of = |family: usize| {
+            exits.iter().filter_map(move |(link, addresses)| Some((*link, addresses[family]?)))
+        };
+        self.v4.set_exits(of(0))?;
+        self.v6.set_exits(of(1))
     }
 
     /// Carries out one write.

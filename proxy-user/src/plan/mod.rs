@@ -66,6 +66,8 @@ pub struct Planner {
     backends: HashMap<IpFamily, Numbers>,
     /// How many more source ranges a family's table takes.
     ranges: HashMap<IpFamily, usize>,
+    /// The ranges that pods are not masqueraded for, as the maps hold them.
+    exceptions: BTreeSet<IpNet>,
 }
 
 impl Planner {
@@ -79,6 +81,7 @@ impl Planner {
             frontends: Frontends::default(),
             entries: capacity.services as usize,
             ranges: [IpFamily::V4, IpFamily::V6].map(|f| (f, capacity.ranges as usize)).into(),
+            exceptions: BTreeSet::new(),
             // Id 0 is "no Service": marks have it.
             ids: Numbers::new(1, capacity.services),
             runs: Runs::new(capacity.slots),
@@ -90,6 +93,17 @@ impl Planner {
     pub fn plan_node(&mut self, addresses: &BTreeMap<IpAddr, u32>) -> Vec<Op> {
         let mut ops = Vec::new();
         self.frontends.set_node(addresses, &mut ops);
+        ops
+    }
+
+    /// Plans the ranges that pods are not masqueraded for. They are few; room for them is not counted.
+    pub fn plan_exceptions(&mut self, wanted: &BTreeSet<IpNet>) -> Vec<Op> {
+        let allow =
+            wanted.difference(&self.exceptions).map(|range| Op::Allow { id: 0, range: *range });
+        let forbid =
+            self.exceptions.difference(wanted).map(|range| Op::Forbid { id: 0, range: *range });
+        let ops = allow.chain(forbid).collect();
+        self.exceptions.clone_from(wanted);
         ops
     }
 

@@ -63,9 +63,10 @@ pub enum Op {
         /// The address.
         address: IpAddr,
     },
-    /// Lets clients in a range ask a Service port that has source ranges.
+    /// Lets clients in a range ask a Service port that has source ranges; or pods go there with their own
+    /// address.
     Allow {
-        /// The Service port's number.
+        /// The Service port's number; 0 for pods.
         id: u32,
         /// The range.
         range: IpNet,

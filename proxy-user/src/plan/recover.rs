@@ -74,6 +74,10 @@ impl Planner {
             planner.adopt_backend(backend, owners.get(&backend.entry.service), &mut ops);
         }
         for (id, range) in &actual.ranges {
+            if *id == 0 {
+                planner.exceptions.insert(*range);
+                continue;
+            }
             match owners.get(id).and_then(|port| planner.held.get_mut(port)) {
                 Some(held) => {
                     held.ranges.insert(*range);
