@@ -10,6 +10,7 @@ use proxy_common::tables::ServiceValue;
 use crate::desired::health::{HealthCheck, health_check};
 use crate::desired::node_ports::{NodePortAddresses, is_eligible};
 use crate::desired::{Frontend, PortId, desired, desired_of};
+use crate::events::Notice;
 use crate::model::from_k8s::{self, Problem};
 use crate::model::{Cluster, Node, ObjectName, Owner};
 use crate::plan::{Change, Op, Planner, Refusal};
@@ -45,6 +46,8 @@ pub struct Agent {
     reported: HashMap<(&'static str, ObjectName), Vec<Problem>>,
     /// What can't be done, so that it is said once and tried again.
     refused: HashMap<PortId, String>,
+    /// What objects' owners are to be told.
+    notices: Vec<Notice>,
 }
 
 impl Agent {
@@ -73,6 +76,7 @@ impl Agent {
             planned: HashMap::new(),
             reported: HashMap::new(),
             refused: HashMap::new(),
+            notices: Vec::new(),
         }
     }
 
@@ -221,6 +225,24 @@ impl Agent {
         }
     }
 
+    /// What objects' owners are to be told since the last call.
+    pub fn take_notices(&mut self) -> Vec<Notice> {
+        std::mem::take(&mut self.notices)
+    }
+
+    /// A warning about a Service.
+    pub fn warning(
+        &self,
+        name: &ObjectName,
+        reason: &'static str,
+        action: &'static str,
+        note: String,
+    ) -> Notice {
+        let uid = self.cluster.service(name).map(|service| service.uid.clone());
+        let (kind, name, uid) = ("Service", name.clone(), uid.unwrap_or_default());
+        Notice { kind, name, uid, warns: true, reason, action, note }
+    }
+
     /// Tries again what was refused, at the next plan: places may have become free.
     pub fn retry(&mut self) {
         if self.refused.is_empty() {
@@ -316,9 +338,13 @@ impl Agent {
         let mut told: HashMap<PortId, String> = HashMap::new();
         for refusal in refusals {
             let text = describe(&refusal);
-            let (Refusal::Full { port, .. } | Refusal::Taken { port, .. }) = refusal;
+            let (port, reason) = match refusal {
+                Refusal::Full { port, .. } => (port, "TableFull"),
+                Refusal::Taken { port, .. } => (port, "AddressTaken"),
+            };
             if self.refused.get(&port) != Some(&text) {
                 tracing::warn!("{text}");
+                self.notices.extend(self.notice(&port, reason, &text));
             }
             told.insert(port, text);
         }
@@ -328,6 +354,21 @@ impl Agent {
                 None => self.refused.remove(port),
             };
         }
+        // Those that have lost something to others.
+        self.refused.extend(told);
+    }
+}
+
+impl Agent {
+    /// A warning about the object that a port belongs to. Of a pod the maps know a shortened name only.
+    fn notice(&self, port: &PortId, reason: &'static str, note: &str) -> Option<Notice> {
+        let (action, note) = ("Serve", format!("node {}: {note}", self.node.name));
+        if !port.is_host_port() {
+            return Some(self.warning(&port.service, reason, action, note));
+        }
+        let name = port.service.clone();
+        let uid = self.cluster.pod(&name)?.uid.clone();
+        Some(Notice { kind: "Pod", name, uid, warns: true, reason, action, note })
     }
 }
 

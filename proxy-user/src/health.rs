@@ -19,6 +19,16 @@ use crate::model::{IpFamily, ObjectName};
 /// What a server answers.
 type Answer = Arc<RwLock<(ObjectName, usize)>>;
 
+/// A health check that can't be served (KP-107).
+pub struct Failure {
+    /// The Service.
+    pub service: ObjectName,
+    /// Where it was to be served.
+    pub address: SocketAddr,
+    /// Why not.
+    pub error: String,
+}
+
 /// A server at an address.
 struct Server {
     answer: Answer,
@@ -34,8 +44,9 @@ pub struct HealthChecks {
 }
 
 impl HealthChecks {
-    /// Serves these checks and no others.
-    pub fn set<'a>(&mut self, checks: impl Iterator<Item = &'a HealthCheck>) {
+    /// Serves these checks and no others. Returns those that can't be served now.
+    #[must_use]
+    pub fn set<'a>(&mut self, checks: impl Iterator<Item = &'a HealthCheck>) -> Vec<Failure> {
         self.wanted.clear();
         for check in checks {
             for (family, local) in [IpFamily::V4, IpFamily::V6].into_iter().zip(check.local) {
@@ -50,12 +61,14 @@ impl HealthChecks {
             }
             stays
         });
-        self.serve();
+        self.serve()
     }
 
     /// Tells servers what to answer, and starts those that are missing: also those that could not
-    /// listen before.
-    pub fn serve(&mut self) {
+    /// listen before. Returns those that still can't.
+    #[must_use]
+    pub fn serve(&mut self) -> Vec<Failure> {
+        let mut failures = Vec::new();
         while self.tasks.try_join_next().is_some() {}
         for (address, wanted) in &self.wanted {
             if let Some(server) = self.servers.get(address) {
@@ -68,12 +81,13 @@ impl HealthChecks {
                     let task = self.tasks.spawn(run(listener, Arc::clone(&answer)));
                     self.servers.insert(*address, Server { answer, task });
                 }
-                Err(error) => tracing::warn!(
-                    "Service {}: cannot serve its health check at {address}: {error}; is tried again",
-                    wanted.0
-                ),
+                Err(error) => {
+                    let (service, address) = (wanted.0.clone(), *address);
+                    failures.push(Failure { service, address, error: error.to_string() });
+                }
             }
         }
+        failures
     }
 }
 

@@ -9,6 +9,7 @@
 pub mod agent;
 pub mod cli;
 pub mod desired;
+pub mod events;
 pub mod health;
 pub mod http;
 pub mod kernel;

@@ -19,10 +19,11 @@ use tokio::time::{MissedTickBehavior, interval};
 
 use crate::agent::Agent;
 use crate::desired::node_ports::NodePortAddresses;
-use crate::health::HealthChecks;
+use crate::events::{Events, Notice};
+use crate::health::{Failure, HealthChecks};
 use crate::http::{self, Status};
 use crate::kernel::{Datapath, Options};
-use crate::model;
+use crate::model::{self, ObjectName};
 use crate::netlink::{self, Change, Role, Rule};
 use crate::plan::Op;
 use crate::routes::Resolver;
@@ -76,6 +77,7 @@ async fn follow(settings: Settings) -> Result<()> {
     let mut tasks = JoinSet::new();
     // First what may fail without a trace.
     let kinds = watch::kinds(settings.host_ports);
+    let events = Events::start(&settings.source, &settings.node, &mut tasks).await?;
     let updates = watch::start(settings.source, &settings.node, kinds.clone(), &mut tasks).await?;
     let (mut datapath, planner) = Datapath::install(&settings.kernel)?;
     if settings.kernel.trace {
@@ -97,11 +99,27 @@ async fn follow(settings: Settings) -> Result<()> {
     let routes = Resolver::new()?;
     let failed = HashMap::new();
     let checks = HealthChecks::default();
-    let node = Node { agent, datapath, status, routes, checks, failed, table_full: 0 };
-    tracing::info!("portal {} on node {}", env!("CARGO_PKG_VERSION"), settings.node);
+    let name = settings.node;
+    tracing::info!("portal {} on node {name}", env!("CARGO_PKG_VERSION"));
+    events.tell(starting(&name));
+    let node =
+        Node { agent, datapath, status, routes, checks, events, name, failed, table_full: 0 };
     tokio::select! {
         result = node.serve(updates, links) => result,
         Some(ended) = tasks.join_next() => ended?.context("a part of the agent has ended"),
+    }
+}
+
+/// As kube-proxy tells of itself (KP-151); a node's UID in Events is its name.
+fn starting(node: &str) -> Notice {
+    Notice {
+        kind: "Node",
+        name: ObjectName::new("", node),
+        uid: node.to_owned(),
+        warns: false,
+        reason: "Starting",
+        action: "StartPortal",
+        note: String::new(),
     }
 }
 
@@ -123,6 +141,9 @@ struct Node {
     status: Arc<Status>,
     routes: Resolver,
     checks: HealthChecks,
+    events: Events,
+    /// The node's name.
+    name: String,
     /// Links that could not be attached to, to be tried again.
     failed: HashMap<u32, (String, Role)>,
     /// How often a new flow found its table full, at the last sweep.
@@ -184,12 +205,13 @@ impl Node {
                 ops.extend(self.agent.rewrite(|address| learnt.contains_key(&address)));
             }
             self.datapath.apply(&ops).context("cannot write the kernel's maps")?;
+            self.agent.take_notices().into_iter().for_each(|notice| self.events.tell(notice));
             tracing::debug!("{} writes in {:?}", ops.len(), started.elapsed());
         }
         if self.agent.is_ready() {
-            if let Some(checks) = self.agent.changed_health_checks() {
-                self.checks.set(checks);
-            }
+            let checks = self.agent.changed_health_checks();
+            let failures = checks.map(|checks| self.checks.set(checks)).unwrap_or_default();
+            self.report_checks(failures);
             self.status.synced(self.agent.services(), self.agent.is_eligible());
             if !was_ready {
                 tracing::info!("in step with the cluster: {} Services", self.agent.services());
@@ -264,6 +286,23 @@ impl Node {
             self.attach(ifindex, name, role);
         }
         self.agent.retry();
-        self.checks.serve();
+        let failures = self.checks.serve();
+        self.report_checks(failures);
+    }
+
+    /// Says which health checks can't be served; they are tried again (KP-107).
+    fn report_checks(&self, failures: Vec<Failure>) {
+        for Failure { service, address, error } in failures {
+            tracing::warn!(
+                "Service {service}: no health check at {address}: {error}; is tried again"
+            );
+            let note = format!(
+                "node {} failed to start healthcheck \"{service}\" on port {}: {error}",
+                self.name,
+                address.port()
+            );
+            let (reason, action) = ("FailedToStartServiceHealthcheck", "Listen");
+            self.events.tell(self.agent.warning(&service, reason, action, note));
+        }
     }
 }

@@ -262,6 +262,14 @@ fn two_services_that_claim_one_vip_are_told_and_the_older_has_it() {
     control.api.put(slice("old", 2));
     control.api.put(aged(service("old", 1), "2026-01-01T00:00:00Z"));
     control.wait_served(&["old: 10.244.0.2:8080"]);
+    // Its owner is told, and no one else.
+    let event = eventually("an Event says so", || {
+        control.api.events().into_iter().find(|event| event["reason"] == "AddressTaken")
+    });
+    assert_eq!((&event["regarding"]["name"], &event["type"]), (&"young".into(), &"Warning".into()));
+    assert_eq!(event["regarding"]["uid"], "service-young");
+    let note = event["note"].as_str().unwrap();
+    assert!(note.contains("10.96.0.1:80 belongs to the older Service default/old"), "{note}");
     control.api.delete("Service", "old");
     control.wait_served(&["young: 10.244.0.1:8080"]);
 }
@@ -390,4 +398,33 @@ fn health_and_metrics_are_where_kube_proxys_are() {
     assert_eq!((&health()["nodeEligible"], &health()["healthy"]), (&false.into(), &true.into()));
     assert_eq!(http_status(node, 10256, "/livez"), Some(200));
     assert_eq!(http_status(node, 10256, "/nowhere"), Some(404));
+}
+
+#[test]
+fn kp_107_and_151_events_tell_of_the_start_and_of_a_health_check_that_cant_be_served() {
+    let control = Control::start();
+    let event = |reason: &str| {
+        eventually(reason, || control.api.events().into_iter().find(|e| e["reason"] == reason))
+    };
+    let started = event("Starting");
+    assert_eq!(started["regarding"]["kind"], "Node");
+    assert_eq!((&started["regarding"]["name"], &started["type"]), (&"n0".into(), &"Normal".into()));
+    assert_eq!(started["reportingController"], "portal");
+    let taken =
+        control.node().namespace.run(|| std::net::TcpListener::bind("0.0.0.0:32123")).unwrap();
+    let mut service = service("web", 1);
+    service["spec"]["type"] = "LoadBalancer".into();
+    service["spec"]["externalTrafficPolicy"] = "Local".into();
+    service["spec"]["healthCheckNodePort"] = 32_123.into();
+    control.api.put(service);
+    let failed = event("FailedToStartServiceHealthcheck");
+    assert_eq!(
+        (&failed["regarding"]["name"], &failed["action"]),
+        (&"web".into(), &"Listen".into())
+    );
+    let note = failed["note"].as_str().unwrap();
+    assert!(
+        note.starts_with("node n0 failed to start healthcheck \"default/web\" on port 32123: ")
+    );
+    drop(taken);
 }

@@ -35,6 +35,13 @@ pub struct PortId {
     pub family: IpFamily,
 }
 
+impl PortId {
+    /// Whether it is a pod's port of the node.
+    pub fn is_host_port(&self) -> bool {
+        self.port.starts_with(HOST_PORT)
+    }
+}
+
 impl fmt::Display for PortId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { service, port, .. } = self;

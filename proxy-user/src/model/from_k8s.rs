@@ -52,6 +52,7 @@ pub fn service(raw: &raw::Service, problems: &mut Vec<Problem>) -> Option<Servic
             || !external_ips.is_empty());
     let is_checked = external_local && spec.r#type == "LoadBalancer";
     Some(Service {
+        uid: raw.metadata.uid.clone(),
         created: raw.metadata.creation_timestamp.clone(),
         cluster_ips: cluster_ips(spec, problems),
         ports: spec.ports.iter().filter_map(|port| service_port(port, problems)).collect(),

@@ -98,6 +98,8 @@ impl Protocol {
 /// A Service that is proxied.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Service {
+    /// Its UID, for Events about it.
+    pub uid: String,
     /// When it was created (RFC 3339 sorts as text); of two that claim one frontend the older wins.
     pub created: String,
     /// Its cluster IPs, at most one per family (KP-19).
@@ -183,6 +185,8 @@ pub struct Endpoint {
 /// A pod of this node that has ports of the node.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Pod {
+    /// Its UID, for Events about it.
+    pub uid: String,
     /// When it was created.
     pub created: String,
     /// Its addresses, at most one per family.

@@ -22,9 +22,9 @@ pub fn pod(raw: &raw::Pod, node: &str, problems: &mut Vec<Problem>) -> Option<Po
     host_ports.sort_unstable();
     host_ports.dedup();
     let addresses = addresses(&raw.status, problems);
-    let created = raw.metadata.creation_timestamp.clone();
+    let (uid, created) = (raw.metadata.uid.clone(), raw.metadata.creation_timestamp.clone());
     let serves = !host_ports.is_empty() && !addresses.is_empty();
-    serves.then_some(Pod { created, addresses, host_ports })
+    serves.then_some(Pod { uid, created, addresses, host_ports })
 }
 
 fn host_port(raw: &raw::ContainerPort, problems: &mut Vec<Problem>) -> Option<HostPort> {

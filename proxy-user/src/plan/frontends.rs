@@ -61,6 +61,11 @@ impl Frontends {
         }
     }
 
+    /// Who claims a frontend.
+    pub fn claimants(&self, frontend: Frontend) -> impl Iterator<Item = &PortId> {
+        self.claims.get(&frontend).into_iter().flatten().map(|(_, claimant)| claimant)
+    }
+
     /// Whose claim to a frontend counts.
     pub fn winner(&self, frontend: Frontend) -> Option<&PortId> {
         Some(&self.claims.get(&frontend)?.first()?.1)

@@ -160,8 +160,8 @@ impl Planner {
         for (port, _) in changes.iter().filter(|(_, wanted)| wanted.is_none()) {
             self.remove(now, port, &mut ops);
         }
-        for (port, wanted) in changes {
-            self.tell_taken(port, wanted.as_ref(), refusals);
+        for (_, wanted) in changes {
+            self.tell_taken(wanted.as_ref(), refusals);
         }
         ops
     }
@@ -270,17 +270,16 @@ impl Planner {
         Ok(())
     }
 
-    /// Says which frontends of a Service port another one has.
-    fn tell_taken(&self, port: &PortId, wanted: Option<&Port>, refusals: &mut Vec<Refusal>) {
+    /// Says who claims the frontends of a Service port in vain: itself, or one that had them before.
+    fn tell_taken(&self, wanted: Option<&Port>, refusals: &mut Vec<Refusal>) {
         for frontend in wanted.into_iter().flat_map(|wanted| wanted.frontends.keys()) {
-            if let Some(holder) = self.frontends.winner(*frontend).filter(|winner| *winner != port)
-            {
-                refusals.push(Refusal::Taken {
-                    port: port.clone(),
-                    frontend: *frontend,
-                    holder: holder.clone(),
-                });
-            }
+            let Some(holder) = self.frontends.winner(*frontend) else { continue };
+            let losers = self.frontends.claimants(*frontend).filter(|claimant| *claimant != holder);
+            refusals.extend(losers.map(|port| Refusal::Taken {
+                port: port.clone(),
+                frontend: *frontend,
+                holder: holder.clone(),
+            }));
         }
     }
 

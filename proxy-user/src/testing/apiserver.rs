@@ -17,7 +17,7 @@ use http_body_util::combinators::BoxBody;
 use http_body_util::{BodyExt, Full, StreamBody};
 use hyper::body::{Bytes, Frame, Incoming};
 use hyper::service::service_fn;
-use hyper::{Request, Response, StatusCode};
+use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
 use serde_json::{Value, json};
 use tokio::sync::watch;
@@ -64,6 +64,7 @@ struct Store {
     objects: BTreeMap<Key, Value>,
     history: VecDeque<Change>,
     faults: Faults,
+    events: Vec<Value>,
     /// Raised to end all open watches.
     epoch: u64,
 }
@@ -107,7 +108,12 @@ impl ApiServer {
             tokio::spawn(async move {
                 let answer = service_fn(|request| {
                     let server = server.clone();
-                    async move { Ok::<_, Infallible>(server.answer(&request)) }
+                    async move {
+                        Ok::<_, Infallible>(match *request.method() {
+                            Method::POST => server.create(request).await,
+                            _ => server.answer(&request),
+                        })
+                    }
                 });
                 let http = hyper::server::conn::http1::Builder::new();
                 // A client that hangs up is no error of ours.
@@ -178,6 +184,25 @@ impl ApiServer {
 
     fn wake(&self) {
         self.changed.send_modify(|count| *count += 1);
+    }
+
+    /// Takes in an Event, the one kind of object that an agent writes.
+    async fn create(&self, request: Request<Incoming>) -> Response<BoxBody<Bytes, Infallible>> {
+        let is_event = request.uri().path().starts_with("/apis/events.k8s.io/v1/namespaces/");
+        let Ok(body) = request.into_body().collect().await else {
+            return failure(400, "the body is cut short", "BadRequest");
+        };
+        let event: Option<Value> = serde_json::from_slice(&body.to_bytes()).ok();
+        let Some(event) = event.filter(|_| is_event) else {
+            return failure(403, "only Events may be created", "Forbidden");
+        };
+        self.store().events.push(event.clone());
+        respond(StatusCode::CREATED, Full::new(Bytes::from(event.to_string())).boxed())
+    }
+
+    /// The Events that agents have sent.
+    pub fn events(&self) -> Vec<Value> {
+        self.store().events.clone()
     }
 
     fn answer(&self, request: &Request<Incoming>) -> Response<BoxBody<Bytes, Infallible>> {

@@ -154,6 +154,7 @@ raw! {
     Meta {
         name: String = "small",
         namespace: String = "small",
+        uid: String = "small",
         resource_version: String = "small",
         creation_timestamp: String = "small",
         deletion_timestamp: Option<String> = "small",
