@@ -74,6 +74,8 @@ map_type! {
         pub masquerade_all: u32,
         /// 1: what pods send out of the cluster is masqueraded.
         pub masquerade_pods: u32,
+        /// 1: a client in the pods' ranges is no outsider (detectLocalMode `ClusterCIDR`, KP-84).
+        pub local_by_cidr: u32,
         /// The pods' IPv4 range (`--cluster-cidr`), by which pods of other nodes are known; its mask is
         /// zero if it is not given.
         pub pods4: Range4,
@@ -102,6 +104,7 @@ impl Settings {
         vip_ping: 1,
         masquerade_all: 0,
         masquerade_pods: 0,
+        local_by_cidr: 1,
         pods4: Range4 { address: [0; 4], mask: [0; 4] },
         pods6: Range6 { address: [0; 16], mask: [0; 16] },
     };

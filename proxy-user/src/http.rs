@@ -24,6 +24,8 @@ const RETRY: Duration = Duration::from_secs(5);
 /// What the agent tells of itself.
 pub struct Status {
     bpffs_root: PathBuf,
+    /// What the agent was asked to do.
+    config: Value,
     ready: AtomicBool,
     /// Load balancers may send here.
     eligible: AtomicBool,
@@ -34,9 +36,10 @@ pub struct Status {
 
 impl Status {
     /// The status of an agent that has just started.
-    pub fn new(bpffs_root: PathBuf) -> Self {
+    pub fn new(bpffs_root: PathBuf, config: Value) -> Self {
         Self {
             bpffs_root,
+            config,
             ready: AtomicBool::new(false),
             eligible: AtomicBool::new(true),
             services: AtomicUsize::new(0),
@@ -95,6 +98,7 @@ pub async fn serve(address: SocketAddr, status: Arc<Status>) -> Result<()> {
         .route("/healthz", get(health))
         .route("/livez", get(live))
         .route("/metrics", get(metrics))
+        .route("/configz", get(config))
         .route("/proxyMode", get(|| async { "portal" }))
         .with_state(status);
     loop {
@@ -134,6 +138,11 @@ fn report(ready: bool) -> Value {
         "healthy": ready,
         "status": {"IPv4": family, "IPv6": family},
     })
+}
+
+/// What the agent was asked to do (KP-123).
+async fn config(State(status): State<Arc<Status>>) -> Response {
+    answer(true, &status.config)
 }
 
 fn answer(good: bool, report: &Value) -> Response {

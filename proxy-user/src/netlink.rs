@@ -20,8 +20,19 @@ use tokio::sync::mpsc;
 pub struct Rule {
     /// The role.
     pub role: Role,
-    /// A link's name; `*` at the end stands for any rest.
-    pub pattern: String,
+    /// Which links.
+    pub links: Pattern,
+}
+
+/// Some of a node's links.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Pattern {
+    /// The one of that name.
+    Name(String),
+    /// Those whose names begin so.
+    Prefix(String),
+    /// The ports of the bridge of that name.
+    PortsOf(String),
 }
 
 /// What a link is for.
@@ -66,15 +77,20 @@ impl std::str::FromStr for Rule {
             "ignore" => Role::Ignore,
             other => return Err(format!("role \"{other}\" is not one of pod, uplink and ignore")),
         };
-        Ok(Self { role, pattern: pattern.to_owned() })
+        let links = match pattern.strip_suffix('*') {
+            Some(prefix) => Pattern::Prefix(prefix.to_owned()),
+            None => Pattern::Name(pattern.to_owned()),
+        };
+        Ok(Self { role, links })
     }
 }
 
-impl Rule {
-    fn matches(&self, name: &str) -> bool {
-        match self.pattern.strip_suffix('*') {
-            Some(prefix) => name.starts_with(prefix),
-            None => self.pattern == name,
+impl Pattern {
+    fn matches(&self, link: &Link, controller: Option<&str>) -> bool {
+        match self {
+            Self::Name(name) => link.name == *name,
+            Self::Prefix(prefix) => link.name.starts_with(prefix),
+            Self::PortsOf(bridge) => controller == Some(bridge),
         }
     }
 }
@@ -128,9 +144,10 @@ impl Link {
     /// What the link is for: what the first matching rule says, or else what it looks like. A pod's
     /// link leads into another namespace and is at most given an address of its own, as a gateway;
     /// a subnet on it means that it connects machines (a node that is itself a container). Any other
-    /// link with an address is an uplink: packets from elsewhere may come in by it.
-    pub fn role(&self, rules: &[Rule]) -> Role {
-        if let Some(rule) = rules.iter().find(|rule| rule.matches(&self.name)) {
+    /// link with an address is an uplink: packets from elsewhere may come in by it. `controller` is the
+    /// name of the bridge or bond that it is a port of.
+    pub fn role(&self, rules: &[Rule], controller: Option<&str>) -> Role {
+        if let Some(rule) = rules.iter().find(|rule| rule.links.matches(self, controller)) {
             return rule.role;
         }
         if self.leads_into_namespace && self.subnets.is_empty() {
@@ -149,8 +166,8 @@ impl Link {
     }
 
     /// What the link is for, and how it can serve that.
-    fn served_role(&self, rules: &[Rule]) -> Role {
-        match (self.header, self.role(rules)) {
+    fn served_role(&self, rules: &[Rule], controller: Option<&str>) -> Role {
+        match (self.header, self.role(rules, controller)) {
             (Header::Ethernet, role) => role,
             (Header::None, Role::Uplink) => Role::Tunnel,
             (Header::None | Header::Other, _) => Role::Ignore,
@@ -297,7 +314,7 @@ impl Links {
         };
         let known = self.known.get(&link.header.index);
         link.header.interface_family == AddressFamily::Unspec
-            && known.is_some_and(|known| known.role(&self.rules) == Role::Uplink)
+            && known.is_some_and(|known| self.role(known).is_uplink())
     }
 
     fn set(&mut self, message: &LinkMessage) {
@@ -367,6 +384,11 @@ impl Links {
         changes
     }
 
+    fn role(&self, link: &Link) -> Role {
+        let controller = link.controller.and_then(|index| self.known.get(&index));
+        link.served_role(&self.rules, controller.map(|controller| controller.name.as_str()))
+    }
+
     fn exits(&self) -> Exits {
         let told = self.told.iter().filter(|(_, (_, role))| role.is_uplink());
         told.filter_map(|(ifindex, _)| Some((*ifindex, self.known.get(ifindex)?.exits()))).collect()
@@ -374,11 +396,12 @@ impl Links {
 
     /// The links to attach to. A bridge of pods is none: its ports are.
     fn wanted(&self) -> HashMap<u32, (String, Role)> {
-        let role = |link: &Link| link.served_role(&self.rules);
-        let pods = self.known.values().filter(|link| role(link) == Role::Pod);
+        let pods = self.known.values().filter(|link| self.role(link) == Role::Pod);
         let bridges: HashSet<u32> = pods.filter_map(|link| link.controller).collect();
-        let links =
-            self.known.iter().map(|(ifindex, link)| (*ifindex, (link.name.clone(), role(link))));
+        let links = self
+            .known
+            .iter()
+            .map(|(ifindex, link)| (*ifindex, (link.name.clone(), self.role(link))));
         links
             .filter(|(ifindex, (_, role))| match role {
                 Role::Pod => true,
@@ -419,30 +442,42 @@ mod tests {
     #[test]
     fn a_pair_into_another_namespace_is_a_pods_unless_it_has_a_subnet() {
         let subnets = vec!["192.0.2.1".parse().unwrap()];
-        assert_eq!(veth("veth1").role(&[]), Role::Pod);
+        assert_eq!(veth("veth1").role(&[], None), Role::Pod);
         let addresses = subnets.iter().copied().collect();
-        assert_eq!(Link { subnets, addresses, ..veth("eth0") }.role(&[]), Role::Uplink);
-        assert_eq!(Link { name: "lo".to_owned(), ..Link::default() }.role(&[]), Role::Ignore);
+        assert_eq!(Link { subnets, addresses, ..veth("eth0") }.role(&[], None), Role::Uplink);
+        assert_eq!(Link { name: "lo".to_owned(), ..Link::default() }.role(&[], None), Role::Ignore);
     }
 
     #[test]
     fn a_link_without_ethernet_headers_may_be_an_uplink_and_nothing_else() {
         let addresses: BTreeSet<IpAddr> = ["192.0.2.1".parse().unwrap()].into();
         let link = |header| Link { header, addresses: addresses.clone(), ..Link::default() };
-        let role = |kind| link(Header::of(kind)).served_role(&[]);
+        let role = |kind| link(Header::of(kind)).served_role(&[], None);
         assert_eq!(role(LinkLayerType::Ether), Role::Uplink);
         assert_eq!(role(LinkLayerType::None), Role::Tunnel);
         assert_eq!(role(LinkLayerType::Loopback), Role::Ignore);
         let rules = ["pod=*".parse().unwrap()];
-        assert_eq!(link(Header::None).served_role(&rules), Role::Ignore);
+        assert_eq!(link(Header::None).served_role(&rules, None), Role::Ignore);
     }
 
     #[test]
     fn the_first_matching_rule_decides() {
         let rules: Vec<Rule> =
             ["ignore=veth9", "pod=veth*"].iter().map(|rule| rule.parse().unwrap()).collect();
-        assert_eq!(veth("veth9").role(&rules), Role::Ignore);
-        assert_eq!(Link { leads_into_namespace: false, ..veth("veth1") }.role(&rules), Role::Pod);
+        assert_eq!(veth("veth9").role(&rules, None), Role::Ignore);
+        assert_eq!(
+            Link { leads_into_namespace: false, ..veth("veth1") }.role(&rules, None),
+            Role::Pod
+        );
         assert!("pods=x".parse::<Rule>().is_err());
+    }
+
+    #[test]
+    fn kp_86_a_bridges_ports_are_pods_links_if_that_is_said() {
+        let rules = [Rule { role: Role::Pod, links: Pattern::PortsOf("br0".to_owned()) }];
+        let tap = Link { name: "tap0".to_owned(), ..Link::default() };
+        assert_eq!(tap.role(&rules, Some("br0")), Role::Pod);
+        assert_eq!(tap.role(&rules, Some("br1")), Role::Ignore);
+        assert_eq!(tap.role(&rules, None), Role::Ignore);
     }
 }

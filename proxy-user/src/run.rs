@@ -10,6 +10,7 @@ use aya_log::EbpfLogger;
 use ipnet::IpNet;
 use proxy_common::Outcome;
 use proxy_common::tables::Algorithm;
+use serde_json::Value;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::signal::unix::{SignalKind, signal};
@@ -39,6 +40,8 @@ const LINK_QUEUE: usize = 1024;
 pub struct Settings {
     /// The node's name.
     pub node: String,
+    /// What /configz tells.
+    pub config: Value,
     /// How Services choose their backends that do not say.
     pub algorithm: Algorithm,
     /// Where objects come from.
@@ -83,7 +86,7 @@ async fn follow(settings: Settings) -> Result<()> {
     if settings.kernel.trace {
         tasks.spawn(log_packets(datapath.take_log()?));
     }
-    let status = Arc::new(Status::new(settings.kernel.bpffs_root.clone()));
+    let status = Arc::new(Status::new(settings.kernel.bpffs_root.clone(), settings.config));
     for address in [settings.healthz, settings.metrics].into_iter().flatten() {
         tasks.spawn(http::serve(address, Arc::clone(&status)));
     }

@@ -379,6 +379,12 @@ fn health_and_metrics_are_where_kube_proxys_are() {
         assert!(metrics.contains(line), "no {line} in {metrics}");
     }
     assert!(http(node, 10249, "/proxyMode").unwrap().ends_with("portal"));
+    // KP-123.
+    let answer = http(node, 10249, "/configz").unwrap();
+    let config: Value = serde_json::from_str(answer.split_once("\r\n\r\n").unwrap().1).unwrap();
+    let config = &config["kubeproxy.config.k8s.io"];
+    assert_eq!((&config["hostnameOverride"], &config["mode"]), (&"n0".into(), &"portal".into()));
+    assert_eq!(config["detectLocalMode"], "ClusterCIDR");
     let health = || {
         let answer = http(node, 10256, "/healthz").unwrap();
         let (head, body) = answer.split_once("\r\n\r\n").unwrap();

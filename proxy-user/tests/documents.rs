@@ -49,7 +49,8 @@ fn every_test_that_the_table_names_is_there() {
         + &read("proxy-ebpf/tests/datapath/life.rs")
         + &read("proxy-ebpf/tests/datapath/algorithms.rs")
         + &read("proxy-ebpf/tests/datapath/masquerade.rs")
-        + &read("proxy-user/src/desired/node_ports.rs");
+        + &read("proxy-user/src/desired/node_ports.rs")
+        + &read("proxy-user/src/netlink.rs");
     for row in rows() {
         let quoted = row[4].split('`').skip(1).step_by(2);
         for name in quoted.filter(|name| name.contains('_') && !name.contains(['/', '-', '.'])) {

@@ -47,6 +47,7 @@ fn options() -> Options {
         max_flows: 1000,
         trace: false,
         vip_ping: true,
+        local_by_cidr: true,
         masquerade_all: false,
         masquerade_pods: false,
         cluster_cidrs: Vec::new(),

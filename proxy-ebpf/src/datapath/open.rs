@@ -170,7 +170,8 @@ fn asker<F: Family, T: Tables<F>>(
     } else {
         true
     };
-    Asker { outside: client == Client::Outside && !tables.is_pod(&work.key.src), allowed }
+    let is_pod = tables.setting(|s| &s.local_by_cidr) != 0 && tables.is_pod(&work.key.src);
+    Asker { outside: client == Client::Outside && !is_pod, allowed }
 }
 
 /// Whether the packet belongs to a flow in the making whose backend has not been withdrawn.

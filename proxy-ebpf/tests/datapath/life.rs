@@ -159,6 +159,10 @@ fn a_pod_of_another_node_is_no_outsider_kp_57() {
     assert_eq!(host.see(Hook::Uplink, &syn).0, Outcome::NoLocal);
     host.pods = Some((at("10.244.0.0:0").ip(), 16));
     assert_eq!(host.see(Hook::Uplink, &syn).0, Outcome::Masqueraded);
+    // KP-85, 86: where pods are not told by their range, that one is.
+    host.settings.local_by_cidr = 0;
+    let other = Packet::tcp(Ingress, at("10.244.3.1:2"), vip(), SYN).frame();
+    assert_eq!(host.see(Hook::Uplink, &other).0, Outcome::NoLocal);
 }
 
 #[test]

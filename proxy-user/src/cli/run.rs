@@ -6,16 +6,18 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result};
-use clap::builder::{PossibleValuesParser, TypedValueParser};
+use clap::ValueEnum;
+use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use ipnet::IpNet;
 use proxy_common::tables::Algorithm;
+use serde_json::{Value, json};
 use tracing_subscriber::EnvFilter;
 
 use super::Place;
 use crate::desired::node_ports::NodePortAddresses;
 use crate::kernel::{Options, SocketLb, TcMode, probe};
 use crate::model::from_k8s::parse_range;
-use crate::netlink::Rule;
+use crate::netlink::{Pattern, Role, Rule};
 use crate::run::{Settings, run};
 use crate::watch::{ApiServer, Source};
 
@@ -44,6 +46,20 @@ pub struct Args {
     /// where a policy asks (externalTrafficPolicy)
     #[arg(long, value_name = "CIDR", value_delimiter = ',', value_parser = range)]
     cluster_cidr: Vec<IpNet>,
+
+    /// Who else is a pod where a policy asks (externalTrafficPolicy), besides the pods of this node,
+    /// which are known by their links
+    #[arg(long, value_name = "MODE", value_enum, default_value = "ClusterCIDR")]
+    detect_local_mode: DetectLocalMode,
+
+    /// The bridge whose ports are pods' links, for `BridgeInterface`
+    #[arg(long, value_name = "NAME", required_if_eq("detect_local_mode", "BridgeInterface"))]
+    pod_bridge_interface: Option<String>,
+
+    /// How the names of pods' links begin, for `InterfaceNamePrefix`
+    #[arg(long, value_name = "PREFIX")]
+    #[arg(required_if_eq("detect_local_mode", "InterfaceNamePrefix"))]
+    pod_interface_name_prefix: Option<String>,
 
     /// Masquerade pods even to `ClusterIPs`, where the endpoint is on another node
     #[arg(long)]
@@ -126,6 +142,23 @@ enum Xdp {
     Generic,
 }
 
+/// kube-proxy's modes (KP-84 to 86).
+#[derive(Clone, Copy, PartialEq, Eq, Debug, clap::ValueEnum)]
+enum DetectLocalMode {
+    /// Whoever is in --cluster-cidr
+    #[value(name = "ClusterCIDR")]
+    ClusterCidr,
+    /// No one
+    #[value(name = "NodeCIDR")]
+    NodeCidr,
+    /// No one; the ports of --pod-bridge-interface are pods' links
+    #[value(name = "BridgeInterface")]
+    BridgeInterface,
+    /// No one; links with --pod-interface-name-prefix are pods'
+    #[value(name = "InterfaceNamePrefix")]
+    InterfaceNamePrefix,
+}
+
 impl Args {
     /// Runs the agent.
     pub fn run(self) -> Result<()> {
@@ -148,13 +181,17 @@ impl Args {
         } else {
             BTreeSet::new()
         };
+        let interfaces = self.interfaces();
+        let node = node_name(self.hostname_override.clone())?;
+        let config = self.config(&node);
         let cgroup_root = match self.cgroup_root {
             Some(root) => Some(root),
             None if self.socket_lb.is_on() => Some(probe::cgroup2_mount()?),
             None => None,
         };
         Ok(Settings {
-            node: node_name(self.hostname_override)?,
+            node,
+            config,
             algorithm: self.lb_algorithm,
             source: match self.manifests {
                 Some(folder) => Source::Manifests(folder),
@@ -170,18 +207,73 @@ impl Args {
                 tc: self.tc,
                 max_flows: self.max_flows,
                 trace: self.trace,
+                local_by_cidr: self.detect_local_mode == DetectLocalMode::ClusterCidr,
                 masquerade_all: self.masquerade_all,
                 masquerade_pods: self.masquerade_pods,
                 vip_ping: self.vip_ping,
                 cluster_cidrs: self.cluster_cidr,
             },
             masquerade_except,
-            interfaces: self.interfaces,
+            interfaces,
             host_ports: self.host_ports,
             node_ports: node_ports(&self.nodeport_addresses)?,
             healthz: address("--healthz-bind-address", &self.healthz_bind_address)?,
             metrics: address("--metrics-bind-address", &self.metrics_bind_address)?,
         })
+    }
+}
+
+impl Args {
+    /// What /configz tells: kube-proxy's fields as far as they mean something here, and our own.
+    fn config(&self, node: &str) -> Value {
+        let name = |value: &dyn Fn() -> Option<PossibleValue>| {
+            value().map(|value| value.get_name().to_owned())
+        };
+        let list =
+            |ranges: &[IpNet]| -> Vec<String> { ranges.iter().map(ToString::to_string).collect() };
+        json!({
+            "kubeproxy.config.k8s.io": {
+                "kind": "KubeProxyConfiguration",
+                "apiVersion": "kubeproxy.config.k8s.io/v1alpha1",
+                "mode": "portal",
+                "hostnameOverride": node,
+                "clusterCIDR": list(&self.cluster_cidr).join(","),
+                "detectLocalMode": name(&|| self.detect_local_mode.to_possible_value()),
+                "detectLocal": {
+                    "bridgeInterface": self.pod_bridge_interface,
+                    "interfaceNamePrefix": self.pod_interface_name_prefix,
+                },
+                "nodePortAddresses": self.nodeport_addresses,
+                "metricsBindAddress": self.metrics_bind_address,
+                "healthzBindAddress": self.healthz_bind_address,
+            },
+            "portal.dev": {
+                "lbAlgorithm": self.lb_algorithm.label(),
+                "socketLB": name(&|| self.socket_lb.to_possible_value()),
+                "tc": name(&|| self.tc.to_possible_value()),
+                "hostPorts": self.host_ports,
+                "vipPing": self.vip_ping,
+                "masqueradeAll": self.masquerade_all,
+                "masqueradePods": self.masquerade_pods,
+                "masqueradeExcept": list(&self.masquerade_except),
+                "maxFlows": self.max_flows,
+            },
+        })
+    }
+
+    /// What links are for: --interfaces first, then what the detection of pods says.
+    fn interfaces(&self) -> Vec<Rule> {
+        let pods = match self.detect_local_mode {
+            DetectLocalMode::BridgeInterface => {
+                self.pod_bridge_interface.clone().map(Pattern::PortsOf)
+            }
+            DetectLocalMode::InterfaceNamePrefix => {
+                self.pod_interface_name_prefix.clone().map(Pattern::Prefix)
+            }
+            DetectLocalMode::ClusterCidr | DetectLocalMode::NodeCidr => None,
+        };
+        let pods = pods.map(|links| Rule { role: Role::Pod, links });
+        self.interfaces.iter().cloned().chain(pods).collect()
     }
 }
 

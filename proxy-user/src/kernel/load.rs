@@ -140,6 +140,7 @@ fn settings(options: &Options, seed: u32) -> Settings {
         netns_cookie: bytemuck::cast(cookie.unwrap_or_default()),
         all_sockets: all_sockets.into(),
         vip_ping: options.vip_ping.into(),
+        local_by_cidr: options.local_by_cidr.into(),
         masquerade_all: options.masquerade_all.into(),
         masquerade_pods: options.masquerade_pods.into(),
         pods4: options.cluster_cidrs.iter().find_map(range4).unwrap_or(Settings::DEFAULT.pods4),
