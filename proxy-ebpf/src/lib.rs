@@ -7,7 +7,7 @@
 //!
 //! Rules: no `unsafe`, no statics and no kernel codes in this library; packets and tables come in
 //! through the traits [`packet::Frame`] and [`datapath::Tables`], which inline away.
-#![cfg_attr(not(test), no_std)]
+#![cfg_attr(not(any(test, feature = "testing")), no_std)]
 #![forbid(unsafe_code)]
 #![allow(
     clippy::cast_possible_truncation,
@@ -16,3 +16,5 @@
 
 pub mod datapath;
 pub mod packet;
+#[cfg(feature = "testing")]
+pub mod testing;

@@ -43,14 +43,15 @@ fn every_row_of_kube_proxys_behaviour_is_judged() {
 
 #[test]
 fn every_test_that_the_table_names_is_there() {
-    let sources: String = ["agent", "control", "desired", "doors", "kernel", "network", "plan"]
-        .map(|name| read(&format!("proxy-user/tests/{name}.rs")))
-        .concat()
-        + &read("proxy-ebpf/tests/datapath/life.rs")
-        + &read("proxy-ebpf/tests/datapath/algorithms.rs")
-        + &read("proxy-ebpf/tests/datapath/masquerade.rs")
-        + &read("proxy-user/src/desired/node_ports.rs")
-        + &read("proxy-user/src/netlink.rs");
+    let sources: String =
+        ["agent", "control", "desired", "doors", "flows", "kernel", "network", "plan"]
+            .map(|name| read(&format!("proxy-user/tests/{name}.rs")))
+            .concat()
+            + &read("proxy-ebpf/tests/datapath/life.rs")
+            + &read("proxy-ebpf/tests/datapath/algorithms.rs")
+            + &read("proxy-ebpf/tests/datapath/masquerade.rs")
+            + &read("proxy-user/src/desired/node_ports.rs")
+            + &read("proxy-user/src/netlink.rs");
     for row in rows() {
         let quoted = row[4].split('`').skip(1).step_by(2);
         for name in quoted.filter(|name| name.contains('_') && !name.contains(['/', '-', '.'])) {

@@ -293,6 +293,14 @@ impl<F: Family> FlowRecord<'_, F> {
         Self { value, table: PhantomData }
     }
 
+    /// A record of its own, never freed: as the kernel keeps a deleted element readable.
+    #[cfg(feature = "testing")]
+    pub fn leaked(value: FlowValue<F>) -> Self {
+        let value = NonNull::from(Box::leak(Box::new(value)));
+        // SAFETY: it is never freed, and nobody else knows of it.
+        unsafe { Self::new(value) }
+    }
+
     fields! {
         /// The tag, see [`FlowValue::tag`].
         tag, set_tag: u32;

@@ -5,4 +5,4 @@ mod cases;
 mod packets;
 
 pub use cases::{Becomes, Case, Hook, LINK, MTU, NODE, Service, Step, cases};
-pub use packets::{Packet, Transport, is_valid};
+pub use packets::{Packet, Transport, ends, is_valid};

@@ -288,6 +288,29 @@ enum Ips {
     V6([u8; 16], [u8; 16]),
 }
 
+/// Who sends a frame with a TCP segment or a UDP datagram, and to whom.
+///
+/// # Panics
+/// If it is something else.
+pub fn ends(frame: &[u8]) -> [SocketAddr; 2] {
+    let packet = SlicedPacket::from_ethernet(frame).expect("a frame");
+    let (src, dst): (IpAddr, IpAddr) = match packet.net.expect("an IP packet") {
+        NetSlice::Ipv4(ip) => {
+            (ip.header().source_addr().into(), ip.header().destination_addr().into())
+        }
+        NetSlice::Ipv6(ip) => {
+            (ip.header().source_addr().into(), ip.header().destination_addr().into())
+        }
+        NetSlice::Arp(_) => panic!("ARP has no ports"),
+    };
+    let (sport, dport) = match packet.transport.expect("a transport header") {
+        TransportSlice::Tcp(tcp) => (tcp.source_port(), tcp.destination_port()),
+        TransportSlice::Udp(udp) => (udp.source_port(), udp.destination_port()),
+        _ => panic!("neither TCP nor UDP"),
+    };
+    [SocketAddr::new(src, sport), SocketAddr::new(dst, dport)]
+}
+
 /// Whether every checksum of a whole packet is right, computed anew by etherparse.
 pub fn is_valid(frame: &[u8]) -> bool {
     let Ok(packet) = SlicedPacket::from_ethernet(frame) else { return false };

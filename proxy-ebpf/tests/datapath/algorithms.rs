@@ -8,8 +8,8 @@ use proxy_common::tables::Algorithm;
 use proxy_common::tables::Side::{Egress, Ingress};
 use proxy_common::testing::{Hook, Packet, Service};
 use proxy_common::{V4, proto};
+use proxy_ebpf::testing::Host;
 
-use crate::host::Host;
 use crate::{ACK, SYN, vip};
 
 const FIN: u8 = 1;

@@ -4,8 +4,7 @@ use std::collections::BTreeSet;
 
 use proxy_common::testing::{Case, Step, cases};
 use proxy_common::{Outcome, V4, V6};
-
-use crate::host::{Host, HostFamily};
+use proxy_ebpf::testing::{Host, HostFamily};
 
 fn is_v4(case: &Case) -> bool {
     case.name.starts_with("IPv4")

@@ -8,8 +8,8 @@ use proxy_common::tables::ServiceValue;
 use proxy_common::tables::Side::{Egress, Ingress};
 use proxy_common::testing::{Hook, Packet, Service};
 use proxy_common::{Outcome, V4, proto};
+use proxy_ebpf::testing::{Buffer, Host};
 
-use crate::host::{Buffer, Host};
 use crate::{ACK, SYN, at, client, pod, vip};
 
 fn serving(proto: u8, backends: &[SocketAddr]) -> Host<V4> {

@@ -2,7 +2,6 @@
 
 mod algorithms;
 mod cases;
-mod host;
 mod life;
 mod masquerade;
 mod properties;

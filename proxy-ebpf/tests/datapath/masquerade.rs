@@ -5,10 +5,10 @@ use std::net::{IpAddr, SocketAddr};
 
 use proxy_common::tables::ServiceValue;
 use proxy_common::tables::Side::{Egress, Ingress};
-use proxy_common::testing::{Hook, NODE, Packet, Service, is_valid};
+use proxy_common::testing::{Hook, NODE, Packet, Service, ends, is_valid};
 use proxy_common::{Outcome, V4, V6, proto};
+use proxy_ebpf::testing::{Host, HostFamily};
 
-use crate::host::{Host, HostFamily};
 use crate::{ACK, SYN, at};
 
 /// Who talks to whom in a family.
@@ -36,25 +36,6 @@ fn masquerading<F: HostFamily>() -> (Host<F>, Cast) {
     host.pods = Some((cast.pod.ip(), 16));
     host.exit = Some(cast.node);
     (host, cast)
-}
-
-/// A frame's addresses and ports.
-fn ends(frame: &[u8]) -> [SocketAddr; 2] {
-    let packet = etherparse::SlicedPacket::from_ethernet(frame).unwrap();
-    let (src, dst): (IpAddr, IpAddr) = match packet.net.unwrap() {
-        etherparse::NetSlice::Ipv4(ip) => {
-            (ip.header().source_addr().into(), ip.header().destination_addr().into())
-        }
-        etherparse::NetSlice::Ipv6(ip) => {
-            (ip.header().source_addr().into(), ip.header().destination_addr().into())
-        }
-        etherparse::NetSlice::Arp(_) => panic!("no IP"),
-    };
-    let port = |place: usize| {
-        let l4 = if src.is_ipv4() { 34 } else { 54 };
-        u16::from_be_bytes([frame[l4 + place], frame[l4 + place + 1]])
-    };
-    [SocketAddr::new(src, port(0)), SocketAddr::new(dst, port(2))]
 }
 
 fn out_and_back<F: HostFamily>() {

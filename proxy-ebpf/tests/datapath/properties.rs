@@ -7,8 +7,8 @@ use proptest::prelude::*;
 use proxy_common::tables::Side::{Egress, Ingress};
 use proxy_common::testing::{Hook, Packet, Service, Step, cases, is_valid};
 use proxy_common::{Outcome, V4, V6, proto};
+use proxy_ebpf::testing::{Host, HostFamily};
 
-use crate::host::{Host, HostFamily};
 use crate::{SYN, at, pod, vip};
 
 /// Two ends and a VIP of one family.

@@ -5,51 +5,9 @@ use std::net::SocketAddr;
 
 use proxy_common::tables::{ServiceValue, Side};
 use proxy_common::testing::{Hook, NODE, Packet, Service};
-use proxy_common::{Family, Outcome, Port, V4, V6, proto};
-use proxy_ebpf::datapath::socket::{Socket, restore, send};
-
-use crate::host::{Host, HostFamily};
-
-/// A socket that makes a call.
-#[derive(Clone)]
-struct Call<F: Family> {
-    address: (F::Addr, Port),
-    protocol: u8,
-    cookie: u64,
-}
-
-impl<F: HostFamily> Call<F> {
-    fn new(to: SocketAddr, cookie: u64) -> Self {
-        let address = (F::address(to.ip()).unwrap(), Port::new(to.port()));
-        Self { address, protocol: proto::UDP, cookie }
-    }
-
-    fn to(&self) -> SocketAddr {
-        SocketAddr::new(self.address.0.into(), self.address.1.number())
-    }
-}
-
-impl<F: Family> Socket<F> for Call<F> {
-    fn address(&self) -> (F::Addr, Port) {
-        self.address
-    }
-
-    fn set_address(&mut self, address: F::Addr, port: Port) {
-        self.address = (address, port);
-    }
-
-    fn protocol(&self) -> u8 {
-        self.protocol
-    }
-
-    fn cookie(&self) -> u64 {
-        self.cookie
-    }
-
-    fn netns_cookie(&self) -> u64 {
-        1 << 40 | 7
-    }
-}
+use proxy_common::{Outcome, V4, V6, proto};
+use proxy_ebpf::datapath::socket::{restore, send};
+use proxy_ebpf::testing::{Call, Host, HostFamily};
 
 fn ends(v6: bool) -> [SocketAddr; 4] {
     let texts = if v6 {

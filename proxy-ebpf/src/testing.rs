@@ -1,9 +1,9 @@
-//! The datapath's surroundings on the host: a packet as a vector, tables as ordinary collections.
+//! The datapath's surroundings on the host: a packet as a vector, tables as ordinary collections. Behind
+//! feature `testing`; never shipped.
 
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
-use std::ptr::NonNull;
 
 use bytemuck::{Pod, Zeroable};
 use proxy_common::checksum::Delta;
@@ -13,12 +13,15 @@ use proxy_common::tables::{
     FragmentValue, PeerKey, PeerValue, Range, ServiceKey, ServiceValue, SourceRange, Work,
 };
 use proxy_common::testing::{Hook, LINK, MTU, NODE, Service as ServiceSpec};
-use proxy_common::{Family, Outcome, Port, V4, V6};
-use proxy_ebpf::datapath::{self, Client, Refused, Service, Tables};
-use proxy_ebpf::packet::{Frame, Wire};
+use proxy_common::{Family, Outcome, Port, V4, V6, proto};
+
+use crate::datapath::socket::Socket;
+use crate::datapath::{self, Client, Refused, Service, Tables};
+use crate::packet::{Frame, Wire};
 
 /// A packet whose end may lie in other memory than its start, as a socket buffer's.
 pub struct Buffer {
+    /// Its bytes.
     pub bytes: Vec<u8>,
     reachable: usize,
     /// Whether it may be changed.
@@ -28,6 +31,7 @@ pub struct Buffer {
 }
 
 impl Buffer {
+    /// A packet of which nothing is reachable yet.
     pub fn new(bytes: &[u8]) -> Self {
         Self { bytes: bytes.to_vec(), reachable: 0, writable: true, segment: 0 }
     }
@@ -100,11 +104,13 @@ fn index(number: usize) -> u32 {
     u32::try_from(number).expect("it is small")
 }
 
-type Records<F> = RefCell<BTreeMap<Vec<u8>, NonNull<FlowValue<F>>>>;
+type Records<F> = RefCell<BTreeMap<Vec<u8>, FlowRecord<'static, F>>>;
 
 /// One family's tables.
 pub struct Host<F: Family> {
+    /// What the agent tells its programs.
     pub settings: Settings,
+    /// The time, in ticks.
     pub now: Cell<u32>,
     random: Cell<u32>,
     /// The link that leads to backends; 0 if there is none.
@@ -117,9 +123,10 @@ pub struct Host<F: Family> {
     pub capacity: usize,
     services: BTreeMap<Vec<u8>, Service>,
     slots: Vec<u32>,
-    /// Service port, range and its bits.
+    /// Source ranges: Service port, range and its bits.
     pub ranges: Vec<(u32, IpAddr, u8)>,
     affinity: RefCell<BTreeMap<Vec<u8>, AffinityValue>>,
+    /// Backends by number.
     pub backends: Vec<Backend<F>>,
     /// Flows by backend.
     pub loads: RefCell<BTreeMap<u32, u32>>,
@@ -128,6 +135,7 @@ pub struct Host<F: Family> {
     embryos: Records<F>,
     fragments: RefCell<BTreeMap<Vec<u8>, FragmentValue>>,
     peers: RefCell<BTreeMap<Vec<u8>, PeerValue<F>>>,
+    /// The outcomes that there were.
     pub counted: RefCell<BTreeSet<Outcome>>,
     /// With what packets before have left in it, as in the kernel.
     work: RefCell<Work<F>>,
@@ -135,6 +143,7 @@ pub struct Host<F: Family> {
 
 /// A family with what the host needs to know of it.
 pub trait HostFamily: Wire {
+    /// The address in the family's shape; `None` if it is of the other one.
     fn address(ip: IpAddr) -> Option<Self::Addr>;
 }
 
@@ -156,7 +165,14 @@ impl HostFamily for V6 {
     }
 }
 
+impl<F: HostFamily> Default for Host<F> {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
 impl<F: HostFamily> Host<F> {
+    /// Empty tables.
     pub fn new() -> Self {
         Self {
             settings: Settings::DEFAULT,
@@ -180,6 +196,25 @@ impl<F: HostFamily> Host<F> {
             counted: RefCell::default(),
             work: RefCell::new(Work::zeroed()),
         }
+    }
+
+    /// Puts a frontend or a mark.
+    pub fn put(&mut self, key: &ServiceKey<F>, service: Service) {
+        self.services.insert(bytes(key), service);
+    }
+
+    /// Puts a backend's number into a slot.
+    pub fn set_slot(&mut self, slot: u32, number: u32) {
+        let slot = slot as usize;
+        self.slots.resize(self.slots.len().max(slot + 1), u32::MAX);
+        self.slots[slot] = number;
+    }
+
+    /// Puts a backend in its place.
+    pub fn set_backend(&mut self, number: u32, backend: Backend<F>) {
+        let number = number as usize;
+        self.backends.resize(self.backends.len().max(number + 1), Backend::zeroed());
+        self.backends[number] = backend;
     }
 
     /// Serves these Services and no others. Backends of before are withdrawn.
@@ -258,6 +293,7 @@ impl<F: HostFamily> Host<F> {
         (outcome, buffer.bytes)
     }
 
+    /// As [`Host::see`], of a packet that may refuse to be changed.
     pub fn see_buffer(&self, hook: Hook, buffer: &mut Buffer) -> Outcome {
         let mut work = self.work.borrow_mut();
         let work = &mut *work;
@@ -276,10 +312,8 @@ impl<F: HostFamily> Host<F> {
     }
 }
 
-fn find<'a, F: Family>(records: &Records<F>, key: &FlowKey<F>) -> Option<FlowRecord<'a, F>> {
-    let value = *records.borrow().get(&bytes(key))?;
-    // SAFETY: values are leaked and reached through records only.
-    Some(unsafe { FlowRecord::new(value) })
+fn find<F: Family>(records: &Records<F>, key: &FlowKey<F>) -> Option<FlowRecord<'static, F>> {
+    records.borrow().get(&bytes(key)).copied()
 }
 
 fn insert<F: Family>(
@@ -296,8 +330,7 @@ fn insert<F: Family>(
     if records.len() >= capacity {
         return Err(Refused::Full);
     }
-    // Leaked, as the kernel keeps a deleted element readable: a record may outlive its removal.
-    records.insert(key, NonNull::from(Box::leak(Box::new(*value))));
+    records.insert(key, FlowRecord::leaked(*value));
     Ok(())
 }
 
@@ -413,5 +446,55 @@ impl<F: HostFamily> Tables<F> for Host<F> {
 
     fn remember_peer(&self, key: &PeerKey<F>, value: &PeerValue<F>) {
         self.peers.borrow_mut().insert(bytes(key), *value);
+    }
+}
+
+/// A socket that makes a call.
+#[derive(Clone)]
+pub struct Call<F: Family> {
+    /// Where to.
+    pub address: (F::Addr, Port),
+    /// The socket's protocol.
+    pub protocol: u8,
+    /// The socket's cookie.
+    pub cookie: u64,
+}
+
+impl<F: HostFamily> Call<F> {
+    /// A UDP socket's call.
+    ///
+    /// # Panics
+    /// If the address is of the other family.
+    pub fn new(to: SocketAddr, cookie: u64) -> Self {
+        let address =
+            (F::address(to.ip()).expect("an address of the family"), Port::new(to.port()));
+        Self { address, protocol: proto::UDP, cookie }
+    }
+
+    /// Where it leads now.
+    pub fn to(&self) -> SocketAddr {
+        SocketAddr::new(self.address.0.into(), self.address.1.number())
+    }
+}
+
+impl<F: Family> Socket<F> for Call<F> {
+    fn address(&self) -> (F::Addr, Port) {
+        self.address
+    }
+
+    fn set_address(&mut self, address: F::Addr, port: Port) {
+        self.address = (address, port);
+    }
+
+    fn protocol(&self) -> u8 {
+        self.protocol
+    }
+
+    fn cookie(&self) -> u64 {
+        self.cookie
+    }
+
+    fn netns_cookie(&self) -> u64 {
+        1 << 40 | 7
     }
 }
