@@ -44,7 +44,7 @@ fn every_row_of_kube_proxys_behaviour_is_judged() {
 #[test]
 fn every_test_that_the_table_names_is_there() {
     let sources: String =
-        ["agent", "control", "desired", "doors", "flows", "kernel", "network", "plan"]
+        ["agent", "control", "desired", "doors", "flows", "kernel", "network", "plan", "scenarios"]
             .map(|name| read(&format!("proxy-user/tests/{name}.rs")))
             .concat()
             + &read("proxy-ebpf/tests/datapath/life.rs")

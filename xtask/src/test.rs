@@ -59,7 +59,7 @@ fn files_of(tier: Tier) -> &'static [&'static str] {
         Tier::Pure => &[],
         Tier::Kernel => &["kernel"],
         Tier::Control => &["control"],
-        Tier::Network => &["network", "doors"],
+        Tier::Network => &["network", "doors", "scenarios"],
     }
 }
 

@@ -46,8 +46,9 @@ pub fn udp(namespace: &Namespace, name: &str, address: IpAddr, port: u16) {
     });
 }
 
-/// What a server's greeting says: its name, and the client as it sees it.
-pub fn parse_greeting(line: &str) -> (String, SocketAddr) {
-    let (name, client) = line.trim_end().split_once(' ').expect("a greeting");
+/// What a server's greeting, the first line of its answer, says: its name, and the client as it sees it.
+pub fn parse_greeting(answer: &str) -> (String, SocketAddr) {
+    let line = answer.lines().next().unwrap_or_default();
+    let (name, client) = line.split_once(' ').expect("a greeting");
     (name.to_owned(), client.parse().expect("an address"))
 }

@@ -1,4 +1,7 @@
-//! Requests of a node's own process: `portal-probe tcp|udp|connected-udp ADDRESS [TIMES]`.
+//! Requests of a node's own process: `portal-probe tcp|udp|connected-udp|steady-udp ADDRESS [TIMES]`.
+//!
+//! With steady-udp it sends a datagram for each line that it reads, all from one socket, and prints the
+//! server's name, or `-` if nobody answers in a moment. Otherwise:
 //!
 //! Prints a line for each: the server's name, the client as the server sees it, and the peer as the
 //! socket does. At the first failure it prints its kind on standard error and ends.
@@ -7,8 +10,13 @@ use std::env::args;
 use std::io;
 use std::net::SocketAddr;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use portal::testing::client::{exchange, tcp_here, udp_here, udp_socket_here};
+use portal::testing::server::parse_greeting;
+
+/// How long an answer may take that may not come.
+const MOMENT: Duration = Duration::from_millis(50);
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = args().collect();
@@ -18,20 +26,45 @@ fn main() -> ExitCode {
         _ => return usage(),
     };
     let (Ok(to), Ok(times)) = (to.parse(), times.parse::<u32>()) else { return usage() };
+    if protocol == "steady-udp" {
+        return match steady(to) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => fail(&error),
+        };
+    }
     for _ in 0..times {
         match probe(protocol, to) {
             Ok(line) => println!("{line}"),
-            Err(error) => {
-                eprintln!("{:?}", error.kind());
-                return ExitCode::FAILURE;
-            }
+            Err(error) => return fail(&error),
         }
     }
     ExitCode::SUCCESS
 }
 
+fn fail(error: &io::Error) -> ExitCode {
+    eprintln!("{:?}", error.kind());
+    ExitCode::FAILURE
+}
+
+fn steady(to: SocketAddr) -> io::Result<()> {
+    let socket = udp_socket_here(to.is_ipv6(), 0)?;
+    socket.set_read_timeout(Some(MOMENT))?;
+    let mut buffer = [0; 512];
+    for _ in io::stdin().lines() {
+        // Refused or not answered: either is no answer.
+        let answer = socket.send_to(b"x", to).and_then(|_| socket.recv(&mut buffer));
+        match answer {
+            Ok(length) => {
+                println!("{}", parse_greeting(&String::from_utf8_lossy(&buffer[..length])).0);
+            }
+            Err(_) => println!("-"),
+        }
+    }
+    Ok(())
+}
+
 fn usage() -> ExitCode {
-    eprintln!("usage: portal-probe tcp|udp|connected-udp ADDRESS [TIMES]");
+    eprintln!("usage: portal-probe tcp|udp|connected-udp|steady-udp ADDRESS [TIMES]");
     ExitCode::from(2)
 }
 
