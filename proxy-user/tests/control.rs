@@ -297,6 +297,18 @@ fn a_folder_of_manifests_is_followed_live() {
     let list = json!({"kind": "List", "items": [service("more", 2), slice("more", 2)]});
     write(&control, "list.yaml", &yaml(&list));
     control.wait_served(&["more: 10.244.0.2:8080", "web: 10.244.0.1:8080"]);
+    // What an API server would refuse is told once, and what can be read counts.
+    let mut sloppy = slice("more", 2);
+    sloppy["endpoints"][0]["conditions"]["serving"] = "yes".into();
+    let list = json!({"kind": "List", "items": [service("more", 2), sloppy]});
+    write(&control, "list.yaml", &yaml(&list));
+    let agent = control.agent.as_ref().unwrap();
+    eventually("the wrong type is told", || {
+        let log = agent.log();
+        log.contains("EndpointSlice more: endpoints[0].conditions.serving: invalid type")
+            .then_some(())
+    });
+    control.wait_served(&["more: 10.244.0.2:8080", "web: 10.244.0.1:8080"]);
     // Half-written YAML deletes nothing.
     write(&control, "list.yaml", "kind: [unfinished");
     write(

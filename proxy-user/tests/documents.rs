@@ -7,6 +7,7 @@ use std::process::Command;
 use k8s_openapi::api::apps::v1::DaemonSet;
 use k8s_openapi::api::core::v1::ServiceAccount;
 use k8s_openapi::api::rbac::v1::{ClusterRole, ClusterRoleBinding};
+use portal::watch::strict::unknown_fields;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
@@ -65,24 +66,9 @@ fn every_test_that_the_table_names_is_there() {
 fn object<T: DeserializeOwned + Serialize>(document: &str) -> T {
     let given: Value = serde_saphyr::from_str(document).unwrap();
     let object: T = serde_json::from_value(given.clone()).unwrap();
-    assert_known("", &given, &serde_json::to_value(&object).unwrap());
+    let unknown = unknown_fields(&given, &serde_json::to_value(&object).unwrap());
+    assert_eq!(unknown, [""; 0]);
     object
-}
-
-fn assert_known(path: &str, given: &Value, known: &Value) {
-    match (given, known) {
-        (Value::Object(given), Value::Object(known)) => {
-            for (key, value) in given {
-                let path = format!("{path}.{key}");
-                let known = known.get(key).unwrap_or_else(|| panic!("unknown field {path}"));
-                assert_known(&path, value, known);
-            }
-        }
-        (Value::Array(given), Value::Array(known)) => {
-            given.iter().zip(known).for_each(|(given, known)| assert_known(path, given, known));
-        }
-        _ => assert_eq!(given, known, "{path}"),
-    }
 }
 
 #[test]

@@ -262,9 +262,6 @@ pub fn slice(raw: &raw::EndpointSlice, problems: &mut Vec<Problem>) -> Option<Sl
 /// A port without a name or without a number matches nothing (KP-9). That is legal, so no problem.
 fn slice_port(raw: &raw::EndpointPort, problems: &mut Vec<Problem>) -> Option<EndpointPort> {
     let (name, number) = (raw.name.clone()?, raw.port?);
-    if number == 0 {
-        return None;
-    }
     let Some(port) = port_number(number) else {
         problems.push(format!("port {number} (\"{name}\") is not between 1 and 65535; left out"));
         return None;

@@ -15,7 +15,7 @@ use serde::Deserialize;
 use serde_json::Value;
 use tokio::sync::mpsc;
 
-use super::{Kind, Update, raw};
+use super::{Kind, Update, raw, strict};
 use crate::model::ObjectName;
 
 /// Follows the folder until nobody listens any more.
@@ -103,6 +103,7 @@ fn documents(path: &Path, text: &str, known: &[Value]) -> Vec<Value> {
         }
     }
     objects.retain(|object| is_named(path, object));
+    objects.iter().for_each(|object| complain(path, object));
     if broken {
         let kept =
             known.iter().filter(|old| objects.iter().all(|new| identity(new) != identity(old)));
@@ -125,6 +126,15 @@ fn is_named(path: &Path, object: &Value) -> bool {
         tracing::warn!("{path}: a {kind} without a name is left out");
     }
     named
+}
+
+/// Says what the API would not take; what can be read counts.
+fn complain(path: &Path, object: &Value) {
+    let text = |value: Option<&Value>| value.and_then(Value::as_str).unwrap_or("?").to_owned();
+    let (kind, name) = (text(object.get("kind")), text(object.pointer("/metadata/name")));
+    for complaint in strict::complaints(&kind, object) {
+        tracing::warn!("{}: {kind} {name}: {complaint}; it does not count", path.display());
+    }
 }
 
 fn after_line(document: &str) -> &str {

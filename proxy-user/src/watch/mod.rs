@@ -4,6 +4,7 @@ mod client;
 mod follow;
 mod manifests;
 pub mod raw;
+pub mod strict;
 
 use std::collections::HashSet;
 use std::path::PathBuf;
