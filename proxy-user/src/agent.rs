@@ -153,10 +153,13 @@ impl Agent {
         !self.node.leaving
     }
 
-    /// What load balancers are told, for each Service that is checked, if that has changed since the
-    /// last call.
-    pub fn changed_health_checks(&mut self) -> Option<impl Iterator<Item = &HealthCheck>> {
-        std::mem::take(&mut self.checks_changed).then(|| self.checks.values())
+    /// What load balancers are told, for each Service that is checked, and at which addresses; if that
+    /// has changed since the last call.
+    pub fn changed_health_checks(
+        &mut self,
+    ) -> Option<(impl Iterator<Item = &HealthCheck>, BTreeSet<IpAddr>)> {
+        let addresses = self.node_ports.listen_at(self.addresses.as_ref(), &self.node);
+        std::mem::take(&mut self.checks_changed).then(|| (self.checks.values(), addresses))
     }
 
     /// The addresses of all backends on other nodes that the kernel holds.
@@ -284,6 +287,7 @@ impl Agent {
             return Vec::new();
         };
         self.node_changed = false;
+        self.checks_changed = true;
         let node_ports = self.node_ports.select(addresses, &self.node);
         let own = addresses.iter().filter(|address| is_eligible(**address));
         let marks = own.map(|address| {

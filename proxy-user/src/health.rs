@@ -1,8 +1,8 @@
 //! Health check node ports: where a load balancer asks whether this node has endpoints of a Service
 //! (KP-101 to 108). A small HTTP server for each.
 
-use std::collections::{BTreeMap, HashMap};
-use std::net::SocketAddr;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, RwLock};
 
 use axum::Router;
@@ -14,7 +14,7 @@ use tokio::net::TcpListener;
 use tokio::task::{AbortHandle, JoinSet};
 
 use crate::desired::health::HealthCheck;
-use crate::model::{IpFamily, ObjectName};
+use crate::model::ObjectName;
 
 /// What a server answers.
 type Answer = Arc<RwLock<(ObjectName, usize)>>;
@@ -44,13 +44,20 @@ pub struct HealthChecks {
 }
 
 impl HealthChecks {
-    /// Serves these checks and no others. Returns those that can't be served now.
+    /// Serves these checks at these addresses (KP-102), and no others. Returns those that can't be served
+    /// now.
     #[must_use]
-    pub fn set<'a>(&mut self, checks: impl Iterator<Item = &'a HealthCheck>) -> Vec<Failure> {
+    pub fn set<'a>(
+        &mut self,
+        checks: impl Iterator<Item = &'a HealthCheck>,
+        addresses: &BTreeSet<IpAddr>,
+    ) -> Vec<Failure> {
         self.wanted.clear();
         for check in checks {
-            for (family, local) in [IpFamily::V4, IpFamily::V6].into_iter().zip(check.local) {
-                let address = SocketAddr::new(family.any(), check.port);
+            for address in addresses {
+                let [v4, v6] = check.local;
+                let local = if address.is_ipv4() { v4 } else { v6 };
+                let address = SocketAddr::new(*address, check.port);
                 self.wanted.insert(address, (check.service.clone(), local));
             }
         }

@@ -213,7 +213,8 @@ impl Node {
         }
         if self.agent.is_ready() {
             let checks = self.agent.changed_health_checks();
-            let failures = checks.map(|checks| self.checks.set(checks)).unwrap_or_default();
+            let failures =
+                checks.map(|(checks, at)| self.checks.set(checks, &at)).unwrap_or_default();
             self.report_checks(failures);
             self.status.synced(self.agent.services(), self.agent.is_eligible());
             if !was_ready {

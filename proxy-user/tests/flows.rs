@@ -229,6 +229,10 @@ fn conditions(state: &str) -> Value {
 }
 
 fn add_hint(endpoint: &mut Value, hint: &str) {
+    if hint == "none" {
+        endpoint["hints"] = json!({"forZones": []});
+        return;
+    }
     let (kind, name) = match hint.strip_prefix("node:") {
         Some(node) => ("forNodes", node),
         None => ("forZones", hint),

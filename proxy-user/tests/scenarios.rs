@@ -10,6 +10,7 @@ use std::process::{Child, ChildStdin, ChildStdout, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
+use portal::testing::capture::Capture;
 use portal::testing::client::{tcp, udp, udp_socket};
 use portal::testing::cluster::{Cluster, TARGET, VIPS, at};
 use portal::testing::namespace::Namespace;
@@ -17,7 +18,10 @@ use portal::testing::objects::{self, Port};
 use portal::testing::server::{self, parse_greeting};
 use portal::testing::world::{CNIS, Cni, OUTSIDER4, OUTSIDER6, Pod};
 use portal::testing::{agent, eventually};
+use proxy_common::tables::Side;
+use proxy_common::testing::{Packet, Transport};
 use serde_json::{Value, json};
+use socket2::{Domain, Protocol, Socket, Type};
 
 const NODE_PORT: u16 = 30_080;
 const BALANCER: [&str; 2] = ["203.0.113.6", "2001:db8:113::6"];
@@ -578,5 +582,75 @@ fn a_rolling_update_fails_no_connection() {
             stop.store(true, Ordering::Relaxed);
         });
         assert!(made.load(Ordering::Relaxed) > 100);
+    }
+}
+
+/// Sends an IP packet as it is.
+fn inject(from: &Namespace, packet: &Packet) {
+    let domain = Domain::for_address(packet.dst);
+    // IPPROTO_RAW: the header is ours.
+    let socket = from.run(|| Socket::new(domain, Type::RAW, Some(Protocol::from(255)))).unwrap();
+    let to = SocketAddr::new(packet.dst.ip(), 0);
+    socket.send_to(&packet.quoted(usize::from(u16::MAX)), &to.into()).unwrap();
+}
+
+/// 6 of 2.2: the "invalid conntrack state bug". A segment out of the window comes from the pod; it must
+/// reach the client as the VIP's, who ignores it, and not as a stranger's, who is sent a reset.
+#[test]
+fn a_stray_segment_of_the_pod_resets_nothing() {
+    for cni in CNIS {
+        let cluster = start(cni);
+        let (client, server) = (cluster.pod(0, "client"), cluster.server(1, "server"));
+        put_service(&cluster, &json!({}));
+        set(&cluster, &[ready(&server)]);
+        for vip in VIPS {
+            cluster.wait_backends(vip, 1);
+            let at_client = Capture::start(&client.namespace, "eth0");
+            let mut connection = tcp(&client.namespace, at(vip)).unwrap();
+            let own = SocketAddr::new(server.address(vip.is_ipv6()), TARGET);
+            let from_vip = || at_client.seen().iter().filter(|packet| packet.src == vip).count();
+            let before = from_vip();
+            // At most one of them is in the window.
+            for quarter in 0..4_u32 {
+                let transport = Transport::Tcp {
+                    flags: 16,
+                    sequence: quarter << 30,
+                    acknowledgement: 1,
+                    window: 512,
+                };
+                let segment = Packet::tcp(Side::Egress, own, connection.seen_as, 16);
+                let stray = Packet { transport, payload: b"boom!!!".to_vec(), ..segment };
+                inject(&server.namespace, &stray);
+            }
+            eventually("they reach the client", || (from_vip() >= before + 4).then_some(()));
+            assert_eq!(connection.echo(b"still here").unwrap(), b"still here");
+            let seen = at_client.seen();
+            assert!(seen.iter().all(|packet| !packet.rst && packet.src != own.ip()), "{seen:?}");
+        }
+    }
+}
+
+/// KP-27: a process of the node that listens where a Service has its `NodePort` is not heard.
+#[test]
+fn a_node_port_goes_before_a_process_that_listens_there() {
+    let cluster = start(Cni::Bridge);
+    let outsider = cluster.world.outsider();
+    let server = cluster.server(1, "server");
+    put_service(&cluster, &node_ports());
+    set(&cluster, &[ready(&server)]);
+    for vip in VIPS {
+        cluster.wait_backends(vip, 1);
+        let to = node_port(&cluster, 0, vip.is_ipv6());
+        server::tcp(&cluster.world.nodes[0].namespace, "process", to.ip(), NODE_PORT);
+        assert_eq!(asked(&outsider, to).as_deref(), Some("server"));
+        assert!(cluster.probe(0, "tcp", to).unwrap().starts_with("server "));
+    }
+    // Without the Service it is.
+    cluster.api.delete("Service", "web");
+    for v6 in [false, true] {
+        let to = node_port(&cluster, 0, v6);
+        eventually("the process is heard", || {
+            (asked(&outsider, to).as_deref() == Some("process")).then_some(())
+        });
     }
 }

@@ -26,6 +26,15 @@ impl NodePortAddresses {
         eligible.filter(|address| self.takes(**address, node)).copied().collect()
     }
 
+    /// The addresses at which to listen for health checks (KP-102): those that take `NodePorts` if they
+    /// are given by range, or else any.
+    pub fn listen_at(&self, local: Option<&BTreeSet<IpAddr>>, node: &Node) -> BTreeSet<IpAddr> {
+        match (self, local) {
+            (Self::Within(_), Some(local)) => self.select(local, node),
+            _ => [IpFamily::V4, IpFamily::V6].map(IpFamily::any).into(),
+        }
+    }
+
     fn takes(&self, address: IpAddr, node: &Node) -> bool {
         let family = IpFamily::of(address);
         match self {
@@ -84,5 +93,17 @@ mod tests {
         assert_eq!(selected(&within(&["192.168.0.0/16"]), &[]), mixed);
         assert_eq!(selected(&within(&["0.0.0.0/0", "::1/128"]), &[]), ["10.0.0.1", "192.168.0.1"]);
         assert_eq!(selected(&within(&["127.0.0.0/8", "::1/128"]), &[]), [""; 0]);
+    }
+
+    #[test]
+    fn kp_102_health_checks_are_where_ranges_say_or_anywhere() {
+        let local: BTreeSet<IpAddr> =
+            ["10.0.0.1", "192.168.0.1", "fd00::1"].map(|t| t.parse().unwrap()).into();
+        let at = |rule: &NodePortAddresses, local: Option<&BTreeSet<IpAddr>>| -> Vec<String> {
+            rule.listen_at(local, &Node::default()).iter().map(ToString::to_string).collect()
+        };
+        assert_eq!(at(&within(&["10.0.0.0/8"]), Some(&local)), ["10.0.0.1", "fd00::1"]);
+        assert_eq!(at(&within(&["10.0.0.0/8"]), None), ["0.0.0.0", "::"]);
+        assert_eq!(at(&NodePortAddresses::Primary, Some(&local)), ["0.0.0.0", "::"]);
     }
 }

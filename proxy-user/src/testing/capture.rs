@@ -26,6 +26,8 @@ pub struct Seen {
     pub dport: u16,
     /// It opens a connection.
     pub syn: bool,
+    /// It resets one.
+    pub rst: bool,
 }
 
 /// A capture under way on a link.
@@ -107,12 +109,13 @@ fn parse(frame: &[u8]) -> Option<Seen> {
         }
         NetSlice::Arp(_) => return None,
     };
-    let (protocol, sport, dport, syn) = match packet.transport? {
+    let (protocol, sport, dport, [syn, rst]) = match packet.transport? {
         TransportSlice::Tcp(tcp) => {
-            ("TCP", tcp.source_port(), tcp.destination_port(), tcp.syn() && !tcp.ack())
+            let flags = [tcp.syn() && !tcp.ack(), tcp.rst()];
+            ("TCP", tcp.source_port(), tcp.destination_port(), flags)
         }
-        TransportSlice::Udp(udp) => ("UDP", udp.source_port(), udp.destination_port(), false),
+        TransportSlice::Udp(udp) => ("UDP", udp.source_port(), udp.destination_port(), [false; 2]),
         _ => return None,
     };
-    Some(Seen { protocol, src, sport, dst, dport, syn })
+    Some(Seen { protocol, src, sport, dst, dport, syn, rst })
 }
