@@ -9,7 +9,7 @@ use proxy_common::tables::ServiceValue;
 
 use crate::desired::health::{HealthCheck, health_check};
 use crate::desired::node_ports::{NodePortAddresses, is_eligible};
-use crate::desired::{Frontend, PortId, desired, desired_of};
+use crate::desired::{PortId, desired, desired_of};
 use crate::events::Notice;
 use crate::model::from_k8s::{self, Problem};
 use crate::model::{Cluster, Node, ObjectName, Owner};
@@ -28,8 +28,6 @@ pub struct Agent {
     kinds: Vec<Kind>,
     /// The node's own addresses, once netlink has told of them.
     addresses: Option<BTreeSet<IpAddr>>,
-    /// Where pods go without being masqueraded.
-    exceptions: BTreeSet<IpNet>,
     /// What load balancers are told, by Service.
     checks: BTreeMap<ObjectName, HealthCheck>,
     checks_changed: bool,
@@ -45,7 +43,7 @@ pub struct Agent {
     /// What was said of each object, so that it is said once.
     reported: HashMap<(&'static str, ObjectName), Vec<Problem>>,
     /// What can't be done, so that it is said once and tried again.
-    refused: HashMap<PortId, String>,
+    refused: HashMap<PortId, BTreeSet<String>>,
     /// What objects' owners are to be told.
     notices: Vec<Notice>,
 }
@@ -65,7 +63,6 @@ impl Agent {
             node_ports,
             kinds,
             addresses: None,
-            exceptions: BTreeSet::new(),
             checks: BTreeMap::new(),
             checks_changed: false,
             node_changed: true,
@@ -102,6 +99,8 @@ impl Agent {
                     self.dirty.insert(Owner::Service(name));
                 }
             }
+            // A folder of manifests may have pods that nobody asked for.
+            Update::Pod(_) if !self.kinds.contains(&Kind::Pods) => {}
             Update::Pod(raw) => {
                 let name = ObjectName::new(&raw.metadata.namespace, &raw.metadata.name);
                 let mut problems = Vec::new();
@@ -143,9 +142,10 @@ impl Agent {
         self.addresses = Some(addresses);
     }
 
-    /// Says where pods go without being masqueraded.
-    pub fn set_masquerade_exceptions(&mut self, ranges: BTreeSet<IpNet>) {
-        self.exceptions = ranges;
+    /// The writes that say where pods go without being masqueraded. They need nothing of the cluster, and
+    /// come before any link is attached to.
+    pub fn except_from_masquerade(&mut self, ranges: &BTreeSet<IpNet>) -> Vec<Op> {
+        self.planner.plan_exceptions(ranges)
     }
 
     /// Whether load balancers may send to this node (KP-118).
@@ -155,11 +155,10 @@ impl Agent {
 
     /// What load balancers are told, for each Service that is checked, and at which addresses; if that
     /// has changed since the last call.
-    pub fn changed_health_checks(
-        &mut self,
-    ) -> Option<(impl Iterator<Item = &HealthCheck>, BTreeSet<IpAddr>)> {
+    pub fn changed_health_checks(&mut self) -> Option<(Vec<HealthCheck>, BTreeSet<IpAddr>)> {
         let addresses = self.node_ports.listen_at(self.addresses.as_ref(), &self.node);
-        std::mem::take(&mut self.checks_changed).then(|| (self.checks.values(), addresses))
+        let checks = || self.checks.values().cloned().collect();
+        std::mem::take(&mut self.checks_changed).then(|| (checks(), addresses))
     }
 
     /// The addresses of all backends on other nodes that the kernel holds.
@@ -271,7 +270,6 @@ impl Agent {
             }
         } else {
             self.started = true;
-            ops.extend(self.planner.plan_exceptions(&self.exceptions));
             self.change_all(&mut changes);
         }
         let mut refusals = Vec::new();
@@ -339,34 +337,34 @@ impl Agent {
 
     /// Says what can't be done, once.
     fn report_refusals(&mut self, changes: &[Change], refusals: Vec<Refusal>) {
-        let mut told: HashMap<PortId, String> = HashMap::new();
+        let mut told: BTreeMap<PortId, (&'static str, BTreeSet<String>)> = BTreeMap::new();
         for refusal in refusals {
             let text = describe(&refusal);
             let (port, reason) = match refusal {
                 Refusal::Full { port, .. } => (port, "TableFull"),
                 Refusal::Taken { port, .. } => (port, "AddressTaken"),
             };
-            if self.refused.get(&port) != Some(&text) {
-                tracing::warn!("{text}");
-                self.notices.extend(self.notice(&port, reason, &text));
+            told.entry(port).or_insert((reason, BTreeSet::new())).1.insert(text);
+        }
+        for (port, _) in changes.iter().filter(|(port, _)| !told.contains_key(port)) {
+            self.refused.remove(port);
+        }
+        for (port, (reason, texts)) in told {
+            let known = self.refused.get(&port).cloned().unwrap_or_default();
+            let fresh: Vec<&str> = texts.difference(&known).map(String::as_str).collect();
+            if !fresh.is_empty() {
+                fresh.iter().for_each(|text| tracing::warn!("{port}: {text}"));
+                self.notices.extend(self.notice(&port, reason, &fresh.join("; ")));
             }
-            told.insert(port, text);
+            self.refused.insert(port, texts);
         }
-        for (port, _) in changes {
-            match told.remove(port) {
-                Some(text) => self.refused.insert(port.clone(), text),
-                None => self.refused.remove(port),
-            };
-        }
-        // Those that have lost something to others.
-        self.refused.extend(told);
     }
 }
 
 impl Agent {
     /// A warning about the object that a port belongs to. Of a pod the maps know a shortened name only.
     fn notice(&self, port: &PortId, reason: &'static str, note: &str) -> Option<Notice> {
-        let (action, note) = ("Serve", format!("node {}: {note}", self.node.name));
+        let (action, note) = ("Serve", format!("node {}: {port}: {note}", self.node.name));
         if !port.is_host_port() {
             return Some(self.warning(&port.service, reason, action, note));
         }
@@ -376,14 +374,15 @@ impl Agent {
     }
 }
 
+/// What can't be done for a port.
 fn describe(refusal: &Refusal) -> String {
     match refusal {
-        Refusal::Full { port, table } => {
-            format!("{port}: the table of {table} is full; it keeps what it had")
+        Refusal::Full { table, .. } => {
+            format!("the table of {table} is full; it keeps what it had")
         }
-        Refusal::Taken { port, frontend, holder } => {
-            let Frontend { vip, port: number, .. } = frontend;
-            format!("{port}: {} belongs to the older {holder}", SocketAddr::new(*vip, *number))
+        Refusal::Taken { frontend, holder, .. } => {
+            let at = SocketAddr::new(frontend.vip, frontend.port);
+            format!("{at} belongs to the older {holder}")
         }
     }
 }

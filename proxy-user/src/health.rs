@@ -40,18 +40,14 @@ struct Server {
 pub struct HealthChecks {
     wanted: BTreeMap<SocketAddr, (ObjectName, usize)>,
     servers: HashMap<SocketAddr, Server>,
+    /// Why some can't be served, so that it is said once.
+    told: HashMap<SocketAddr, String>,
     tasks: JoinSet<()>,
 }
 
 impl HealthChecks {
-    /// Serves these checks at these addresses (KP-102), and no others. Returns those that can't be served
-    /// now.
-    #[must_use]
-    pub fn set<'a>(
-        &mut self,
-        checks: impl Iterator<Item = &'a HealthCheck>,
-        addresses: &BTreeSet<IpAddr>,
-    ) -> Vec<Failure> {
+    /// Takes in which checks are to be served at which addresses (KP-102), and ends all others.
+    pub async fn set(&mut self, checks: &[HealthCheck], addresses: &BTreeSet<IpAddr>) {
         self.wanted.clear();
         for check in checks {
             for address in addresses {
@@ -61,18 +57,23 @@ impl HealthChecks {
                 self.wanted.insert(address, (check.service.clone(), local));
             }
         }
-        self.servers.retain(|address, server| {
-            let stays = self.wanted.contains_key(address);
-            if !stays {
-                server.task.abort();
-            }
-            stays
-        });
-        self.serve()
+        self.told.retain(|address, _| self.wanted.contains_key(address));
+        let wanted = &self.wanted;
+        let gone = self.servers.extract_if(|address, _| !wanted.contains_key(address));
+        let gone = gone.map(|(_, server)| server.task.abort()).count();
+        // Until their tasks have ended their ports are taken.
+        for _ in 0..gone {
+            self.tasks.join_next().await;
+        }
+    }
+
+    /// Whether some are not served yet.
+    pub fn is_missing_any(&self) -> bool {
+        self.servers.len() < self.wanted.len()
     }
 
     /// Tells servers what to answer, and starts those that are missing: also those that could not
-    /// listen before. Returns those that still can't.
+    /// listen before. Returns those that can't for a reason that was not told before.
     #[must_use]
     pub fn serve(&mut self) -> Vec<Failure> {
         let mut failures = Vec::new();
@@ -87,10 +88,13 @@ impl HealthChecks {
                 Ok(listener) => {
                     let task = self.tasks.spawn(run(listener, Arc::clone(&answer)));
                     self.servers.insert(*address, Server { answer, task });
+                    self.told.remove(address);
                 }
                 Err(error) => {
-                    let (service, address) = (wanted.0.clone(), *address);
-                    failures.push(Failure { service, address, error: error.to_string() });
+                    let (service, address, error) = (wanted.0.clone(), *address, error.to_string());
+                    if self.told.insert(address, error.clone()).as_ref() != Some(&error) {
+                        failures.push(Failure { service, address, error });
+                    }
                 }
             }
         }

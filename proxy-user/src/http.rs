@@ -89,18 +89,27 @@ impl Status {
     }
 }
 
-/// Serves health and metrics at an address, for ever. An address that is taken is tried again.
+/// What is served at --healthz-bind-address.
+pub fn health_routes(status: Arc<Status>) -> Router {
+    Router::new().route("/healthz", get(health)).route("/livez", get(live)).with_state(status)
+}
+
+/// What is served at --metrics-bind-address, which is not for everyone.
+pub fn metrics_routes(status: Arc<Status>) -> Router {
+    health_routes(Arc::clone(&status)).merge(
+        Router::new()
+            .route("/metrics", get(metrics))
+            .route("/configz", get(config))
+            .route("/proxyMode", get(|| async { "portal" }))
+            .with_state(status),
+    )
+}
+
+/// Serves at an address, for ever. An address that is taken is tried again.
 ///
 /// # Errors
 /// None at present.
-pub async fn serve(address: SocketAddr, status: Arc<Status>) -> Result<()> {
-    let routes = Router::new()
-        .route("/healthz", get(health))
-        .route("/livez", get(live))
-        .route("/metrics", get(metrics))
-        .route("/configz", get(config))
-        .route("/proxyMode", get(|| async { "portal" }))
-        .with_state(status);
+pub async fn serve(address: SocketAddr, routes: Router) -> Result<()> {
     loop {
         let error = match tokio::net::TcpListener::bind(address).await {
             Ok(listener) => axum::serve(listener, routes.clone()).await.err(),

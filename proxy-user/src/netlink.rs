@@ -6,14 +6,18 @@ use std::net::IpAddr;
 
 use anyhow::{Context, Result};
 use futures::{StreamExt, TryStreamExt};
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use rtnetlink::packet_core::{NetlinkMessage, NetlinkPayload};
 use rtnetlink::packet_route::address::{AddressAttribute, AddressMessage, AddressScope};
 use rtnetlink::packet_route::link::{
     InfoKind, LinkAttribute, LinkInfo, LinkLayerType, LinkMessage,
 };
+use rtnetlink::packet_route::route::{RouteAddress, RouteAttribute, RouteMessage};
 use rtnetlink::packet_route::{AddressFamily, RouteNetlinkMessage};
 use rtnetlink::{Handle, MulticastGroup, new_multicast_connection};
 use tokio::sync::mpsc;
+
+use crate::kernel::probe;
 
 /// What links are for, where the operator says so.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -103,6 +107,8 @@ pub enum Header {
     Ethernet,
     /// Their IP header.
     None,
+    /// As [`Header::None`] from Linux 5.14 on; before, what comes in begins with the outer headers.
+    Encapsulated,
     /// Something that we can't read; or it is the loopback.
     Other,
 }
@@ -111,13 +117,12 @@ impl Header {
     const fn of(kind: LinkLayerType) -> Self {
         match kind {
             LinkLayerType::Ether => Self::Ethernet,
-            LinkLayerType::None
-            | LinkLayerType::Rawip
-            | LinkLayerType::Tunnel
+            LinkLayerType::None | LinkLayerType::Rawip => Self::None,
+            LinkLayerType::Tunnel
             | LinkLayerType::Tunnel6
             | LinkLayerType::Sit
             | LinkLayerType::Ipgre
-            | LinkLayerType::Ip6gre => Self::None,
+            | LinkLayerType::Ip6gre => Self::Encapsulated,
             _ => Self::Other,
         }
     }
@@ -170,7 +175,8 @@ impl Link {
         match (self.header, self.role(rules, controller)) {
             (Header::Ethernet, role) => role,
             (Header::None, Role::Uplink) => Role::Tunnel,
-            (Header::None | Header::Other, _) => Role::Ignore,
+            (Header::Encapsulated, Role::Uplink) if probe::shows_inner_packets() => Role::Tunnel,
+            _ => Role::Ignore,
         }
     }
 }
@@ -200,8 +206,13 @@ pub enum Change {
     Addresses(BTreeSet<IpAddr>),
     /// The node's addresses on its uplinks, by link: the first of IPv4 and of IPv6.
     Exits(Exits),
-    /// Other ways may lead to backends.
-    Routes,
+    /// Other ways may lead to backends in these ranges.
+    Routes(Vec<IpNet>),
+}
+
+/// All addresses.
+pub fn everywhere() -> [IpNet; 2] {
+    [IpNet::V4(Ipv4Net::default()), IpNet::V6(Ipv6Net::default())]
 }
 
 /// The addresses by which pods leave the cluster, by link: of IPv4 and of IPv6.
@@ -229,14 +240,19 @@ pub async fn follow(rules: Vec<Rule>, changes: mpsc::Sender<Change>) -> Result<(
     }
     let _ = changes.send(Change::Listed).await;
     while let Some((message, _)) = messages.next().await {
-        let reroutes = reroutes(&message) || links.changes_uplink(&message);
+        let mut moved = moved(&message);
+        if links.changes_uplink(&message) {
+            moved.extend(everywhere());
+        }
         if lost_messages(&message) {
             links.known.clear();
             list(&handle, &mut links).await.context("cannot list the network links")?;
         } else {
             links.hear(message);
         }
-        for change in links.changes().into_iter().chain(reroutes.then_some(Change::Routes)) {
+        for change in
+            links.changes().into_iter().chain((!moved.is_empty()).then_some(Change::Routes(moved)))
+        {
             if changes.send(change).await.is_err() {
                 connection.abort();
                 return Ok(());
@@ -251,15 +267,29 @@ fn lost_messages(message: &NetlinkMessage<RouteNetlinkMessage>) -> bool {
     matches!(message.payload, NetlinkPayload::Overrun(_))
 }
 
-/// Whether other ways may lead to backends after this message.
-fn reroutes(message: &NetlinkMessage<RouteNetlinkMessage>) -> bool {
-    matches!(
-        message.payload,
-        NetlinkPayload::Overrun(_)
-            | NetlinkPayload::InnerMessage(
-                RouteNetlinkMessage::NewRoute(_) | RouteNetlinkMessage::DelRoute(_)
-            )
-    )
+/// Where other ways may lead to backends after this message.
+fn moved(message: &NetlinkMessage<RouteNetlinkMessage>) -> Vec<IpNet> {
+    match &message.payload {
+        NetlinkPayload::Overrun(_) => everywhere().into(),
+        NetlinkPayload::InnerMessage(
+            RouteNetlinkMessage::NewRoute(route) | RouteNetlinkMessage::DelRoute(route),
+        ) => vec![destination(route)],
+        _ => Vec::new(),
+    }
+}
+
+/// Where a route leads.
+fn destination(route: &RouteMessage) -> IpNet {
+    let to = route.attributes.iter().find_map(|attribute| match attribute {
+        RouteAttribute::Destination(RouteAddress::Inet(to)) => Some(IpAddr::V4(*to)),
+        RouteAttribute::Destination(RouteAddress::Inet6(to)) => Some(IpAddr::V6(*to)),
+        _ => None,
+    });
+    let range = to.and_then(|to| IpNet::new(to, route.header.destination_prefix_length).ok());
+    let [v4, v6] = everywhere();
+    // A default route has no destination.
+    let default = if route.header.address_family == AddressFamily::Inet6 { v6 } else { v4 };
+    range.unwrap_or(default)
 }
 
 async fn list(handle: &Handle, links: &mut Links) -> Result<()> {
@@ -345,11 +375,12 @@ impl Links {
             }
         }
         let bits = if address.is_ipv4() { 32 } else { 128 };
-        if header.scope != AddressScope::Universe || header.prefix_len == bits {
-            return;
-        }
-        link.subnets.retain(|known| *known != address);
-        if present {
+        let has_subnet =
+            present && header.scope == AddressScope::Universe && header.prefix_len != bits;
+        // One that is only renewed keeps its place: the first is the one that pods leave by.
+        if !has_subnet {
+            link.subnets.retain(|known| *known != address);
+        } else if !link.subnets.contains(&address) {
             link.subnets.push(address);
         }
     }

@@ -6,6 +6,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use anyhow::{Context, Result};
 use futures::{StreamExt, TryStreamExt, stream};
+use ipnet::IpNet;
 use rtnetlink::packet_route::link::LinkAttribute;
 use rtnetlink::packet_route::route::{RouteAddress, RouteAttribute, RouteMessage, RouteMetric};
 use rtnetlink::{Handle, RouteMessageBuilder, new_connection};
@@ -53,10 +54,12 @@ impl Resolver {
         answers
     }
 
-    /// Asks anew for all addresses that are still `wanted`. Returns what has changed.
-    pub async fn refresh(&mut self, wanted: &HashSet<IpAddr>) -> Routes {
+    /// Asks anew for the addresses in these ranges that are still `wanted`. Returns what has changed.
+    pub async fn refresh(&mut self, wanted: &HashSet<IpAddr>, ranges: &[IpNet]) -> Routes {
         self.known.retain(|address, _| wanted.contains(address));
-        let mut changed = self.ask_all(self.known.keys().copied()).await;
+        let is_concerned = |address: &&IpAddr| ranges.iter().any(|range| range.contains(*address));
+        let concerned: Vec<IpAddr> = self.known.keys().filter(is_concerned).copied().collect();
+        let mut changed = self.ask_all(concerned).await;
         changed.retain(|address, route| self.known[address] != *route);
         self.known.extend(&changed);
         changed

@@ -25,13 +25,15 @@ use crate::health::{Failure, HealthChecks};
 use crate::http::{self, Status};
 use crate::kernel::{Datapath, Options};
 use crate::model::{self, ObjectName};
-use crate::netlink::{self, Change, Role, Rule};
+use crate::netlink::{self, Change, Exits, Role, Rule};
 use crate::plan::Op;
 use crate::routes::Resolver;
 use crate::watch::{self, Source, Update};
 
 /// How often the flow tables are swept, and what did not fit is tried again.
 const SWEEP: Duration = Duration::from_secs(30);
+/// How often a health check that can't be served is tried again.
+const RETRY: Duration = Duration::from_secs(1);
 /// How many links may wait to be attached.
 const LINK_QUEUE: usize = 1024;
 
@@ -87,26 +89,39 @@ async fn follow(settings: Settings) -> Result<()> {
         tasks.spawn(log_packets(datapath.take_log()?));
     }
     let status = Arc::new(Status::new(settings.kernel.bpffs_root.clone(), settings.config));
-    for address in [settings.healthz, settings.metrics].into_iter().flatten() {
-        tasks.spawn(http::serve(address, Arc::clone(&status)));
+    if let Some(address) = settings.healthz {
+        tasks.spawn(http::serve(address, http::health_routes(Arc::clone(&status))));
     }
-    let (changes, links) = mpsc::channel(LINK_QUEUE);
-    tasks.spawn(netlink::follow(settings.interfaces, changes));
+    if let Some(address) = settings.metrics {
+        tasks.spawn(http::serve(address, http::metrics_routes(Arc::clone(&status))));
+    }
     let own = model::Node {
         name: settings.node.clone(),
         algorithm: settings.algorithm,
         ..model::Node::default()
     };
     let mut agent = Agent::new(own, settings.node_ports, kinds, planner);
-    agent.set_masquerade_exceptions(settings.masquerade_except);
+    datapath.apply(&agent.except_from_masquerade(&settings.masquerade_except))?;
+    let (changes, links) = mpsc::channel(LINK_QUEUE);
+    tasks.spawn(netlink::follow(settings.interfaces, changes));
     let routes = Resolver::new()?;
     let failed = HashMap::new();
     let checks = HealthChecks::default();
     let name = settings.node;
     tracing::info!("portal {} on node {name}", env!("CARGO_PKG_VERSION"));
     events.tell(starting(&name));
-    let node =
-        Node { agent, datapath, status, routes, checks, events, name, failed, table_full: 0 };
+    let node = Node {
+        agent,
+        datapath,
+        status,
+        routes,
+        checks,
+        events,
+        name,
+        exits: None,
+        failed,
+        refused: HashMap::new(),
+    };
     tokio::select! {
         result = node.serve(updates, links) => result,
         Some(ended) = tasks.join_next() => ended?.context("a part of the agent has ended"),
@@ -147,10 +162,12 @@ struct Node {
     events: Events,
     /// The node's name.
     name: String,
+    /// By which addresses pods leave the cluster, where that is to be written.
+    exits: Option<Exits>,
     /// Links that could not be attached to, to be tried again.
     failed: HashMap<u32, (String, Role)>,
-    /// How often a new flow found its table full, at the last sweep.
-    table_full: u64,
+    /// How often new flows were dropped for want of room, at the last sweep.
+    refused: HashMap<Outcome, u64>,
 }
 
 impl Node {
@@ -160,8 +177,9 @@ impl Node {
         mut updates: mpsc::Receiver<Update>,
         mut links: mpsc::Receiver<Change>,
     ) -> Result<()> {
-        let mut sweeps = interval(SWEEP);
+        let (mut sweeps, mut retries) = (interval(SWEEP), interval(RETRY));
         sweeps.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        retries.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             tokio::select! {
                 Some(update) = updates.recv() => {
@@ -172,15 +190,14 @@ impl Node {
                     self.sync().await?;
                 }
                 Some(change) = links.recv() => {
-                    let mut reroutes = self.take_in(change);
+                    let mut moved = self.take_in(change);
                     while let Ok(change) = links.try_recv() {
-                        reroutes |= self.take_in(change);
+                        moved.extend(self.take_in(change));
                     }
-                    if reroutes {
-                        self.reroute().await?;
-                    }
+                    self.reroute(&moved).await?;
                     self.sync().await?;
                 }
+                _ = retries.tick(), if self.checks.is_missing_any() => self.serve_checks(),
                 _ = sweeps.tick() => {
                     self.sweep();
                     self.sync().await?;
@@ -208,14 +225,18 @@ impl Node {
                 ops.extend(self.agent.rewrite(|address| learnt.contains_key(&address)));
             }
             self.datapath.apply(&ops).context("cannot write the kernel's maps")?;
-            self.agent.take_notices().into_iter().for_each(|notice| self.events.tell(notice));
             tracing::debug!("{} writes in {:?}", ops.len(), started.elapsed());
         }
+        self.agent.take_notices().into_iter().for_each(|notice| self.events.tell(notice));
         if self.agent.is_ready() {
-            let checks = self.agent.changed_health_checks();
-            let failures =
-                checks.map(|(checks, at)| self.checks.set(checks, &at)).unwrap_or_default();
-            self.report_checks(failures);
+            // Not before the node's addresses are marked: answers of masqueraded pods need that.
+            if let Some(exits) = self.exits.take() {
+                self.datapath.set_exits(&exits)?;
+            }
+            if let Some((checks, at)) = self.agent.changed_health_checks() {
+                self.checks.set(&checks, &at).await;
+                self.serve_checks();
+            }
             self.status.synced(self.agent.services(), self.agent.is_eligible());
             if !was_ready {
                 tracing::info!("in step with the cluster: {} Services", self.agent.services());
@@ -224,9 +245,12 @@ impl Node {
         Ok(())
     }
 
-    /// Asks anew for the ways to backends.
-    async fn reroute(&mut self) -> Result<()> {
-        let changed = self.routes.refresh(&self.agent.remote_backends()).await;
+    /// Asks anew for the ways to backends in these ranges.
+    async fn reroute(&mut self, moved: &[IpNet]) -> Result<()> {
+        if moved.is_empty() {
+            return Ok(());
+        }
+        let changed = self.routes.refresh(&self.agent.remote_backends(), moved).await;
         if !changed.is_empty() {
             self.datapath.set_routes(&changed);
             let ops = self.agent.rewrite(|address| changed.contains_key(&address));
@@ -236,8 +260,8 @@ impl Node {
         Ok(())
     }
 
-    /// Takes in a change of links or addresses. Says whether other ways may lead to backends.
-    fn take_in(&mut self, change: Change) -> bool {
+    /// Takes in a change of links or addresses. Says where other ways may lead to backends.
+    fn take_in(&mut self, change: Change) -> Vec<IpNet> {
         match change {
             Change::Came { ifindex, name, role } => self.attach(ifindex, name, role),
             Change::Went { ifindex, name } => {
@@ -248,16 +272,12 @@ impl Node {
             Change::Listed => self.datapath.detach_others(),
             Change::Addresses(addresses) => {
                 self.agent.set_addresses(addresses);
-                return true;
+                return netlink::everywhere().into();
             }
-            Change::Exits(exits) => {
-                if let Err(error) = self.datapath.set_exits(&exits) {
-                    tracing::warn!("cannot say by which address pods leave: {error:#}");
-                }
-            }
-            Change::Routes => return true,
+            Change::Exits(exits) => self.exits = Some(exits),
+            Change::Routes(ranges) => return ranges,
         }
-        false
+        Vec::new()
     }
 
     fn attach(&mut self, ifindex: u32, name: String, role: Role) {
@@ -277,26 +297,33 @@ impl Node {
             Ok(swept) => self.status.swept(swept),
             Err(error) => tracing::warn!("cannot sweep the flow tables: {error:#}"),
         }
-        let refused = self.datapath.count(Outcome::TableFull).unwrap_or(self.table_full);
-        if refused > self.table_full {
-            tracing::warn!(
-                "the flow table was full for {} packets of new flows: they were dropped. Give it \
-                 more room with --max-flows, after `portal cleanup`",
-                refused - self.table_full
-            );
-            self.table_full = refused;
-        }
+        self.warn_of(
+            Outcome::TableFull,
+            "the flow table was full: give it more room with --max-flows, after `portal cleanup`",
+        );
+        self.warn_of(
+            Outcome::NoPort,
+            "no source port was free to masquerade them: too many flows to one destination",
+        );
         for (ifindex, (name, role)) in std::mem::take(&mut self.failed) {
             self.attach(ifindex, name, role);
         }
         self.agent.retry();
-        let failures = self.checks.serve();
-        self.report_checks(failures);
     }
 
-    /// Says which health checks can't be served; they are tried again (KP-107).
-    fn report_checks(&self, failures: Vec<Failure>) {
-        for Failure { service, address, error } in failures {
+    /// Says that packets of new flows were dropped since the last sweep.
+    fn warn_of(&mut self, outcome: Outcome, why: &str) {
+        let before = self.refused.get(&outcome).copied().unwrap_or_default();
+        let count = self.datapath.count(outcome).unwrap_or(before);
+        if count > before {
+            tracing::warn!("{} packets of new flows were dropped: {why}", count - before);
+            self.refused.insert(outcome, count);
+        }
+    }
+
+    /// Starts the health checks that are not served yet, and says which can't be (KP-107).
+    fn serve_checks(&mut self) {
+        for Failure { service, address, error } in self.checks.serve() {
             tracing::warn!(
                 "Service {service}: no health check at {address}: {error}; is tried again"
             );

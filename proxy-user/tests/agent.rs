@@ -8,7 +8,7 @@ use portal::desired::node_ports::NodePortAddresses;
 use portal::model::{Node, ObjectName};
 use portal::plan::{Capacity, Op, Planner};
 use portal::watch::{Kind, Update, kinds, raw};
-use proxy_common::tables::Algorithm;
+use proxy_common::tables::{Algorithm, ServiceValue};
 use serde_json::json;
 
 const ROOMY: Capacity = Capacity { services: 100, slots: 100, backends: 100, ranges: 100 };
@@ -157,4 +157,51 @@ fn what_does_not_fit_keeps_what_it_has_and_is_tried_again() {
     assert_eq!(agent.plan(now), [], "places are used again only after a grace period");
     agent.retry();
     assert_eq!(leads(&agent.plan(now + Duration::from_secs(2))), [(2, 3)]);
+}
+
+/// Anyone may create a pod that asks for any host IP.
+#[test]
+fn a_pods_host_port_takes_no_services_address_and_marks_none() {
+    let mut agent = agent(ROOMY);
+    let pod: raw::Pod = serde_json::from_value(json!({
+        "metadata": {"name": "greedy", "namespace": "default", "creationTimestamp": "2020-01-01T00:00:00Z"},
+        "spec": {"nodeName": "n0", "containers": [{"ports": [
+            {"containerPort": 1, "hostPort": 80, "hostIP": "10.96.0.1"},
+            {"containerPort": 1, "hostPort": 1, "hostIP": "8.8.8.8"},
+        ]}]},
+        "status": {"phase": "Running", "podIP": "10.0.0.66"},
+    }))
+    .unwrap();
+    agent.hear(Update::Pod(Box::new(pod)));
+    agent.hear(service("web", 1));
+    agent.hear(slice("web-1", "web", &[1]));
+    agent.hear(listed(Kind::Services, &["web"]));
+    agent.hear(listed(Kind::Slices, &["web-1"]));
+    agent.hear(listed(Kind::Nodes, &["n0"]));
+    agent.hear(listed(Kind::Pods, &["greedy"]));
+    let ops = agent.plan(Instant::now());
+    let last = ops.iter().rev().find_map(|op| match op {
+        Op::Lead { frontend, lead } if frontend.port == 80 => Some(lead.flags),
+        _ => None,
+    });
+    assert_eq!(last.unwrap() & ServiceValue::HOST_PORT, 0, "{ops:?}");
+    let marked =
+        |op: &Op| matches!(op, Op::Mark { address, .. } if address.to_string() == "8.8.8.8");
+    assert!(!ops.iter().any(marked), "{ops:?}");
+}
+
+#[test]
+fn pods_count_only_if_they_are_asked_for() {
+    let node = Node { name: "n0".to_owned(), ..Node::default() };
+    let planner = Planner::new(ROOMY);
+    let mut agent = Agent::new(node, NodePortAddresses::Primary, kinds(false), planner);
+    let pod: raw::Pod = serde_json::from_value(json!({
+        "metadata": {"name": "pod", "namespace": "default"},
+        "spec": {"nodeName": "n0", "containers": [{"ports": [{"containerPort": 1, "hostPort": 80}]}]},
+        "status": {"podIP": "10.0.0.66"},
+    }))
+    .unwrap();
+    agent.hear(Update::Pod(Box::new(pod)));
+    list_all(&mut agent, &[], &[]);
+    assert_eq!(agent.plan(Instant::now()), []);
 }

@@ -305,8 +305,7 @@ fn a_folder_of_manifests_is_followed_live() {
     let agent = control.agent.as_ref().unwrap();
     eventually("the wrong type is told", || {
         let log = agent.log();
-        log.contains("EndpointSlice more: endpoints[0].conditions.serving: invalid type")
-            .then_some(())
+        log.contains("endpoints[0].conditions.serving: invalid type").then_some(())
     });
     control.wait_served(&["more: 10.244.0.2:8080", "web: 10.244.0.1:8080"]);
     // Half-written YAML deletes nothing.
@@ -391,6 +390,8 @@ fn health_and_metrics_are_where_kube_proxys_are() {
         assert!(metrics.contains(line), "no {line} in {metrics}");
     }
     assert!(http(node, 10249, "/proxyMode").unwrap().ends_with("portal"));
+    // Not for everyone who may ask for health.
+    assert_eq!(http_status(node, 10256, "/metrics"), Some(404));
     // KP-123.
     let answer = http(node, 10249, "/configz").unwrap();
     let config: Value = serde_json::from_str(answer.split_once("\r\n\r\n").unwrap().1).unwrap();

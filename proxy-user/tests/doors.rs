@@ -625,6 +625,20 @@ fn pods_leave_the_cluster_with_the_nodes_address_if_that_is_asked_for() {
             let asked = tcp(&outsider, SocketAddr::new(far.address(v6), 8080)).unwrap();
             assert_eq!(asked.seen_as.ip(), Stage::own(v6));
         }
+        // Datagrams that come in for a pod are answered as they came: from other nodes' processes, and
+        // from other nodes that masquerade.
+        cluster.expose_with("web", &VIPS, &[&far], &node_ports());
+        for vip in VIPS {
+            cluster.wait_backends(vip, 1);
+            let v6 = vip.is_ipv6();
+            let to = SocketAddr::new(cluster.world.nodes[0].address(v6), NODE_PORT);
+            for _ in 0..3 {
+                assert!(cluster.probe(0, "udp", at(vip)).unwrap().starts_with("far "));
+                assert_eq!(udp(&outsider, to, b"x").unwrap().server, "far");
+                let direct = udp(&outsider, SocketAddr::new(far.address(v6), 8080), b"x").unwrap();
+                assert_eq!(direct.server, "far");
+            }
+        }
         let kept = tcp(&pod.namespace, SocketAddr::new(excepted, 443)).unwrap();
         assert_eq!(kept.seen_as.ip(), pod.address(false));
     }

@@ -135,7 +135,8 @@ fn follow_tcp<F: Family, T: Tables<F>>(
         // As it does here.
         (State::Established, tables.setting(|s| &s.tcp_timeout))
     };
-    if state as u8 >= State::Closing as u8 && record.state() < State::Closing as u8 {
+    let ends_now = state as u8 >= State::Closing as u8 && record.state() < State::Closing as u8;
+    if ends_now && backend(record, tables).is_some() {
         tables.count_flow(record.backend(), false);
     }
     write_both(record, now, tables, work, (state, timeout, fins));

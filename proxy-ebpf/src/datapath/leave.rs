@@ -7,7 +7,7 @@ use proxy_common::{Family, Outcome, Port, proto};
 
 use super::choose::Failure;
 use super::{Tables, open};
-use crate::packet::{Frame, Wire, tcp};
+use crate::packet::{Frame, Wire, has_ports, tcp};
 
 /// The flow in the making that a pod's packet belongs to, or a new one. The other direction's key is then
 /// in the work area.
@@ -23,6 +23,10 @@ pub fn open<F: Family, T: Tables<F>>(
     if tables.setting(|s| &s.masquerade_pods) == 0 || !tables.is_pod(&work.key.src) {
         return Err(Failure::NotService);
     }
+    // Only a SYN opens a connection: all else of TCP that has no record is not ours.
+    if work.packet.proto == proto::TCP && work.packet.flags & (tcp::SYN | tcp::ACK) != tcp::SYN {
+        return Err(Failure::NotService);
+    }
     let Some(exit) = tables.exit(link) else { return Err(Failure::NotService) };
     work.range = left_alone(work.key.dst);
     if tables.is_in_range(&work.range) {
@@ -31,12 +35,21 @@ pub fn open<F: Family, T: Tables<F>>(
     if open::embryo(tables, work) {
         return Ok(Outcome::Forwarded);
     }
-    // An answer to someone who asked the pod by its own address is not ours: for TCP that shows.
-    if work.packet.proto == proto::TCP && work.packet.flags & (tcp::SYN | tcp::ACK) != tcp::SYN {
-        return Err(Failure::NotService);
-    }
     open::leave(tables, work, exit)?;
     Ok(Outcome::Opened)
+}
+
+/// Notes a datagram that comes in for a pod by its own address, so that its answer goes out as it is: with
+/// TCP an answer shows, with others it must be known.
+#[inline(always)]
+pub fn admit<F: Family, T: Tables<F>>(tables: &T, work: &mut Work<F>) {
+    let is_asked = tables.setting(|s| &s.masquerade_pods) != 0
+        && work.packet.proto != proto::TCP
+        && has_ports(work.packet.proto)
+        && tables.is_pod(&work.key.dst);
+    if is_asked {
+        open::admit(tables, work);
+    }
 }
 
 /// The key under which an address is looked for among those that pods are not masqueraded for.

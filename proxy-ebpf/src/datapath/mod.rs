@@ -23,7 +23,7 @@ mod story;
 use proxy_common::settings::Settings;
 use proxy_common::tables::{
     AffinityKey, AffinityValue, Algorithm, Backend, FlowKey, FlowRecord, FlowValue, FragmentKey,
-    FragmentValue, PeerKey, PeerValue, Range, ServiceKey, SourceRange,
+    FragmentValue, PeerKey, PeerValue, Range, ServiceKey, ServiceValue, SourceRange,
 };
 use proxy_common::{Family, Outcome};
 
@@ -49,6 +49,17 @@ impl Service {
     #[inline(always)]
     pub const fn has(&self, flags: u32) -> bool {
         self.flags & flags != 0
+    }
+
+    /// The same, but for algorithms that choose another backend each time.
+    #[inline(always)]
+    #[must_use]
+    pub const fn steady(self) -> Self {
+        if self.chooses(Algorithm::RoundRobin) || self.chooses(Algorithm::LeastConn) {
+            let others = (1 << ServiceValue::ALGORITHM_SHIFT) - 1;
+            return Self { flags: self.flags & others | Algorithm::Maglev.flags(), ..self };
+        }
+        self
     }
 
     /// Whether that is how it chooses a backend.

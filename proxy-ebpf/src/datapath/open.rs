@@ -35,6 +35,13 @@ pub fn open<F: Family, T: Tables<F>>(
     if embryo(tables, work) {
         return Ok(Outcome::Forwarded);
     }
+    // The node's own connections use ports that may be a Service's or a pod's: their answers are not ours.
+    if mark.has(ServiceValue::NODE)
+        && work.packet.proto == proto::TCP
+        && work.packet.flags & (tcp::SYN | tcp::ACK) != tcp::SYN
+    {
+        return Err(Failure::NotService);
+    }
     let key = &work.key;
     let service = choose::frontend(tables, mark, key.dst, key.dport, key.proto)?;
     let hash = key.hash(tables.setting(|s| &s.seed));
@@ -69,10 +76,31 @@ pub fn leave<F: Family, T: Tables<F>>(
     let (to, port) = (work.key.dst, work.key.dport);
     masquerade(work, (to, port), exit, spare_port(hash, tables));
     let timeout = unanswered(tables, work.packet.proto);
-    let origin = Origin { service: 0, backend: u32::MAX, generation: 0, link: 0, reply_link: 0 };
     work.forward.tag = work.key.tag();
-    fill(work, tables.now(), timeout, State::Embryo, origin);
+    fill(work, tables.now(), timeout, State::Embryo, Origin::NONE);
     insert(tables, work, hash)
+}
+
+/// Notes a flow of someone outside to a pod, which stays as it is in both directions: its answer, if one
+/// comes, finds its record.
+#[inline(always)]
+pub fn admit<F: Family, T: Tables<F>>(tables: &T, work: &mut Work<F>) {
+    let answer = &mut work.forward.other;
+    (answer.src, answer.sport) = (work.key.dst, work.key.dport);
+    (answer.dst, answer.dport) = (work.key.src, work.key.sport);
+    answer.proto = work.key.proto;
+    answer.side = Side::Egress as u8;
+    answer.pad = [0; 2];
+    work.reply.other = work.key;
+    let now = tables.now();
+    if let Some(record) = tables.embryo(&work.forward.other) {
+        record.touch(now);
+        return;
+    }
+    let timeout = unanswered(tables, work.packet.proto);
+    fill(work, now, timeout, State::Embryo, Origin::NONE);
+    work.reply.tag = work.forward.other.tag();
+    let _ = tables.insert_embryo(&work.forward.other, &work.reply);
 }
 
 /// Inserts both records of a new flow among those not answered yet. The other direction's key and the
@@ -139,7 +167,7 @@ fn draw<F: Family, T: Tables<F>>(
         // Without this node's seed: any node that the flow comes by chooses alike.
         key.hash(0)
     } else if service.chooses(Algorithm::SourceHash) {
-        spread(key.src.mix(service.id))
+        spread(key.src.mix(0))
     } else if service.chooses(Algorithm::RoundRobin) {
         tables.turn(service.id)
     } else {
@@ -231,6 +259,12 @@ struct Origin {
     reply_link: u32,
 }
 
+impl Origin {
+    /// Of a flow that has no Service, and goes by the host stack.
+    const NONE: Self =
+        Self { service: 0, backend: u32::MAX, generation: 0, link: 0, reply_link: 0 };
+}
+
 /// The keys of both directions of a flow to someone who takes `source` at `port` for its client.
 #[inline(always)]
 fn masquerade<F: Family>(work: &mut Work<F>, to: (F::Addr, Port), source: F::Addr, port: Port) {
@@ -266,7 +300,7 @@ fn fill<F: Family>(work: &mut Work<F>, now: u32, timeout: u32, state: State, ori
 #[inline(always)]
 fn lock<F: Family, T: Tables<F>>(work: &mut Work<F>, hash: u32, tables: &T) -> Result<(), Failure> {
     let mut hash = hash;
-    for _ in 0..PORT_TRIES {
+    for attempt in 0..PORT_TRIES {
         work.reply.tag = work.forward.other.tag();
         if vacate(work, tables) {
             match tables.insert_embryo(&work.forward.other, &work.reply) {
@@ -276,7 +310,9 @@ fn lock<F: Family, T: Tables<F>>(work: &mut Work<F>, hash: u32, tables: &T) -> R
                 Err(Refused::Exists) => {}
             }
         }
-        hash = mix(hash, PORT_TRIES);
+        // At random in the end, or each retransmission would try the same ports.
+        let salt = if attempt < PORT_TRIES / 2 { PORT_TRIES } else { tables.random() };
+        hash = mix(hash, salt);
         work.forward.other.dport = spare_port(hash, tables);
     }
     Err(Failure::Dropped(Outcome::NoPort))
@@ -320,7 +356,7 @@ fn spare_port<F: Family, T: Tables<F>>(hash: u32, tables: &T) -> Port {
 #[inline(always)]
 pub fn promote<F: Family, T: Tables<F>>(tables: &T, work: &mut Work<F>) -> Option<Outcome> {
     let record = tables.embryo(&work.key)?;
-    if record.flags() & FlowValue::<F>::IS_REPLY == 0 {
+    if record.flags() & FlowValue::<F>::IS_REPLY == 0 || record.expired(tables.now()) {
         return None;
     }
     record.read_other(&mut work.other);

@@ -81,6 +81,11 @@ fn sequence_length<F: Wire, P: Frame>(
 /// 8201).
 #[inline(always)]
 pub fn too_big<F: Wire, P: Frame>(frame: &mut P, work: &Work<F>) -> Outcome {
+    if frame.segment() != 0 {
+        // Several packets in one, whose checksum hardware is to fill in: where, an answer would not know.
+        // What is sent again is sent alone.
+        return Outcome::Silent;
+    }
     match explain(frame, work, F::TOO_BIG, work.mtu).and_then(|()| rewrite::turn_around(frame)) {
         Some(()) => Outcome::TooBig,
         None => Outcome::NotWritable,
@@ -97,12 +102,21 @@ pub fn is_too_big<F: Wire, P: Frame>(frame: &P, work: &Work<F>) -> bool {
     let length = match frame.segment() {
         0 => total,
         payload => {
-            // At least: with TCP's options a little more, which its receiver has agreed to leave out.
-            let header = if work.packet.proto == proto::TCP { size_of::<tcp::Header>() } else { 8 };
+            let Some(header) = transport_header(frame, work) else { return false };
             work.packet.l4() - P::NETWORK + header + payload
         }
     };
     length > work.mtu as usize && !F::may_be_cut(frame, P::NETWORK)
+}
+
+/// The length of the transport header of a packet that is cut into several.
+#[inline(always)]
+fn transport_header<F: Family, P: Frame>(frame: &P, work: &Work<F>) -> Option<usize> {
+    if work.packet.proto != proto::TCP {
+        return Some(8);
+    }
+    let [offset, _]: [u8; 2] = frame.load(work.packet.l4() + tcp::OFFSET_AND_FLAGS)?;
+    Some(usize::from(offset >> 4) * 4)
 }
 
 /// An ICMP error from the VIP, quoting the packet's headers; `detail` is what lies behind its checksum.

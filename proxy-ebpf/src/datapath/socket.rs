@@ -62,12 +62,15 @@ fn lead<F: Family, S: Socket<F>, T: Tables<F>>(
     netns: [u32; 2],
 ) -> Result<(), Failure> {
     let (vip, port) = socket.address();
+    let is_tcp = socket.protocol() == proto::TCP;
+    let steady = service.steady();
+    // Each datagram of an unconnected socket asks anew, and stays with one backend.
+    let service = if is_tcp { service } else { &steady };
     let [low, high] = halves(socket.cookie());
     let client = AffinityKey { client: Zeroable::zeroed(), service: service.id, netns };
     let asker = Asker { outside: false, allowed: service.has(ServiceValue::NODE_ALLOWED) };
     let draw = || {
-        // An unconnected socket's datagrams stay with one backend.
-        if service.chooses(Algorithm::RoundRobin) && socket.protocol() == proto::TCP {
+        if service.chooses(Algorithm::RoundRobin) {
             return tables.turn(service.id);
         }
         let seed = tables.setting(|s| &s.seed);

@@ -50,6 +50,9 @@ fn flow_of<F: Family, T: Tables<F>>(
         return Ok(Outcome::Forwarded);
     }
     let Some(mark) = tables.service(&ServiceKey::mark(work.key.dst)) else {
+        if client == Client::Outside {
+            leave::admit(tables, work);
+        }
         return Err(Failure::NotService);
     };
     match open::promote(tables, work) {

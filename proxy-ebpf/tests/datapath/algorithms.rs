@@ -61,6 +61,12 @@ fn maglev_and_source_hash_choose_alike_on_every_node() {
     for by in [Algorithm::Maglev, Algorithm::SourceHash] {
         let (one, mut other) = (choosing(by, proto::UDP), choosing(by, proto::UDP));
         other.settings.seed = 77;
+        // Where the Service has another number.
+        let elsewhere = Service::new(SocketAddr::from(([10, 96, 0, 9], 80)), proto::UDP, &[]);
+        let backends: Vec<SocketAddr> = (1..=4).map(backend).collect();
+        let flags = by.flags();
+        let here = Service { flags, ..Service::new(vip(), proto::UDP, &backends) };
+        other.serve(&[elsewhere, here]);
         for port in 1000..1100 {
             let packet = datagram([10, 0, 0, 9], port);
             assert_eq!(reached(&one, &packet), reached(&other, &packet), "{by:?}");

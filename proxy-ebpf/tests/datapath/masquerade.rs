@@ -89,6 +89,41 @@ fn what_is_left_alone<F: HostFamily>() {
     untouched(&host, &syn);
 }
 
+/// Datagrams that come in for a pod by its own address, and their answers.
+fn asked_by_its_own_address<F: HostFamily>() {
+    let (host, cast) = masquerading::<F>();
+    let there = Packet::udp(Ingress, cast.outside, cast.pod);
+    let back = Packet::udp(Egress, cast.pod, cast.outside);
+    for (asked, answered) in
+        [(Outcome::NotService, Outcome::Established), (Outcome::Forwarded, Outcome::Replied)]
+    {
+        assert_eq!(host.see(Hook::Uplink, &there.frame()), (asked, there.frame()));
+        assert_eq!(host.see(Hook::Egress, &back.frame()), (answered, back.frame()));
+    }
+    // Nobody has asked from that port.
+    let other = SocketAddr::new(cast.outside.ip(), 9);
+    let unasked = Packet::udp(Egress, cast.pod, other);
+    assert_eq!(host.see(Hook::Egress, &unasked.frame()).0, Outcome::Opened);
+}
+
+/// Two pods from one port to one server: they are told apart, or the second is refused.
+fn two_pods_to_one_server<F: HostFamily>() {
+    let (mut host, cast) = masquerading::<F>();
+    let neighbour = at(if F::BITS == 32 { "10.244.0.8:4000" } else { "[fd00:244::8]:4000" });
+    let seen_as = |host: &Host<F>, pod| {
+        let (outcome, frame) =
+            host.see(Hook::Egress, &Packet::udp(Egress, pod, cast.outside).frame());
+        (outcome, ends(&frame)[0])
+    };
+    let (first, second) = (seen_as(&host, cast.pod), seen_as(&host, neighbour));
+    assert_eq!((first.0, second.0), (Outcome::Opened, Outcome::Opened));
+    assert_ne!(first.1, second.1);
+    (host, _) = masquerading::<F>();
+    host.settings.port_count = 1;
+    assert_eq!(seen_as(&host, cast.pod).0, Outcome::Opened);
+    assert_eq!(seen_as(&host, neighbour).0, Outcome::NoPort);
+}
+
 fn pings<F: HostFamily>() {
     let (host, cast) = masquerading::<F>();
     let [request, reply] = F::ECHO;
@@ -154,6 +189,18 @@ fn pods_leave_the_cluster_with_the_nodes_address() {
 fn the_list_the_node_and_answers_are_left_alone() {
     what_is_left_alone::<V4>();
     what_is_left_alone::<V6>();
+}
+
+#[test]
+fn who_asks_a_pod_by_its_own_address_hears_of_no_other() {
+    asked_by_its_own_address::<V4>();
+    asked_by_its_own_address::<V6>();
+}
+
+#[test]
+fn two_pods_from_one_port_to_one_server_are_told_apart_or_refused() {
+    two_pods_to_one_server::<V4>();
+    two_pods_to_one_server::<V6>();
 }
 
 #[test]

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
 
-use proxy_common::tables::{ServiceValue, Side};
+use proxy_common::tables::{Algorithm, ServiceValue, Side};
 use proxy_common::testing::{Hook, NODE, Packet, Service};
 use proxy_common::{Outcome, V4, V6, proto};
 use proxy_ebpf::datapath::socket::{restore, send};
@@ -70,6 +70,25 @@ fn only_sockets_of_the_wanted_namespace_are_led<F: HostFamily>([vip, one, ..]: [
     }
 }
 
+fn a_sockets_datagrams_stay_with_one_backend_whatever_the_algorithm<F: HostFamily>(
+    [vip, one, two, _]: [SocketAddr; 4],
+) {
+    for by in Algorithm::ALL {
+        let mut host = Host::<F>::new();
+        host.serve(&[Service { flags: by.flags(), ..Service::new(vip, proto::UDP, &[one, two]) }]);
+        let to = |host: &Host<F>| {
+            let mut call = Call::<F>::new(vip, 1);
+            assert_eq!(send(&mut call, host), Outcome::SocketTranslated);
+            call.to()
+        };
+        let first = to(&host);
+        *host.loads.borrow_mut() = if first == one { [(0, 9)] } else { [(1, 9)] }.into();
+        for _ in 0..8 {
+            assert_eq!(to(&host), first, "{by:?}");
+        }
+    }
+}
+
 fn a_host_port_is_at_all_addresses_of_the_node_and_at_its_loopback<F: HostFamily>(
     [vip, pod, ..]: [SocketAddr; 4],
 ) {
@@ -114,4 +133,6 @@ fn both_families() {
     only_sockets_of_the_wanted_namespace_are_led::<V6>(ends(true));
     a_host_port_is_at_all_addresses_of_the_node_and_at_its_loopback::<V4>(ends(false));
     a_host_port_is_at_all_addresses_of_the_node_and_at_its_loopback::<V6>(ends(true));
+    a_sockets_datagrams_stay_with_one_backend_whatever_the_algorithm::<V4>(ends(false));
+    a_sockets_datagrams_stay_with_one_backend_whatever_the_algorithm::<V6>(ends(true));
 }

@@ -34,7 +34,7 @@ pub struct Args {
     #[arg(long, value_name = "URL")]
     master: Option<String>,
 
-    /// Follow Services and `EndpointSlices` from a folder of YAML files instead of an API server
+    /// Follow Services, `EndpointSlices` and Pods from a folder of YAML files instead of an API server
     #[arg(long, value_name = "DIR", conflicts_with_all = ["kubeconfig", "master"])]
     manifests: Option<PathBuf>,
 

@@ -3,6 +3,7 @@
 use std::fs;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
+use std::sync::LazyLock;
 
 use anyhow::{Context, Result, bail, ensure};
 use aya::programs::ProgramType;
@@ -120,4 +121,33 @@ pub fn netns_cookie() -> std::io::Result<u64> {
         )
     };
     if result == 0 { Ok(cookie) } else { Err(std::io::Error::last_os_error()) }
+}
+
+/// Whether tc sees packets that come in by an IP tunnel without their outer headers: from Linux 5.14 on.
+pub fn shows_inner_packets() -> bool {
+    static RELEASE: LazyLock<Option<(u32, u32)>> = LazyLock::new(|| {
+        let release = nix::sys::utsname::uname().ok()?;
+        version(release.release().to_str()?)
+    });
+    // Of a release that can't be read the newest is assumed.
+    RELEASE.is_none_or(|release| release >= (5, 14))
+}
+
+/// The first two numbers of a kernel's release.
+fn version(release: &str) -> Option<(u32, u32)> {
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(str::parse);
+    Some((numbers.next()?.ok()?, numbers.next()?.ok()?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::version;
+
+    #[test]
+    fn a_release_begins_with_two_numbers() {
+        assert_eq!(version("5.10.0-28-amd64"), Some((5, 10)));
+        assert_eq!(version("6.18.3"), Some((6, 18)));
+        assert_eq!(version("6.1-rc1"), Some((6, 1)));
+        assert_eq!(version("unknown"), None);
+    }
 }

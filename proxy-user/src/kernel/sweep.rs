@@ -8,13 +8,12 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 use aya::maps::{HashMap, Map, MapData};
+use proxy_common::Family;
 use proxy_common::tables::{FlowKey, FlowValue};
-use proxy_common::{Family, V4, V6};
 
-use super::mapped::Mapped;
 use super::read::now;
 use super::sys::for_each;
-use super::writer::Writer;
+use super::writer::{FamilyTables, Writer};
 
 /// What a sweep found.
 #[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
@@ -27,18 +26,23 @@ pub struct Swept {
 
 /// Removes the records of flows of which both directions have been idle for longer than they may.
 pub fn sweep(maps: &Path, writer: &Writer) -> Result<Swept> {
-    let v4 = sweep_family::<V4>(maps, &writer.v4.loads)?;
-    let v6 = sweep_family::<V6>(maps, &writer.v6.loads)?;
+    let v4 = sweep_family(maps, &writer.v4)?;
+    let v6 = sweep_family(maps, &writer.v6)?;
     Ok(Swept { records: v4.records + v6.records, removed: v4.removed + v6.removed })
 }
 
-fn sweep_family<F: Family>(maps: &Path, loads: &Mapped<u32>) -> Result<Swept> {
+fn sweep_family<F: Family>(maps: &Path, tables: &FamilyTables<F>) -> Result<Swept> {
     let mut swept = Swept::default();
     let mut candidates: Vec<(FlowKey<F>, FlowKey<F>)> = Vec::new();
     let mut counts: std::collections::HashMap<u32, u32> = std::collections::HashMap::new();
     let now = now();
+    // A number may have been given to another backend since.
+    let is_same = |value: &FlowValue<F>| {
+        value.backend < tables.backends.length()
+            && tables.backends.get(value.backend).generation == value.generation
+    };
     let mut look = |value: &FlowValue<F>| {
-        if value.is_counted(now) {
+        if value.is_counted(now) && is_same(value) {
             *counts.entry(value.backend).or_default() += 1;
         }
     };
@@ -50,6 +54,7 @@ fn sweep_family<F: Family>(maps: &Path, loads: &Mapped<u32>) -> Result<Swept> {
         }
     })?;
     read(maps, "embryos", |_: &FlowKey<F>, value| look(value))?;
+    let loads = &tables.loads;
     for backend in 0..loads.length() {
         let count = counts.get(&backend).copied().unwrap_or_default();
         if loads.get(backend) != count {

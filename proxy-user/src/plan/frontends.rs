@@ -12,8 +12,9 @@ use super::{Lead, Op};
 use crate::desired::{Frontend, PortId};
 use crate::model::IpFamily;
 
-/// A claim: creation time, then identity, so that the first in order is the one that counts.
-type Claim = (String, PortId);
+/// A claim, so that the first in order is the one that counts: a pod's to an address that may not be the
+/// node's comes after all others; then creation time, then identity.
+type Claim = (bool, String, PortId);
 
 /// What is known of an address.
 #[derive(Clone, Copy, Default, PartialEq, Eq)]
@@ -47,14 +48,15 @@ impl Frontends {
     /// Adds a claim, or renews it: a Service that was created anew has another time.
     pub fn claim(&mut self, frontend: Frontend, port: &PortId, created: &str) {
         let claims = self.claims.entry(frontend).or_default();
-        claims.retain(|(_, claimant)| claimant != port);
-        claims.insert((created.to_owned(), port.clone()));
+        claims.retain(|(.., claimant)| claimant != port);
+        let is_doubtful = port.is_host_port() && !frontend.vip.is_unspecified();
+        claims.insert((is_doubtful, created.to_owned(), port.clone()));
     }
 
     /// Takes a claim back.
     pub fn release(&mut self, frontend: Frontend, port: &PortId) {
         if let Some(claims) = self.claims.get_mut(&frontend) {
-            claims.retain(|(_, claimant)| claimant != port);
+            claims.retain(|(.., claimant)| claimant != port);
             if claims.is_empty() {
                 self.claims.remove(&frontend);
             }
@@ -63,12 +65,12 @@ impl Frontends {
 
     /// Who claims a frontend.
     pub fn claimants(&self, frontend: Frontend) -> impl Iterator<Item = &PortId> {
-        self.claims.get(&frontend).into_iter().flatten().map(|(_, claimant)| claimant)
+        self.claims.get(&frontend).into_iter().flatten().map(|(.., claimant)| claimant)
     }
 
     /// Whose claim to a frontend counts.
     pub fn winner(&self, frontend: Frontend) -> Option<&PortId> {
-        Some(&self.claims.get(&frontend)?.first()?.1)
+        Some(&self.claims.get(&frontend)?.first()?.2)
     }
 
     /// Whether the family's table, which holds `room` entries, takes so many more frontends, each with
@@ -143,14 +145,18 @@ impl Frontends {
         self.repair_marks(ops);
     }
 
-    /// Counts what a frontend was and is at its address. A `NodePort` is at none.
+    /// Counts what a frontend was and is at its address. A `NodePort` is at none, and a pod's port makes
+    /// no address a VIP: it counts only at those that are marked as the node's own.
     fn count(&mut self, frontend: Frontend, before: Option<Lead>, after: Option<Lead>) {
         if frontend.vip.is_unspecified() {
             return;
         }
+        let has = |lead: Lead, flag: u32| lead.flags & flag != 0;
+        let marks = |lead: Option<Lead>| lead.filter(|lead| !has(*lead, ServiceValue::HOST_PORT));
         let refuses = |lead: Option<Lead>| {
-            usize::from(lead.is_some_and(|lead| lead.flags & ServiceValue::REFUSES != 0))
+            usize::from(lead.is_some_and(|lead| has(lead, ServiceValue::REFUSES)))
         };
+        let (before, after) = (marks(before), marks(after));
         let mark = self.marks.entry(frontend.vip).or_default();
         mark.frontends =
             mark.frontends + usize::from(after.is_some()) - usize::from(before.is_some());

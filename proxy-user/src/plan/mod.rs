@@ -28,7 +28,7 @@ use crate::desired::{Access, Backend, Frontend, Port, PortId};
 use crate::model::IpFamily;
 use allocate::{Numbers, Runs};
 use frontends::Frontends;
-use spread::spread;
+use spread::{sparse, spread};
 
 /// How long a number or a slot stays out of use after its last reader could have seen it. A packet
 /// takes microseconds; a second is beyond doubt.
@@ -79,7 +79,8 @@ impl Planner {
         Self {
             held: HashMap::new(),
             frontends: Frontends::default(),
-            entries: capacity.services as usize,
+            // A sixteenth is for the node's own addresses.
+            entries: (capacity.services - capacity.services / 16) as usize,
             ranges: [IpFamily::V4, IpFamily::V6].map(|f| (f, capacity.ranges as usize)).into(),
             exceptions: BTreeSet::new(),
             // Id 0 is "no Service": marks have it.
@@ -96,15 +97,25 @@ impl Planner {
         ops
     }
 
-    /// Plans the ranges that pods are not masqueraded for. They are few; room for them is not counted.
+    /// Plans the ranges that pods are not masqueraded for.
     pub fn plan_exceptions(&mut self, wanted: &BTreeSet<IpNet>) -> Vec<Op> {
         let allow =
             wanted.difference(&self.exceptions).map(|range| Op::Allow { id: 0, range: *range });
         let forbid =
             self.exceptions.difference(wanted).map(|range| Op::Forbid { id: 0, range: *range });
         let ops = allow.chain(forbid).collect();
+        self.reserve_ranges(&self.exceptions.clone(), usize::saturating_add);
+        self.reserve_ranges(wanted, usize::saturating_sub);
         self.exceptions.clone_from(wanted);
         ops
+    }
+
+    /// Counts the room for source ranges anew.
+    fn reserve_ranges(&mut self, ranges: &BTreeSet<IpNet>, count: fn(usize, usize) -> usize) {
+        for range in ranges {
+            let room = self.ranges.get_mut(&IpFamily::of(range.addr())).expect("both are there");
+            *room = count(*room, 1);
+        }
     }
 
     /// The Service ports that the kernel holds.
@@ -249,10 +260,14 @@ impl Planner {
         if *room < fresh {
             return Err(full("source ranges"));
         }
-        let filling = Filling::of(wanted);
+        let mut filling = Filling::of(wanted, |backends| spread(wanted.algorithm, backends));
         let run = if held.needs_slots(&filling) {
-            let count = u32::try_from(filling.len()).map_err(|_| full("slots"))?;
-            Some(self.runs.take(count).ok_or_else(|| full("slots"))?)
+            let run = self.runs.take(filling.len()).or_else(|| {
+                // Served in a plain way is better than not at all.
+                filling = Filling::of(wanted, sparse);
+                self.runs.take(filling.len())
+            });
+            Some(run.ok_or_else(|| full("slots"))?)
         } else {
             None
         };
@@ -384,15 +399,34 @@ impl Held {
     }
 }
 
-fn flags(access: Access) -> u32 {
-    flags_of(&[
-        (access.refuses, ServiceValue::REFUSES),
-        (access.local_for_all, ServiceValue::LOCAL_FOR_ALL),
-        (access.local_for_outside, ServiceValue::LOCAL_FOR_OUTSIDE),
-        (access.source_ranges, ServiceValue::SOURCE_RANGES),
-        (access.node_allowed, ServiceValue::NODE_ALLOWED),
-        (access.host_port, ServiceValue::HOST_PORT),
-    ])
+/// One thing that a frontend's flags say of its access: where it is kept, and its flag.
+type Field = fn(&mut Access) -> (&mut bool, u32);
+
+/// All of them.
+const ACCESS: [Field; 6] = [
+    |access| (&mut access.refuses, ServiceValue::REFUSES),
+    |access| (&mut access.local_for_all, ServiceValue::LOCAL_FOR_ALL),
+    |access| (&mut access.local_for_outside, ServiceValue::LOCAL_FOR_OUTSIDE),
+    |access| (&mut access.source_ranges, ServiceValue::SOURCE_RANGES),
+    |access| (&mut access.node_allowed, ServiceValue::NODE_ALLOWED),
+    |access| (&mut access.host_port, ServiceValue::HOST_PORT),
+];
+
+fn flags(mut access: Access) -> u32 {
+    flags_of(&ACCESS.map(|field| {
+        let (set, flag) = field(&mut access);
+        (*set, flag)
+    }))
+}
+
+/// The access that flags stand for.
+fn access(flags: u32) -> Access {
+    let mut access = Access::default();
+    for field in ACCESS {
+        let (set, flag) = field(&mut access);
+        *set = flags & flag != 0;
+    }
+    access
 }
 
 fn entry(backend: &Backend, generation: u16, service: u32) -> BackendEntry {
@@ -418,11 +452,12 @@ struct Filling {
 }
 
 impl Filling {
-    fn of(port: &Port) -> Self {
+    /// The filling for a Service port, as `spread` has backends share slots.
+    fn of(port: &Port, spread: impl Fn(&[(SocketAddr, u16)]) -> Vec<usize>) -> Self {
         let fill = |is_usable: fn(&Backend) -> bool| {
             let usable = port.backends.iter().filter(|backend| is_usable(backend));
             let backends: Vec<(SocketAddr, u16)> = usable.map(|b| (b.address, b.weight)).collect();
-            let slots = spread(port.algorithm, &backends).into_iter();
+            let slots = spread(&backends).into_iter();
             slots.map(|position| backends[position].0).collect()
         };
         let asks_for_local = |access: &Access| access.local_for_all || access.local_for_outside;
@@ -434,8 +469,8 @@ impl Filling {
         Self { cluster: fill(|backend| backend.usable), local }
     }
 
-    fn len(&self) -> usize {
-        self.cluster.len() + self.local.len()
+    fn len(&self) -> u32 {
+        u32::try_from(self.cluster.len() + self.local.len()).unwrap_or(u32::MAX)
     }
 
     fn slots(&self) -> impl Iterator<Item = &SocketAddr> {

@@ -5,10 +5,10 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::{IpAddr, SocketAddr};
 
 use ipnet::IpNet;
-use proxy_common::tables::Range;
+use proxy_common::tables::{Algorithm, Range};
 
-use super::{BackendEntry, Capacity, Filling, Held, Lead, Op, Planner};
-use crate::desired::{Access, Frontend, Port, PortId};
+use super::{BackendEntry, Capacity, Filling, Held, Lead, Op, Planner, access};
+use crate::desired::{Frontend, Port, PortId};
 use crate::model::IpFamily;
 
 /// A frontend as the maps hold it.
@@ -76,6 +76,7 @@ impl Planner {
         for (id, range) in &actual.ranges {
             if *id == 0 {
                 planner.exceptions.insert(*range);
+                planner.reserve_ranges(&BTreeSet::from([*range]), usize::saturating_sub);
                 continue;
             }
             match owners.get(id).and_then(|port| planner.held.get_mut(port)) {
@@ -115,7 +116,7 @@ impl Planner {
                 }
                 held.strays.push(range);
             }
-            held.wanted.frontends.insert(frontend, Access::default());
+            held.wanted.frontends.insert(frontend, access(lead.flags));
         } else {
             if !self.ids.adopt(lead.id, 0) || !self.runs.adopt(range) {
                 return false;
@@ -165,11 +166,13 @@ fn adopted(service: &ActualService, range: Range, index: &Index<'_>) -> Held {
         let numbers = slots.filter_map(|slot| index.actual.slots.get(&slot));
         numbers.filter_map(|number| index.addresses.get(&(family, *number))).copied().collect()
     };
-    let Lead { id, cluster, local, .. } = service.lead;
+    let Lead { id, cluster, local, flags, .. } = service.lead;
+    let algorithm = Algorithm::ALL.into_iter().find(|algorithm| algorithm.is_in(flags));
     Held {
         id,
         wanted: Port {
-            frontends: BTreeMap::from([(service.frontend, Access::default())]),
+            frontends: BTreeMap::from([(service.frontend, access(flags))]),
+            algorithm: algorithm.unwrap_or_default(),
             ..Port::default()
         },
         range,

@@ -8,12 +8,12 @@ use proxy_common::tables::Algorithm;
 /// Lengths of Maglev's table: primes, and few, since in a table of another length every number stands
 /// for another backend.
 const LENGTHS: [usize; 6] = [61, 251, 1021, 4093, 16_381, 65_521];
-/// Slots per backend in Maglev's table: shares then differ by a sixteenth at most.
-const SLOTS_PER_BACKEND: usize = 16;
+/// Slots per backend in Maglev's table: shares then differ by an eighth at most.
+const SLOTS_PER_BACKEND: usize = 8;
 /// Slots of the smallest weight in Maglev's table.
 const SLOTS_PER_WEIGHT: usize = 4;
-/// No other run is longer, unless there are more backends.
-const LONGEST: usize = 4096;
+/// Weights ask for no longer run than this, unless there are more backends.
+const LONGEST: usize = 4093;
 
 /// The backend in each slot, by its position in `backends`, which are sorted. The same on every node.
 pub fn spread(algorithm: Algorithm, backends: &[(SocketAddr, u16)]) -> Vec<usize> {
@@ -26,6 +26,11 @@ pub fn spread(algorithm: Algorithm, backends: &[(SocketAddr, u16)]) -> Vec<usize
         Algorithm::Maglev | Algorithm::SourceHash => maglev(backends, &weights),
         Algorithm::Random | Algorithm::RoundRobin | Algorithm::LeastConn => interleaved(&weights),
     }
+}
+
+/// As [`spread`], with no more slots than there are backends: for when there is no room.
+pub fn sparse(backends: &[(SocketAddr, u16)]) -> Vec<usize> {
+    (0..backends.len()).collect()
 }
 
 /// Maglev's table (Eisenbud et al., NSDI 2016, section 3.4): each backend takes the next free slot of a
@@ -59,7 +64,7 @@ fn maglev(backends: &[(SocketAddr, u16)], weights: &[usize]) -> Vec<usize> {
 fn length(weights: &[usize]) -> usize {
     let (total, smallest) = (weights.iter().sum::<usize>(), weights.iter().min());
     let for_smallest = SLOTS_PER_WEIGHT * total / smallest.expect("there are backends");
-    let wanted = for_smallest.max(SLOTS_PER_BACKEND * weights.len());
+    let wanted = for_smallest.min(LONGEST).max(SLOTS_PER_BACKEND * weights.len());
     let longest = LENGTHS[LENGTHS.len() - 1];
     LENGTHS.into_iter().find(|length| *length >= wanted).unwrap_or(longest)
 }
@@ -156,18 +161,22 @@ mod tests {
 
     #[test]
     fn maglev_disturbs_few_flows_when_a_backend_goes() {
-        for count in [3, 10, 100] {
+        for count in 3..=130 {
+            // With one more the table has another length (docs/decisions/0012).
+            if [8, 32, 128].contains(&count) {
+                continue;
+            }
             let all = backends(&vec![1; count]);
             let before = spread(Algorithm::Maglev, &all);
-            for gone in 0..count.min(10) {
+            for gone in [0, count / 2, count - 1] {
                 let mut rest = all.clone();
                 rest.remove(gone);
                 let after = spread(Algorithm::Maglev, &rest);
-                assert_eq!(before.len(), after.len());
+                assert_eq!(before.len(), after.len(), "{count} backends");
                 let slots = before.iter().zip(&after);
                 let moved = slots.filter(|(was, is)| **was != gone && all[**was] != rest[**is]);
                 let percent = 100 * moved.count() / before.len();
-                assert!(percent < 10, "{count} backends without {gone}: {percent} % moved");
+                assert!(percent <= 12, "{count} backends without {gone}: {percent} % moved");
             }
         }
     }

@@ -171,7 +171,8 @@ impl<T: Followed> Follower<T> {
     pub async fn run(mut self) -> Result<()> {
         while !self.updates.is_closed() {
             if let Err(error) = self.round().await {
-                tracing::warn!("{:?}: {error:#}; trying again in {:?}", T::KIND, self.wait);
+                let advice = advice(T::KIND, &error);
+                tracing::warn!("{:?}: {error:#}; trying again in {:?}{advice}", T::KIND, self.wait);
                 sleep(self.wait).await;
                 self.wait = (self.wait * 2).min(LONGEST_WAIT);
             }
@@ -327,6 +328,22 @@ impl<T: Followed> Follower<T> {
         // Nobody listens when the agent ends; `run` looks.
         let _ = self.updates.send(update).await;
         Ok(())
+    }
+}
+
+/// What to do about an error, where that is known.
+fn advice(kind: Kind, error: &anyhow::Error) -> &'static str {
+    let is_forbidden = matches!(
+        error.downcast_ref::<kube::Error>(),
+        Some(kube::Error::Api(status)) if status.code == 403
+    );
+    match kind {
+        _ if !is_forbidden => "",
+        Kind::Pods => {
+            ". Until then nothing is written: apply deploy/rbac.yaml, or do without host ports by \
+             --host-ports=false"
+        }
+        _ => ". Until then nothing is written: apply deploy/rbac.yaml",
     }
 }
 

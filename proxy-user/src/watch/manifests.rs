@@ -103,7 +103,7 @@ fn documents(path: &Path, text: &str, known: &[Value]) -> Vec<Value> {
         }
     }
     objects.retain(|object| is_named(path, object));
-    objects.iter().for_each(|object| complain(path, object));
+    objects.iter().for_each(|object| complain(path, object, known));
     if broken {
         let kept =
             known.iter().filter(|old| objects.iter().all(|new| identity(new) != identity(old)));
@@ -128,12 +128,15 @@ fn is_named(path: &Path, object: &Value) -> bool {
     named
 }
 
-/// Says what the API would not take; what can be read counts.
-fn complain(path: &Path, object: &Value) {
+/// Says what the API would not take, unless it was said of the same object before; what can be read counts.
+fn complain(path: &Path, object: &Value, known: &[Value]) {
+    if known.contains(object) {
+        return;
+    }
     let text = |value: Option<&Value>| value.and_then(Value::as_str).unwrap_or("?").to_owned();
     let (kind, name) = (text(object.get("kind")), text(object.pointer("/metadata/name")));
     for complaint in strict::complaints(&kind, object) {
-        tracing::warn!("{}: {kind} {name}: {complaint}; it does not count", path.display());
+        tracing::warn!("{}: {kind} {name}: the API would refuse it: {complaint}", path.display());
     }
 }
 
