@@ -26,7 +26,12 @@ fn object(name: &str) -> ObjectName {
 
 fn service(name: &str, host: u8) -> Update {
     let service: raw::Service = serde_json::from_value(json!({
-        "metadata": {"name": name, "namespace": "default", "resourceVersion": "1"},
+        "metadata": {
+            "name": name,
+            "namespace": "default",
+            "resourceVersion": "1",
+            "creationTimestamp": "2026-01-01T00:00:00Z",
+        },
         "spec": {"clusterIP": format!("10.96.0.{host}"), "ports": [{"port": 80}]},
     }))
     .unwrap();

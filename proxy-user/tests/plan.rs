@@ -173,6 +173,14 @@ fn winners(wanted: &Tables) -> BTreeMap<Frontend, PortId> {
     claims.into_iter().map(|(frontend, (_, port))| (frontend, port.clone())).collect()
 }
 
+/// The flags of a Service port's frontend, without its algorithm.
+fn flags(wanted: &Tables, port: &PortId, frontend: &Frontend) -> Option<u32> {
+    let Access { refuses, local_for_outside, .. } = *wanted.get(port)?.frontends.get(frontend)?;
+    let flag = |set: bool, flag: u32| if set { flag } else { 0 };
+    let local = flag(local_for_outside, ServiceValue::LOCAL_FOR_OUTSIDE);
+    Some(flag(refuses, ServiceValue::REFUSES) | local)
+}
+
 /// One step of a history: a new state, what happens before it, and whether the agent is killed.
 #[derive(Clone, Debug)]
 struct Step {
@@ -309,6 +317,16 @@ impl Agent {
                 let whole = is(&self.held) || is(wanted);
                 assert!(whole, "{port:?} is half changed after {op:?}");
             }
+            for (frontend, lead) in &self.maps.services {
+                let port = self.maps.resolve(frontend).0;
+                let access = lead.flags % (1 << ServiceValue::ALGORITHM_SHIFT);
+                let is = |tables: &Tables| flags(tables, &port, frontend) == Some(access);
+                assert!(is(&self.held) || is(wanted), "{frontend:?} has {lead:?} after {op:?}");
+                let chooses = |tables: &Tables| {
+                    tables.get(&port).is_some_and(|port| port.algorithm.is_in(lead.flags))
+                };
+                assert!(chooses(&self.held) || chooses(wanted), "{frontend:?} has {lead:?}");
+            }
         }
     }
 
@@ -370,4 +388,30 @@ proptest! {
             prop_assert_eq!(after[backend], *number);
         }
     }
+}
+
+#[test]
+fn without_room_for_maglevs_table_a_service_is_served_in_a_plain_way() {
+    let small = Capacity { slots: 10, ..CAPACITY };
+    let id = port_ids().next().unwrap();
+    let backend = |host| Backend {
+        address: SocketAddr::new(address(IpFamily::V4, host), 8080),
+        usable: true,
+        usable_local: false,
+        serving: true,
+        local: false,
+        weight: 1,
+    };
+    let vip = Frontend { vip: address(IpFamily::V4, 1), port: 80, protocol: Protocol::Tcp };
+    let wanted = Port {
+        frontends: [(vip, Access::default())].into(),
+        backends: (10..13).map(backend).collect(),
+        ..Port::default()
+    };
+    let mut agent = Agent { planner: Planner::new(small), ..Agent::new() };
+    let tables = Tables::from([(id, wanted)]);
+    let ops = agent.plan(&tables);
+    agent.write(&ops, &tables);
+    agent.maps.assert_holds(&tables);
+    assert_eq!(agent.maps.services[&vip].cluster.count, 3);
 }

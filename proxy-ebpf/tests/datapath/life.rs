@@ -6,7 +6,7 @@ use std::net::{IpAddr, SocketAddr};
 use proxy_common::settings::ticks;
 use proxy_common::tables::ServiceValue;
 use proxy_common::tables::Side::{Egress, Ingress};
-use proxy_common::testing::{Hook, Packet, Service};
+use proxy_common::testing::{Hook, NODE, Packet, Service};
 use proxy_common::{Outcome, V4, proto};
 use proxy_ebpf::testing::{Buffer, Host};
 
@@ -139,6 +139,29 @@ fn a_client_stays_with_its_backend_while_it_is_there_kp_95_to_97() {
     host.serve(&[service(&left)]);
     let next = reached(&host, 1, 4001);
     assert!(next != last && (4002..4010).all(|port| reached(&host, 1, port) == next));
+}
+
+#[test]
+fn an_answer_that_comes_too_late_is_a_strangers() {
+    let host = serving(proto::UDP, &[pod()]);
+    host.see(Hook::Ingress, &Packet::udp(Ingress, client(), vip()).frame());
+    pass(&host, 90);
+    let answer = Packet::udp(Egress, pod(), client()).frame();
+    assert_eq!(host.see(Hook::Egress, &answer).0, Outcome::NotService);
+}
+
+#[test]
+fn answers_to_the_nodes_own_connections_are_not_taken_for_new_ones() {
+    let mut host = Host::<V4>::new();
+    let node_port = Service { flags: 0, ..Service::new(at("0.0.0.0:40000"), proto::TCP, &[pod()]) };
+    host.serve(&[node_port]);
+    let node = SocketAddr::new(NODE[0], 40_000);
+    let seen = |flags| {
+        let packet = Packet::tcp(Ingress, at("198.51.100.1:443"), node, flags);
+        host.see(Hook::Uplink, &packet.frame()).0
+    };
+    assert_eq!((seen(SYN | ACK), seen(ACK)), (Outcome::NotService, Outcome::NotService));
+    assert_eq!(seen(SYN), Outcome::Masqueraded);
 }
 
 #[test]
