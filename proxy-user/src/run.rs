@@ -230,8 +230,9 @@ impl Node {
         self.agent.take_notices().into_iter().for_each(|notice| self.events.tell(notice));
         if self.agent.is_ready() {
             // Not before the node's addresses are marked: answers of masqueraded pods need that.
-            if let Some(exits) = self.exits.take() {
-                self.datapath.set_exits(&exits)?;
+            if let Some(Err(error)) = self.exits.take().map(|exits| self.datapath.set_exits(&exits))
+            {
+                tracing::warn!("pods may leave the cluster with their own addresses: {error:#}");
             }
             if let Some((checks, at)) = self.agent.changed_health_checks() {
                 self.checks.set(&checks, &at).await;

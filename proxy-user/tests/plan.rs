@@ -392,7 +392,7 @@ proptest! {
 
 #[test]
 fn without_room_for_maglevs_table_a_service_is_served_in_a_plain_way() {
-    let small = Capacity { slots: 10, ..CAPACITY };
+    let small = Capacity { slots: 3, ..CAPACITY };
     let id = port_ids().next().unwrap();
     let backend = |host| Backend {
         address: SocketAddr::new(address(IpFamily::V4, host), 8080),
@@ -409,9 +409,16 @@ fn without_room_for_maglevs_table_a_service_is_served_in_a_plain_way() {
         ..Port::default()
     };
     let mut agent = Agent { planner: Planner::new(small), ..Agent::new() };
-    let tables = Tables::from([(id, wanted)]);
+    let tables = Tables::from([(id.clone(), wanted.clone())]);
     let ops = agent.plan(&tables);
     agent.write(&ops, &tables);
     agent.maps.assert_holds(&tables);
     assert_eq!(agent.maps.services[&vip].cluster.count, 3);
+    // What it has, it keeps: a change of something else needs no room.
+    agent.held = tables;
+    let tables = Tables::from([(id, Port { affinity: 100, ..wanted })]);
+    let ops = agent.plan(&tables);
+    assert!(matches!(ops.as_slice(), [Op::Lead { .. }]), "{ops:?}");
+    agent.write(&ops, &tables);
+    agent.maps.assert_holds(&tables);
 }

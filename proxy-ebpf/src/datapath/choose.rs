@@ -55,11 +55,11 @@ pub fn frontend<F: Family, T: Tables<F>>(
     Err(if mark.has(ServiceValue::REFUSES) { Failure::Refused } else { Failure::NotService })
 }
 
-/// The key under which a client is looked for among a Service's source ranges.
+/// The key under which an address is looked for among the ranges of a Service of that number.
 #[inline(always)]
-pub fn source_range<F: Family>(service: &Service, client: F::Addr) -> SourceRange<F> {
+pub fn source_range<F: Family>(service: u32, address: F::Addr) -> SourceRange<F> {
     let prefix = RangeData::<F>::SERVICE_BITS + u32::from(F::BITS);
-    SourceRange { prefix, data: RangeData { service: service.id.to_be_bytes(), address: client } }
+    SourceRange { prefix, data: RangeData { service: service.to_be_bytes(), address } }
 }
 
 /// One of the Service's backends: the one that the client stays with, or one chosen by the number that

@@ -2,10 +2,10 @@
 //! (`--masquerade-pods`): at egress of the uplink that the host stack has chosen. Such a flow has no
 //! Service, number 0, and no backend.
 
-use proxy_common::tables::{Part, RangeData, Side, SourceRange, Work};
+use proxy_common::tables::{Part, Side, Work};
 use proxy_common::{Family, Outcome, Port, proto};
 
-use super::choose::Failure;
+use super::choose::{self, Failure};
 use super::{Tables, open};
 use crate::packet::{Frame, Wire, has_ports, tcp};
 
@@ -28,7 +28,8 @@ pub fn open<F: Family, T: Tables<F>>(
         return Err(Failure::NotService);
     }
     let Some(exit) = tables.exit(link) else { return Err(Failure::NotService) };
-    work.range = left_alone(work.key.dst);
+    // The ranges left alone are those of no Service.
+    work.range = choose::source_range(0, work.key.dst);
     if tables.is_in_range(&work.range) {
         return Err(Failure::NotService);
     }
@@ -50,13 +51,6 @@ pub fn admit<F: Family, T: Tables<F>>(tables: &T, work: &mut Work<F>) {
     if is_asked {
         open::admit(tables, work);
     }
-}
-
-/// The key under which an address is looked for among those that pods are not masqueraded for.
-#[inline(always)]
-fn left_alone<F: Family>(address: F::Addr) -> SourceRange<F> {
-    let prefix = RangeData::<F>::SERVICE_BITS + u32::from(F::BITS);
-    SourceRange { prefix, data: RangeData { service: [0; 4], address } }
 }
 
 /// Gives an ICMP echo of a masqueraded flow ports: its identifier stands for the pod's. False if it is no

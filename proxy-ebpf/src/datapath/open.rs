@@ -193,7 +193,7 @@ fn asker<F: Family, T: Tables<F>>(
     client: Client,
 ) -> Asker {
     let allowed = if service.has(ServiceValue::SOURCE_RANGES) {
-        work.range = choose::source_range(service, work.key.src);
+        work.range = choose::source_range(service.id, work.key.src);
         tables.is_in_range(&work.range)
     } else {
         true

@@ -260,17 +260,8 @@ impl Planner {
         if *room < fresh {
             return Err(full("source ranges"));
         }
-        let mut filling = Filling::of(wanted, |backends| spread(wanted.algorithm, backends));
-        let run = if held.needs_slots(&filling) {
-            let run = self.runs.take(filling.len()).or_else(|| {
-                // Served in a plain way is better than not at all.
-                filling = Filling::of(wanted, sparse);
-                self.runs.take(filling.len())
-            });
-            Some(run.ok_or_else(|| full("slots"))?)
-        } else {
-            None
-        };
+        let (filling, run) =
+            find_room(&mut self.runs, held, wanted).ok_or_else(|| full("slots"))?;
         *room -= fresh;
         held.number_backends(port.family, numbers, wanted, ops);
         if let Some(run) = run {
@@ -344,6 +335,25 @@ impl Planner {
         ops.push(Op::Unname { id: held.id });
         self.ids.retire(now + GRACE, held.id);
     }
+}
+
+/// What a Service port's slots are to hold, and a fresh run for that if it is not what they hold.
+/// `None` if there is no room.
+fn find_room(runs: &mut Runs, held: &Held, wanted: &Port) -> Option<(Filling, Option<Range>)> {
+    let filling = Filling::of(wanted, |backends| spread(wanted.algorithm, backends));
+    if !held.needs_slots(&filling) {
+        return Some((filling, None));
+    }
+    if let Some(run) = runs.take(filling.len()) {
+        return Some((filling, Some(run)));
+    }
+    // Served in a plain way is better than not at all.
+    let filling = Filling::of(wanted, sparse);
+    if !held.needs_slots(&filling) {
+        return Some((filling, None));
+    }
+    let run = runs.take(filling.len())?;
+    Some((filling, Some(run)))
 }
 
 impl Held {
