@@ -2,19 +2,20 @@
 //! balancer IPs; clients outside, in pods and on nodes; policies, affinity, source ranges.
 
 use std::collections::BTreeSet;
-use std::io::{ErrorKind, Read, Write};
+use std::io::{Read, Write};
 use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
 
-use portal::testing::client::{Connection, exchange, tcp, tcp_from_port, udp, udp_socket};
+use portal::testing::client::{
+    Connection, exchange, is_refused, tcp, tcp_from_port, udp, udp_socket,
+};
 use portal::testing::cluster::{Cluster, VIPS, at};
 use portal::testing::namespace::Namespace;
+use portal::testing::objects::node_ports;
 use portal::testing::world::{CNIS, Cni, OUTSIDER4, OUTSIDER6, Pod};
 use portal::testing::{eventually, objects, server};
 use serde_json::{Value, json};
 use socket2::{Domain, Protocol, Socket, Type};
-
-const NODE_PORT: u16 = 30_080;
 
 fn start(cni: Cni) -> Cluster {
     Cluster::start(
@@ -22,10 +23,6 @@ fn start(cni: Cni) -> Cluster {
         Path::new(env!("CARGO_BIN_EXE_portal")),
         &["--cluster-cidr", "10.244.0.0/16,fd00:244::/32"],
     )
-}
-
-fn node_ports() -> Value {
-    json!({"spec": {"type": "NodePort", "ports": [{"nodePort": NODE_PORT}, {"nodePort": NODE_PORT}]}})
 }
 
 /// A server on node 1, with a `NodePort`, and someone outside.
@@ -51,7 +48,7 @@ impl Stage {
 
     /// The `NodePort` of a node.
     fn at(&self, node: usize, v6: bool) -> SocketAddr {
-        SocketAddr::new(self.cluster.world.nodes[node].address(v6), NODE_PORT)
+        self.cluster.node_port(node, v6)
     }
 
     fn own(v6: bool) -> IpAddr {
@@ -309,19 +306,6 @@ fn ping(from: &Namespace, to: IpAddr) -> std::io::Result<()> {
     Ok(())
 }
 
-/// Sends a datagram that a node drops, as its counter of an outcome says, and looks whether nobody
-/// was told.
-fn assert_dropped(stage: &Stage, node: usize, outcome: &str, from: &Namespace, to: SocketAddr) {
-    let before = stage.cluster.outcomes(node, outcome);
-    let socket = udp_socket(from, to.is_ipv6(), 0).unwrap();
-    from.run(|| socket.connect(to)).unwrap();
-    socket.send(b"x").unwrap();
-    eventually(outcome, || (stage.cluster.outcomes(node, outcome) > before).then_some(()));
-    socket.set_nonblocking(true).unwrap();
-    let heard = socket.recv(&mut [0; 64]);
-    assert!(matches!(&heard, Err(error) if error.kind() == ErrorKind::WouldBlock), "{heard:?}");
-}
-
 #[test]
 fn external_policy_local_keeps_the_clients_address_and_drops_where_there_is_no_pod() {
     let more = json!({"spec": {"externalTrafficPolicy": "Local"}});
@@ -332,7 +316,7 @@ fn external_policy_local_keeps_the_clients_address_and_drops_where_there_is_no_p
             let connection = tcp(&stage.outsider, stage.at(1, v6)).unwrap();
             assert_eq!(connection.seen_as.ip(), Stage::own(v6));
             // KP-55; but pods and the node itself are led on (KP-53, 54).
-            assert_dropped(&stage, 0, "no_local", &stage.outsider, stage.at(0, v6));
+            stage.cluster.assert_dropped(0, "no_local", &stage.outsider, stage.at(0, v6));
             assert_eq!(tcp(&client.namespace, stage.at(0, v6)).unwrap().server, "server");
             assert!(stage.cluster.probe(0, "tcp", stage.at(0, v6)).unwrap().starts_with("server "));
         }
@@ -389,11 +373,6 @@ fn the_balancer_is_told_which_node_has_pods_kp_101_to_108() {
     eventually("the port is open again", || ask(1, true));
 }
 
-/// Whether a connection is refused.
-fn is_refused(from: &Namespace, to: SocketAddr) -> bool {
-    tcp(from, to).is_err_and(|error| error.kind() == ErrorKind::ConnectionRefused)
-}
-
 /// The e2e scenarios 3, 6, 7, 12 and 17 of kube-proxy's own tests.
 #[test]
 fn services_and_their_ports_come_go_and_come_back() {
@@ -438,7 +417,7 @@ fn internal_policy_local_asks_for_a_pod_of_the_clients_own_node() {
     for vip in VIPS {
         let clients =
             [0, 1].map(|node| stage.cluster.pod(node, &format!("c{node}-{}", vip.is_ipv6())));
-        assert_dropped(&stage, 0, "no_local", &clients[0].namespace, at(vip));
+        stage.cluster.assert_dropped(0, "no_local", &clients[0].namespace, at(vip));
         assert_eq!(tcp(&clients[1].namespace, at(vip)).unwrap().server, "server");
         assert!(stage.cluster.probe(0, "tcp", at(vip)).is_err());
         assert!(stage.cluster.probe(1, "tcp", at(vip)).unwrap().starts_with("server "));
@@ -458,8 +437,8 @@ fn source_ranges_let_in_and_keep_out() {
     let stage = Stage::new(Cni::Routed, &more);
     let (inside, outside) = (stage.cluster.pod(0, "inside"), stage.cluster.pod(1, "outside"));
     assert_eq!(tcp(&inside.namespace, at(balancer)).unwrap().server, "server");
-    assert_dropped(&stage, 1, "not_allowed", &outside.namespace, at(balancer));
-    assert_dropped(&stage, 0, "not_allowed", &stage.outsider, at(balancer));
+    stage.cluster.assert_dropped(1, "not_allowed", &outside.namespace, at(balancer));
+    stage.cluster.assert_dropped(0, "not_allowed", &stage.outsider, at(balancer));
     assert!(stage.cluster.probe(0, "tcp", at(balancer)).is_ok(), "the node is in a range");
     assert!(stage.cluster.probe(1, "tcp", at(balancer)).is_err(), "this one is not");
     // KP-90: the other doors are open.
@@ -478,7 +457,7 @@ fn a_client_stays_with_its_pod_over_all_doors_and_a_restart() {
     VIPS.iter().for_each(|vip| cluster.wait_backends(*vip, 3));
     let client = cluster.pod(0, "client");
     for vip in VIPS {
-        let node_port = SocketAddr::new(cluster.world.nodes[0].address(vip.is_ipv6()), NODE_PORT);
+        let node_port = cluster.node_port(0, vip.is_ipv6());
         let chosen = tcp(&client.namespace, at(vip)).unwrap().server;
         let stays = |cluster: &Cluster| {
             for _ in 0..8 {
@@ -660,7 +639,7 @@ fn pods_leave_the_cluster_with_the_nodes_address_if_that_is_asked_for() {
         for vip in VIPS {
             cluster.wait_backends(vip, 1);
             let v6 = vip.is_ipv6();
-            let to = SocketAddr::new(cluster.world.nodes[0].address(v6), NODE_PORT);
+            let to = cluster.node_port(0, v6);
             for _ in 0..3 {
                 assert!(cluster.probe(0, "udp", at(vip)).unwrap().starts_with("far "));
                 assert_eq!(udp(&outsider, to, b"x").unwrap().server, "far");

@@ -3,7 +3,7 @@
 //! endpoints come and go, Services that change their type and their policies.
 
 use std::collections::BTreeSet;
-use std::io::{BufRead, BufReader, ErrorKind, Write};
+use std::io::{BufRead, BufReader, Write};
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::path::Path;
 use std::process::{Child, ChildStdin, ChildStdout, Stdio};
@@ -11,10 +11,10 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use portal::testing::capture::Capture;
-use portal::testing::client::{tcp, udp, udp_socket};
+use portal::testing::client::{is_refused, tcp, udp, udp_socket};
 use portal::testing::cluster::{Cluster, TARGET, VIPS, at};
 use portal::testing::namespace::Namespace;
-use portal::testing::objects::{self, Port};
+use portal::testing::objects::{self, NODE_PORT, Port, node_ports};
 use portal::testing::server::{self, parse_greeting};
 use portal::testing::world::{CNIS, Cni, OUTSIDER4, OUTSIDER6, Pod};
 use portal::testing::{agent, eventually};
@@ -23,7 +23,6 @@ use proxy_common::testing::{Packet, Transport};
 use serde_json::{Value, json};
 use socket2::{Domain, Protocol, Socket, Type};
 
-const NODE_PORT: u16 = 30_080;
 const BALANCER: [&str; 2] = ["203.0.113.6", "2001:db8:113::6"];
 const PORTS: [Port<'static>; 2] = [("tcp", "TCP", 80), ("udp", "UDP", 80)];
 const TARGETS: [Port<'static>; 2] = [("tcp", "TCP", TARGET), ("udp", "UDP", TARGET)];
@@ -38,10 +37,6 @@ fn put_service(cluster: &Cluster, more: &Value) {
     let mut service = objects::service("web", &VIPS, &PORTS);
     objects::merge(&mut service, more);
     cluster.api.put(service);
-}
-
-fn node_ports() -> Value {
-    json!({"spec": {"type": "NodePort", "ports": [{"nodePort": NODE_PORT}, {"nodePort": NODE_PORT}]}})
 }
 
 /// A load balancer's Service, with more fields.
@@ -96,22 +91,6 @@ fn asked(from: &Namespace, to: SocketAddr) -> Option<String> {
     tcp(from, to).ok().map(|connection| connection.server)
 }
 
-fn is_refused(from: &Namespace, to: SocketAddr) -> bool {
-    tcp(from, to).is_err_and(|error| error.kind() == ErrorKind::ConnectionRefused)
-}
-
-fn node_port(cluster: &Cluster, node: usize, v6: bool) -> SocketAddr {
-    SocketAddr::new(cluster.world.nodes[node].address(v6), NODE_PORT)
-}
-
-/// A datagram that is dropped leaves nothing but a count.
-fn assert_dropped(cluster: &Cluster, node: usize, from: &Namespace, to: SocketAddr) {
-    let before = cluster.outcomes(node, "no_local");
-    let socket = udp_socket(from, to.is_ipv6(), 0).unwrap();
-    socket.send_to(b"x", to).unwrap();
-    eventually("it is dropped", || (cluster.outcomes(node, "no_local") > before).then_some(()));
-}
-
 /// 18, 19, 20, 36 and 38 of 2.1: which conditions of an endpoint let it be reached.
 #[test]
 fn endpoints_are_reached_in_the_conditions_that_allow_it() {
@@ -134,12 +113,12 @@ fn endpoints_are_reached_in_the_conditions_that_allow_it() {
                 cluster.wait_backends(vip, reached.into());
                 let v6 = vip.is_ipv6();
                 for namespace in [&near.namespace, &far.namespace] {
-                    for to in [at(vip), node_port(&cluster, 0, v6), node_port(&cluster, 1, v6)] {
+                    for to in [at(vip), cluster.node_port(0, v6), cluster.node_port(1, v6)] {
                         let who = asked(namespace, to);
                         assert_eq!(who.is_some(), reached, "{to} {ready} {serving} {terminating}");
                     }
                 }
-                let to = node_port(&cluster, 1, v6);
+                let to = cluster.node_port(1, v6);
                 assert_eq!(asked(&outsider, to).is_some(), reached, "{to} from outside");
             }
         }
@@ -168,13 +147,10 @@ fn terminating_endpoints_of_the_node_take_over_where_a_policy_is_local() {
         for vip in VIPS {
             let v6 = vip.is_ipv6();
             assert_eq!(asked(&near.namespace, at(vip)).as_deref(), Some("server"));
-            assert_dropped(&cluster, 1, &far.namespace, at(vip));
-            assert_eq!(asked(&outsider, node_port(&cluster, 0, v6)).as_deref(), Some("server"));
-            assert_dropped(&cluster, 1, &outsider, node_port(&cluster, 1, v6));
-            assert_eq!(
-                asked(&far.namespace, node_port(&cluster, 0, v6)).as_deref(),
-                Some("server")
-            );
+            cluster.assert_dropped(1, "no_local", &far.namespace, at(vip));
+            assert_eq!(asked(&outsider, cluster.node_port(0, v6)).as_deref(), Some("server"));
+            cluster.assert_dropped(1, "no_local", &outsider, cluster.node_port(1, v6));
+            assert_eq!(asked(&far.namespace, cluster.node_port(0, v6)).as_deref(), Some("server"));
         }
     }
 }
@@ -203,7 +179,7 @@ fn endpoints_on_the_hosts_network_are_served() {
         for vip in VIPS {
             cluster.wait_backends(vip, 1);
             let v6 = vip.is_ipv6();
-            for to in [at(vip), node_port(&cluster, 0, v6), node_port(&cluster, 1, v6)] {
+            for to in [at(vip), cluster.node_port(0, v6), cluster.node_port(1, v6)] {
                 for namespace in [&clients[0].namespace, &clients[1].namespace, &outsider] {
                     assert_eq!(asked(namespace, to).as_deref(), Some("host"), "TCP {to}");
                     assert_eq!(udp(namespace, to, &[7; 2000]).unwrap().server, "host", "UDP {to}");
@@ -223,7 +199,7 @@ fn endpoints_on_the_hosts_network_are_served() {
             eventually("n1 has no local endpoint", || cluster.probe(1, "tcp", at(vip)).err());
             assert!(cluster.probe(0, "tcp", at(vip)).is_ok());
             assert_eq!(asked(&clients[0].namespace, at(vip)).as_deref(), Some("host"));
-            assert_dropped(&cluster, 1, &clients[1].namespace, at(vip));
+            cluster.assert_dropped(1, "no_local", &clients[1].namespace, at(vip));
         }
     }
 }
@@ -299,8 +275,8 @@ fn datagrams_of_one_port_follow_the_endpoints() {
             let mut steady = Steady::new(&cluster, 0, at(vip));
             let mut senders: Vec<Sender<'_>> = vec![
                 ("ClusterIP", Box::new(|| answer(&socket, at(vip)))),
-                ("NodePort", Box::new(|| answer(&socket, node_port(&cluster, 1, v6)))),
-                ("from outside", Box::new(|| answer(&outside, node_port(&cluster, 0, v6)))),
+                ("NodePort", Box::new(|| answer(&socket, cluster.node_port(1, v6)))),
+                ("from outside", Box::new(|| answer(&outside, cluster.node_port(0, v6)))),
                 ("balancer", Box::new(|| answer(&outside, balancer))),
                 ("of the node", Box::new(move || steady.ask())),
             ];
@@ -357,8 +333,8 @@ fn affinity_and_policies_may_be_switched_on_and_off() {
             for round in 0..2 {
                 let doors = [
                     (&client.namespace, at(vip)),
-                    (&client.namespace, node_port(&cluster, 0, v6)),
-                    (&outsider, node_port(&cluster, 1, v6)),
+                    (&client.namespace, cluster.node_port(0, v6)),
+                    (&outsider, cluster.node_port(1, v6)),
                 ];
                 for (from, to) in doors {
                     with(json!({"sessionAffinity": "ClientIP"}));
@@ -370,14 +346,14 @@ fn affinity_and_policies_may_be_switched_on_and_off() {
                 with(json!({"externalTrafficPolicy": "Local"}));
                 eventually("n1 serves nobody outside", || {
                     let socket = udp_socket(&outsider, v6, 0).unwrap();
-                    answer(&socket, node_port(&cluster, 1, v6)).is_none().then_some(())
+                    answer(&socket, cluster.node_port(1, v6)).is_none().then_some(())
                 });
-                let seen_as = tcp(&outsider, node_port(&cluster, 0, v6)).unwrap().seen_as;
+                let seen_as = tcp(&outsider, cluster.node_port(0, v6)).unwrap().seen_as;
                 assert_eq!(seen_as.ip(), own);
-                let line = cluster.probe(1, "tcp", node_port(&cluster, 0, v6)).unwrap();
+                let line = cluster.probe(1, "tcp", cluster.node_port(0, v6)).unwrap();
                 assert!(line.starts_with('s'), "the node itself is led on: {line}");
                 with(json!({}));
-                let to = node_port(&cluster, 1, v6);
+                let to = cluster.node_port(1, v6);
                 eventually("n1 serves again", || {
                     let socket = udp_socket(&outsider, v6, 0).unwrap();
                     answer(&socket, to)
@@ -483,14 +459,14 @@ fn a_service_may_change_its_type_its_ports_and_who_may_ask() {
         put_service(&cluster, &external);
         closes(vip);
         put_service(&cluster, &node_ports());
-        opens(&outsider, node_port(&cluster, 0, v6));
+        opens(&outsider, cluster.node_port(0, v6));
         // A balancer's Service, at first without a NodePort.
         let mut fields = balanced(&json!({}));
         fields["spec"]["ports"] = json!([{}, {}]);
         put_service(&cluster, &fields);
         opens(&outsider, balancer);
         eventually("the NodePort is the node's again", || {
-            is_refused(&outsider, node_port(&cluster, 0, v6)).then_some(())
+            is_refused(&outsider, cluster.node_port(0, v6)).then_some(())
         });
         let moved = json!({"spec": {"ports": [{"port": 81, "nodePort": 30_081}, {"port": 81, "nodePort": 30_082}]}});
         put_service(&cluster, &balanced(&moved));
@@ -546,7 +522,7 @@ fn a_rolling_update_fails_no_connection() {
                 let doors = [
                     (&client.namespace, at(VIPS[usize::from(v6)])),
                     (&outsider, balancer),
-                    (&outsider, node_port(cluster, 0, v6)),
+                    (&outsider, cluster.node_port(0, v6)),
                 ];
                 scope.spawn(move || {
                     while !stop.load(Ordering::Relaxed) {
@@ -640,7 +616,7 @@ fn a_node_port_goes_before_a_process_that_listens_there() {
     set(&cluster, &[ready(&server)]);
     for vip in VIPS {
         cluster.wait_backends(vip, 1);
-        let to = node_port(&cluster, 0, vip.is_ipv6());
+        let to = cluster.node_port(0, vip.is_ipv6());
         server::tcp(&cluster.world.nodes[0].namespace, "process", to.ip(), NODE_PORT);
         assert_eq!(asked(&outsider, to).as_deref(), Some("server"));
         assert!(cluster.probe(0, "tcp", to).unwrap().starts_with("server "));
@@ -648,7 +624,7 @@ fn a_node_port_goes_before_a_process_that_listens_there() {
     // Without the Service it is.
     cluster.api.delete("Service", "web");
     for v6 in [false, true] {
-        let to = node_port(&cluster, 0, v6);
+        let to = cluster.node_port(0, v6);
         eventually("the process is heard", || {
             (asked(&outsider, to).as_deref() == Some("process")).then_some(())
         });

@@ -53,6 +53,12 @@ pub fn admit<F: Family, T: Tables<F>>(tables: &T, work: &mut Work<F>) {
     }
 }
 
+/// Whether the packet's flow is one that was only noted by [`admit`]: it keeps its source.
+#[inline(always)]
+pub fn is_admitted<F: Family>(work: &Work<F>) -> bool {
+    work.other.dst == work.key.src && work.other.dport == work.key.sport
+}
+
 /// Gives an ICMP echo of a masqueraded flow ports: its identifier stands for the pod's. False if it is no
 /// echo of that direction: requests go out, and their answers come in.
 #[inline(always)]

@@ -103,6 +103,8 @@ pub fn egress<F: Wire, P: Frame, T: Tables<F>>(
         Outcome::Replied
     } else {
         match open::promote(tables, work) {
+            // Nothing of it is translated: it goes on as if nobody had looked.
+            Some(Outcome::TableFull) if leave::is_admitted(work) => return Outcome::NotService,
             Some(outcome) => outcome,
             None => match leave::open(tables, work, frame.link()) {
                 Ok(outcome) => outcome,

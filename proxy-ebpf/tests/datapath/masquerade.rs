@@ -100,6 +100,10 @@ fn asked_by_its_own_address<F: HostFamily>() {
         assert_eq!(host.see(Hook::Uplink, &there.frame()), (asked, there.frame()));
         assert_eq!(host.see(Hook::Egress, &back.frame()), (answered, back.frame()));
     }
+    let (mut full, _) = masquerading::<F>();
+    full.capacity = 0;
+    full.see(Hook::Uplink, &there.frame());
+    assert_eq!(full.see(Hook::Egress, &back.frame()), (Outcome::NotService, back.frame()));
     // Nobody has asked from that port.
     let other = SocketAddr::new(cast.outside.ip(), 9);
     let unasked = Packet::udp(Egress, cast.pod, other);

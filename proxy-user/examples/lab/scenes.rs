@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::ErrorKind;
-use std::net::{IpAddr, SocketAddr};
+use std::net::IpAddr;
 use std::time::Instant;
 
 use portal::testing::capture::{Capture, Seen};
@@ -12,7 +12,7 @@ use portal::testing::eventually;
 use portal::testing::world::OUTSIDER4;
 
 use super::show::{Show, bars, command, packets, say, span};
-use super::stage::{NODE_PORT, Stage};
+use super::stage::Stage;
 
 /// What one connection looks like at the client, on the wire and to the server.
 pub fn one_connection(stage: &Stage, show: &mut Show) {
@@ -141,7 +141,7 @@ pub fn from_outside(stage: &Stage, show: &mut Show) {
     show.scene("The same from outside the cluster, by node n0's NodePort");
     let outsider = stage.cluster.world.outsider();
     let node = &stage.cluster.world.nodes[0];
-    let to = SocketAddr::new(node.v4().into(), NODE_PORT);
+    let to = stage.cluster.node_port(0, false);
     let answers: Vec<Connection> = (0..100).filter_map(|_| tcp(&outsider, to).ok()).collect();
     show.check(answers.len() == 100, format!("100 connections to {to} succeed"));
     let mut counts = BTreeMap::new();

@@ -10,18 +10,16 @@ use std::time::{Duration, Instant};
 use aya::maps::{Array, HashMap, Map, MapData};
 use portal::kernel::name_of;
 use portal::testing::cluster::{Cluster, VIPS, at};
+use portal::testing::objects::node_ports;
 use portal::testing::world::{BPFFS, Cni, Node, Pod};
 use portal::testing::{agent, client, eventually};
 use proxy_common::tables::{ServiceKey, ServiceValue};
 use proxy_common::{Family, V4, V6};
-use serde_json::json;
 
 use super::show::{Show, command, say, title};
 
 /// The Service's name.
 pub const SERVICE: &str = "webfrontend";
-/// The port of every node that leads to the Service.
-pub const NODE_PORT: u16 = 30_080;
 /// The cluster with its actors.
 pub struct Stage {
     /// Nodes, agents, API server.
@@ -70,9 +68,7 @@ impl Stage {
     pub fn serve(&self, pods: &[Pod]) -> Duration {
         let pods: Vec<&Pod> = pods.iter().collect();
         let started = Instant::now();
-        let ports = json!([{"nodePort": NODE_PORT}, {"nodePort": NODE_PORT}]);
-        let fields = json!({"spec": {"type": "NodePort", "ports": ports}});
-        self.cluster.expose_with(SERVICE, &VIPS, &pods, &fields);
+        self.cluster.expose_with(SERVICE, &VIPS, &pods, &node_ports());
         for node in &self.cluster.world.nodes {
             eventually("the kernel knows", || Self::knows(node, pods.len()).then_some(()));
         }

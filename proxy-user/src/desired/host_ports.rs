@@ -1,8 +1,10 @@
 //! Ports of the node that lead to its pods.
 
 use std::collections::BTreeMap;
+use std::hash::Hasher;
 use std::net::SocketAddr;
 
+use fnv::FnvHasher;
 use proxy_common::tables::Algorithm;
 
 use super::{Access, Backend, Frontend, Port, PortId, Tables};
@@ -61,11 +63,9 @@ fn short(name: &ObjectName) -> ObjectName {
     if name.name.len() <= LONGEST {
         return name.clone();
     }
-    let hash = name
-        .name
-        .bytes()
-        .fold(0x811c_9dc5_u32, |hash, byte| (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193));
-    let tail = format!("~{hash:08x}");
+    let mut hasher = FnvHasher::default();
+    hasher.write(name.name.as_bytes());
+    let tail = format!("~{:016x}", hasher.finish());
     let head: String = name.name.chars().take(LONGEST - tail.len()).collect();
     ObjectName { namespace: name.namespace.clone(), name: head + &tail }
 }

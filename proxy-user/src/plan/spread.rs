@@ -1,8 +1,10 @@
 //! How backends share a run of slots: Maglev's table, where a number stands for a backend as far as
 //! possible also after others come and go; or each as often as its weight says.
 
+use std::hash::Hasher;
 use std::net::{IpAddr, SocketAddr};
 
+use fnv::FnvHasher;
 use proxy_common::tables::Algorithm;
 
 /// Lengths of Maglev's table: primes, and few, since in a table of another length every number stands
@@ -93,16 +95,18 @@ impl Iterator for Permutation {
     }
 }
 
-/// A hash that is the same on every machine and in every version (FNV-1a and a multiplication).
+/// A hash that is the same on every machine and in every version.
 fn stable_hash(backend: SocketAddr, salt: u8) -> u64 {
     let address = match backend.ip() {
         IpAddr::V4(ip) => ip.to_ipv6_mapped().octets(),
         IpAddr::V6(ip) => ip.octets(),
     };
-    let bytes = address.into_iter().chain(backend.port().to_be_bytes()).chain([salt]);
-    let hash = bytes.fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
-        (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
-    });
+    let mut hasher = FnvHasher::default();
+    hasher.write(&address);
+    hasher.write(&backend.port().to_be_bytes());
+    hasher.write(&[salt]);
+    // FNV's last bytes reach its high bits late.
+    let hash = hasher.finish();
     (hash ^ (hash >> 29)).wrapping_mul(0xbf58_476d_1ce4_e5b9)
 }
 

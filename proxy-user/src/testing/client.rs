@@ -53,6 +53,11 @@ pub fn tcp_from_port(from: &Namespace, to: SocketAddr, port: u16) -> io::Result<
     greeted(stream)
 }
 
+/// Whether a connection is refused.
+pub fn is_refused(from: &Namespace, to: SocketAddr) -> bool {
+    tcp(from, to).is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused)
+}
+
 fn greeted(stream: TcpStream) -> io::Result<Connection> {
     stream.set_read_timeout(Some(PATIENCE))?;
     stream.set_write_timeout(Some(PATIENCE))?;

@@ -1,5 +1,6 @@
 //! A whole cluster: a world, an API server stand-in, and an agent on each node.
 
+use std::io::ErrorKind;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 
@@ -7,7 +8,9 @@ use serde_json::Value;
 
 use super::agent::{Agent, command, http, provide_api};
 use super::apiserver::ApiServer;
-use super::objects::{self, Port};
+use super::client::udp_socket;
+use super::namespace::Namespace;
+use super::objects::{self, NODE_PORT, Port};
 use super::world::{Cni, Pod, World};
 use super::{eventually, server};
 
@@ -144,6 +147,24 @@ impl Cluster {
         let line = format!("portal_outcomes_total{{outcome=\"{label}\"}} ");
         let count = metrics.lines().find_map(|text| text.strip_prefix(&line)).expect("a counter");
         count.parse().expect("a number")
+    }
+
+    /// Where a node has the `NodePort` of [`objects::node_ports`].
+    pub fn node_port(&self, node: usize, v6: bool) -> SocketAddr {
+        SocketAddr::new(self.world.nodes[node].address(v6), NODE_PORT)
+    }
+
+    /// Sends a datagram that a node drops, as its counter of an outcome says, and looks whether nobody
+    /// was told.
+    pub fn assert_dropped(&self, node: usize, outcome: &str, from: &Namespace, to: SocketAddr) {
+        let before = self.outcomes(node, outcome);
+        let socket = udp_socket(from, to.is_ipv6(), 0).expect("a socket");
+        from.run(|| socket.connect(to)).expect("a route");
+        socket.send(b"x").expect("a link");
+        eventually(outcome, || (self.outcomes(node, outcome) > before).then_some(()));
+        socket.set_nonblocking(true).expect("a socket");
+        let heard = socket.recv(&mut [0; 64]);
+        assert!(matches!(&heard, Err(error) if error.kind() == ErrorKind::WouldBlock), "{heard:?}");
     }
 
     /// What `portal` prints with `-o json` on a node.

@@ -60,13 +60,13 @@ impl Namespace {
     }
 
     /// Configures links, addresses and routes in this namespace.
-    pub fn netlink<T: Send>(&self, f: impl AsyncFnOnce(super::world::Net) -> T + Send) -> T {
+    pub fn netlink<T: Send>(&self, f: impl AsyncFnOnce(super::net::Net) -> T + Send) -> T {
         self.run(|| {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
             runtime.expect("a runtime").block_on(async {
                 let (connection, handle, _) = rtnetlink::new_connection().expect("netlink");
                 let connection = tokio::spawn(connection);
-                let result = f(super::world::Net { handle }).await;
+                let result = f(super::net::Net { handle }).await;
                 connection.abort();
                 result
             })

@@ -41,6 +41,14 @@ pub fn service(name: &str, cluster_ips: &[IpAddr], ports: &[Port<'_>]) -> Value 
     })
 }
 
+/// The `NodePort` of [`node_ports`].
+pub const NODE_PORT: u16 = 30_080;
+
+/// The fields that make a Service with two ports one with a `NodePort`, the same for both protocols.
+pub fn node_ports() -> Value {
+    json!({"spec": {"type": "NodePort", "ports": [{"nodePort": NODE_PORT}, {"nodePort": NODE_PORT}]}})
+}
+
 /// A ready endpoint on a node.
 pub fn endpoint(address: IpAddr, node: &str) -> Value {
     json!({

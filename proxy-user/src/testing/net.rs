@@ -1,0 +1,167 @@
+//! Configures the network of a namespace by netlink.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::os::fd::AsRawFd;
+
+use rtnetlink::packet_route::address::AddressHeaderFlags;
+use rtnetlink::packet_route::route::RouteMessage;
+use rtnetlink::{
+    Handle, LinkBridge, LinkMessageBuilder, LinkUnspec, LinkVeth, LinkVxlan, RouteMessageBuilder,
+};
+
+use super::namespace::Namespace;
+
+/// Links, addresses and routes of the namespace that the calling thread is in.
+pub struct Net {
+    pub(super) handle: Handle,
+}
+
+impl Net {
+    /// The index of a link.
+    pub async fn index(&self, link: &str) -> u32 {
+        use futures::TryStreamExt;
+        let mut found = self.handle.link().get().match_name(link.to_owned()).execute();
+        let message = found.try_next().await.ok().flatten();
+        message.unwrap_or_else(|| panic!("no link {link}")).header.index
+    }
+
+    /// Makes a pair of links: `name` here, `peer` in another namespace.
+    pub async fn veth(&self, name: &str, peer: &str, namespace: &Namespace) {
+        // By a name of its own until it has moved: the peer's may be taken here.
+        let passing = format!("{name}-peer");
+        let pair = LinkVeth::new(name, &passing).build();
+        self.handle.link().add(pair).execute().await.expect("a veth pair");
+        let index = self.index(&passing).await;
+        let fd = namespace.fd().as_raw_fd();
+        let moved = LinkUnspec::new_with_index(index).setns_by_fd(fd).name(peer.to_owned());
+        self.handle.link().set(moved.build()).execute().await.expect("the peer moves");
+    }
+
+    /// Makes a bridge.
+    pub async fn bridge(&self, name: &str) {
+        let bridge = LinkBridge::new(name).build();
+        self.handle.link().add(bridge).execute().await.expect("a bridge");
+    }
+
+    /// How many traffic control filters a link has.
+    pub async fn filters(&self, link: &str) -> usize {
+        use futures::TryStreamExt;
+        let index = i32::try_from(self.index(link).await).expect("a small number");
+        let mut count = 0;
+        for ingress in [true, false] {
+            let mut filters = self.handle.traffic_filter(index);
+            let request = filters.get();
+            let request = if ingress { request.ingress() } else { request.egress() };
+            // The kernel tells of each filter's chain head too, which has no handle.
+            let mut found = request.execute();
+            while let Ok(Some(filter)) = found.try_next().await {
+                count += usize::from(u32::from(filter.header.handle) != 0);
+            }
+        }
+        count
+    }
+
+    /// Makes a vxlan tunnel to another node.
+    pub async fn vxlan(&self, name: &str, remote: Ipv4Addr) {
+        let tunnel = LinkVxlan::new(name, 1).remote(remote).port(4789).build();
+        self.handle.link().add(tunnel).execute().await.expect("a vxlan tunnel");
+        self.mtu(name, 1450).await;
+    }
+
+    /// Makes a link a bridge's port.
+    pub async fn enslave(&self, link: &str, bridge: &str) {
+        let controller = self.index(bridge).await;
+        self.set(link, |message| message.controller(controller)).await;
+    }
+
+    /// Brings a link up.
+    pub async fn up(&self, link: &str) {
+        self.set(link, LinkMessageBuilder::up).await;
+    }
+
+    /// Sets a link's MTU.
+    pub async fn mtu(&self, link: &str, mtu: u32) {
+        self.set(link, |message| message.mtu(mtu)).await;
+    }
+
+    async fn set(
+        &self,
+        link: &str,
+        change: impl FnOnce(LinkMessageBuilder<LinkUnspec>) -> LinkMessageBuilder<LinkUnspec>,
+    ) {
+        let message = change(LinkUnspec::new_with_index(self.index(link).await)).build();
+        let result = self.handle.link().set(message).execute().await;
+        result.unwrap_or_else(|error| panic!("link {link}: {error}"));
+    }
+
+    /// Removes a link.
+    pub async fn remove(&self, link: &str) {
+        let index = self.index(link).await;
+        self.handle.link().del(index).execute().await.expect("the link goes");
+    }
+
+    /// Gives a link an address.
+    pub async fn address(&self, link: &str, address: IpAddr, prefix: u8) {
+        let index = self.index(link).await;
+        let mut request = self.handle.address().add(index, address, prefix);
+        // At once in use: nobody else can have it.
+        request.message_mut().header.flags = AddressHeaderFlags::Nodad;
+        let added = request.execute().await;
+        added.unwrap_or_else(|error| panic!("{address} on {link}: {error}"));
+    }
+
+    /// Adds a route by a gateway.
+    pub async fn route(&self, to: IpAddr, prefix: u8, gateway: IpAddr) {
+        let added = self.handle.route().add(by_gateway(to, prefix, gateway)).execute().await;
+        added.unwrap_or_else(|error| panic!("route to {to}/{prefix}: {error}"));
+    }
+
+    /// Removes a route by a gateway.
+    pub async fn unroute(&self, to: IpAddr, prefix: u8, gateway: IpAddr) {
+        let removed = self.handle.route().del(by_gateway(to, prefix, gateway)).execute().await;
+        removed.unwrap_or_else(|error| panic!("route to {to}/{prefix}: {error}"));
+    }
+
+    /// Adds an IPv6 route by a link-local gateway.
+    pub async fn route_by(&self, to: Ipv6Addr, prefix: u8, gateway: IpAddr, link: &str) {
+        let IpAddr::V6(gateway) = gateway else { panic!("{gateway} is no IPv6 address") };
+        let message = RouteMessageBuilder::<Ipv6Addr>::new()
+            .destination_prefix(to, prefix)
+            .gateway(gateway)
+            .output_interface(self.index(link).await)
+            .build();
+        self.handle.route().add(message).execute().await.expect("a route");
+    }
+
+    /// Adds a route to what a link leads to.
+    pub async fn link_route(&self, to: IpAddr, prefix: u8, link: &str) {
+        let index = self.index(link).await;
+        let message = match to {
+            IpAddr::V4(to) => RouteMessageBuilder::<Ipv4Addr>::new()
+                .destination_prefix(to, prefix)
+                .output_interface(index)
+                .scope(rtnetlink::packet_route::route::RouteScope::Link)
+                .build(),
+            IpAddr::V6(to) => RouteMessageBuilder::<Ipv6Addr>::new()
+                .destination_prefix(to, prefix)
+                .output_interface(index)
+                .build(),
+        };
+        let added = self.handle.route().add(message).execute().await;
+        added.unwrap_or_else(|error| panic!("route to {to}/{prefix}: {error}"));
+    }
+}
+
+fn by_gateway(to: IpAddr, prefix: u8, gateway: IpAddr) -> RouteMessage {
+    match (to, gateway) {
+        (IpAddr::V4(to), IpAddr::V4(gateway)) => RouteMessageBuilder::<Ipv4Addr>::new()
+            .destination_prefix(to, prefix)
+            .gateway(gateway)
+            .build(),
+        (IpAddr::V6(to), IpAddr::V6(gateway)) => RouteMessageBuilder::<Ipv6Addr>::new()
+            .destination_prefix(to, prefix)
+            .gateway(gateway)
+            .build(),
+        _ => panic!("a route to {to} by {gateway}"),
+    }
+}
