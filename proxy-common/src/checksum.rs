@@ -12,41 +12,43 @@
 
 use core::ops::Add;
 
-/// A change of a checksum: a one's complement sum, not yet folded to 16 bits.
+/// A change of a checksum: a one's complement sum of 32-bit words, not yet folded. Halves of such a word may be
+/// added apart or together: folding adds them up.
 #[derive(Clone, Copy, Default, Debug, PartialEq, Eq)]
 #[must_use]
 pub struct Delta {
-    sum: u32,
+    sum: u64,
 }
 
 impl Delta {
     /// Takes the 16-bit word `old` out of the sum and puts `new` in.
     #[inline(always)]
     pub const fn half(self, old: u16, new: u16) -> Self {
-        Self { sum: self.sum + (!old) as u32 + new as u32 }
+        Self { sum: self.sum + (!old) as u64 + new as u64 }
     }
 
     /// Takes the 32-bit word `old` out of the sum and puts `new` in.
     #[inline(always)]
-    #[expect(clippy::cast_possible_truncation, reason = "the two halves are what is wanted")]
     pub const fn word(self, old: u32, new: u32) -> Self {
-        self.half(old as u16, new as u16).half((old >> 16) as u16, (new >> 16) as u16)
+        Self { sum: self.sum + (!old) as u64 + new as u64 }
     }
 
     /// The sum as `bpf_l4_csum_replace` takes it.
     #[inline(always)]
+    #[expect(clippy::cast_possible_truncation, reason = "two folds leave 32 bits")]
     pub const fn sum(self) -> u32 {
-        self.sum
+        let sum = (self.sum & 0xffff_ffff) + (self.sum >> 32);
+        ((sum & 0xffff_ffff) + (sum >> 32)) as u32
     }
 
     /// The checksum `check` after this change.
     #[inline(always)]
     pub const fn apply(self, check: u16) -> u16 {
-        !fold((!check) as u32 + self.sum)
+        !fold(self.half(0xffff, !check).sum())
     }
 }
 
-/// Deltas of at most a few dozen words are added: 2 times 0xffff each, far from overflow.
+/// Deltas of at most a few dozen words are added: 2 times 2^32 each, far from overflow.
 impl Add for Delta {
     type Output = Self;
 

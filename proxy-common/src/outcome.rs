@@ -30,7 +30,7 @@ outcomes! {
     Opened = "opened",
     /// Packet of a flow, rewritten toward its backend.
     Forwarded = "forwarded",
-    /// First answer: the flow is established. Rewritten toward the client.
+    /// The client has shown that it hears its backend: the flow is live from now on. Rewritten.
     Established = "established",
     /// Packet of a flow, rewritten toward its client.
     Replied = "replied",
@@ -63,9 +63,10 @@ outcomes! {
     NotAllowed = "not_allowed",
     /// No way is known from this node to the backend, so the flow can't be masqueraded: dropped.
     NoRoute = "no_route",
-    /// No source port was free to keep two flows apart: dropped.
+    /// Every source port that was tried belongs to a flow that is alive: dropped.
     NoPort = "no_port",
-    /// The flow table is full, so a new flow is refused: dropped.
+    /// A flow is live, but the table of live flows has no room: it is served from where flows can be
+    /// evicted. Counted beside the packet's own outcome.
     TableFull = "table_full",
     /// The kernel refused to change the packet: dropped.
     NotWritable = "not_writable",

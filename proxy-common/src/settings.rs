@@ -1,6 +1,7 @@
 //! Read-only settings of a loaded program: frozen globals, fresh at every load, free to read.
 
-use crate::map_type;
+use crate::tables::State;
+use crate::{map_type, proto};
 
 /// The unit of time in flow records: 2^30 ns of `CLOCK_MONOTONIC`, about 1.07 s.
 ///
@@ -40,6 +41,53 @@ map_type! {
 }
 
 map_type! {
+    /// How long flows live, in ticks.
+    pub struct Lifetimes {
+        /// A TCP flow whose client has not shown yet that it hears the backend.
+        pub syn: u32,
+        /// An idle TCP connection.
+        pub tcp: u32,
+        /// The same after the first FIN.
+        pub half_closed: u32,
+        /// The source port of a TCP flow that has ended: as long as its backend may have the connection
+        /// in `TIME_WAIT`.
+        pub hold: u32,
+        /// A UDP flow that is no stream yet.
+        pub udp: u32,
+        /// An idle UDP stream: the client has sent again after an answer.
+        pub udp_stream: u32,
+    }
+}
+
+impl Lifetimes {
+    /// netfilter's (KP-116), and kube-proxy's hour of `CLOSE_WAIT`.
+    pub const DEFAULT: Self = Self {
+        syn: ticks(60),
+        tcp: ticks(24 * 3600),
+        half_closed: ticks(3600),
+        hold: ticks(60),
+        udp: ticks(30),
+        udp_stream: ticks(180),
+    };
+
+    /// How many ticks a direction in that state may be idle.
+    #[inline(always)]
+    pub const fn of(&self, number: u8, state: State) -> &u32 {
+        match (number == proto::TCP, state) {
+            (true, State::Established | State::Revived) => &self.tcp,
+            (true, State::Finished) => &self.half_closed,
+            (true, _) => &self.syn,
+            (false, State::Established | State::Revived) => &self.udp_stream,
+            (false, _) => &self.udp,
+        }
+    }
+}
+
+/// How far source ports that are handed out in turn are from each other. A prime, so that all have their turn if
+/// their number is no multiple of it.
+pub const PORT_STRIDE: u32 = 12_347;
+
+map_type! {
     /// What the agent tells its programs when it loads them.
     pub struct Settings {
         /// Seed of the flow hash; random per node, kept over restarts.
@@ -48,26 +96,22 @@ map_type! {
         pub coarse_clock: u32,
         /// 1: `bpf_set_retval` exists for socket hooks (5.18), so that a refusal is ECONNREFUSED.
         pub socket_errno: u32,
+        /// 1: `bpf_l4_csum_replace` knows `BPF_F_IPV6` (6.16, and some stable kernels before).
+        pub ipv6_sums: u32,
+        /// How the node's own network namespace is known: [`Settings::BY_COOKIE`] and its like.
+        pub netns: u32,
         /// The cookie, in two halves, of the node's network namespace; 0 if it is not known.
         pub netns_cookie: [u32; 2],
         /// 1: the sockets of all network namespaces are translated; 0: only those of the node's.
         pub all_sockets: u32,
-        /// Ticks that a flow lives without an answer.
-        pub syn_timeout: u32,
-        /// Ticks that an established TCP flow may be idle.
-        pub tcp_timeout: u32,
-        /// Ticks that a TCP flow may be idle after the first FIN.
-        pub half_closed_timeout: u32,
-        /// Ticks that a TCP flow lives after both FINs.
-        pub closing_timeout: u32,
-        /// Ticks that a UDP flow lives without an answer.
-        pub udp_timeout: u32,
-        /// Ticks that an answered UDP flow may be idle.
-        pub udp_stream_timeout: u32,
+        /// How long flows live.
+        pub lifetimes: Lifetimes,
         /// First source port that may replace a client's when two flows would be mixed up.
         pub first_port: u32,
-        /// How many ports follow from `first_port` on. At least 1.
+        /// How many ports follow from `first_port` on. At least 1, and no multiple of [`PORT_STRIDE`].
         pub port_count: u32,
+        /// How many CPUs there may be.
+        pub cpus: u32,
         /// 1: ICMP echo to VIPs is answered.
         pub vip_ping: u32,
         /// 1: pods' flows to `ClusterIPs` are masqueraded too (KP-82).
@@ -85,22 +129,26 @@ map_type! {
 }
 
 impl Settings {
-    /// The lifetimes of design section 4 (and kube-proxy's hour of `CLOSE_WAIT`, KP-116), no kernel
-    /// feature assumed.
+    /// The node's namespace is not known: no socket is the node's own.
+    pub const UNKNOWN: u32 = 0;
+    /// The node's namespace is the one with the cookie.
+    pub const BY_COOKIE: u32 = 1;
+    /// The node's namespace is the machine's first one.
+    pub const INITIAL: u32 = 2;
+
+    /// No kernel feature assumed.
     pub const DEFAULT: Self = Self {
         seed: 0,
         coarse_clock: 0,
         socket_errno: 0,
+        ipv6_sums: 0,
+        netns: Self::UNKNOWN,
         netns_cookie: [0; 2],
         all_sockets: 1,
-        syn_timeout: ticks(60),
-        tcp_timeout: ticks(6 * 3600),
-        half_closed_timeout: ticks(3600),
-        closing_timeout: ticks(10),
-        udp_timeout: ticks(60),
-        udp_stream_timeout: ticks(180),
-        first_port: 61_000,
-        port_count: 4_535,
+        lifetimes: Lifetimes::DEFAULT,
+        first_port: 32_768,
+        port_count: 32_768,
+        cpus: 1,
         vip_ping: 1,
         masquerade_all: 0,
         masquerade_pods: 0,

@@ -2,7 +2,7 @@
 //!
 //! Built for `target_arch = "bpf"` only. On the host it is an empty program, so that plain `cargo`
 //! commands work without an eBPF toolchain; feature `lint` shows its modules to clippy there.
-#![cfg_attr(target_arch = "bpf", no_std, no_main)]
+#![cfg_attr(target_arch = "bpf", no_std, no_main, feature(asm_experimental_arch))]
 #![cfg_attr(
     all(feature = "lint", not(target_arch = "bpf")),
     allow(dead_code, reason = "on the host nothing calls the hooks")

@@ -7,33 +7,41 @@ use core::ptr::NonNull;
 
 use aya_ebpf::Global;
 use aya_ebpf::bindings::{BPF_ANY, BPF_F_MMAPABLE, BPF_F_NO_PREALLOC, BPF_NOEXIST};
-use aya_ebpf::btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray};
-use aya_ebpf::helpers::{bpf_get_prandom_u32, bpf_ktime_get_coarse_ns, bpf_ktime_get_ns};
+use aya_ebpf::btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, ProgramArray};
+use aya_ebpf::helpers::{
+    bpf_get_prandom_u32, bpf_get_smp_processor_id, bpf_ktime_get_coarse_ns, bpf_ktime_get_ns,
+};
 use aya_ebpf::macros::btf_map;
 use aya_ebpf::maps::lpm_trie::Key;
+use aya_ebpf::programs::TcContext;
 use proxy_common::settings::{Settings, TICK_SHIFT};
 use proxy_common::tables::{
-    AffinityKey, AffinityValue, Backend, Config, Exit, FlowKey, FlowRecord, FlowValue, FragmentKey,
-    FragmentValue, Name, PeerKey, PeerValue, RangeData, ServiceKey, ServiceValue, SourceRange,
-    Work,
+    AffinityKey, AffinityValue, Backend, Config, EmbryoRecord, EmbryoValue, Exit, FlowKey,
+    FlowRecord, FlowValue, FragmentKey, FragmentValue, Name, PeerKey, PeerValue, RangeData,
+    ServiceKey, ServiceValue, Slots, SourceRange, Traffic, Way, Work,
 };
 use proxy_common::{Family, Outcome, V4, V6};
-use proxy_ebpf::datapath::{Refused, Service, Tables};
+use proxy_ebpf::datapath::{Refused, Service, Story, Tables};
 
 const ON_DEMAND: usize = BPF_F_NO_PREALLOC as usize;
 const MAPPED: usize = BPF_F_MMAPABLE as usize;
 
 const SERVICES: usize = 131_072;
-const SLOTS: usize = 2_097_152;
-const BACKENDS: usize = 262_144;
+const SLOTS: usize = 4_194_304;
+const BACKENDS: usize = 327_680;
+const WAYS: usize = 4_096;
 const FLOWS: usize = 524_288;
-const EMBRYOS: usize = 32_768;
+const EMBRYOS: usize = 262_144;
 const FRAGMENTS: usize = 8_192;
 const PEERS: usize = 65_536;
 const AFFINITIES: usize = 65_536;
 const RANGES: usize = 65_536;
 const EXITS: usize = 1_024;
 const OUTCOMES: usize = 64;
+const PORT_TURNS: usize = 4_096;
+const EXHAUSTED: usize = 1_024;
+/// For each story a program of either family, with Ethernet headers and without.
+const TAILS: usize = Story::COUNT * 4;
 
 const _: () = assert!(Outcome::ALL.len() <= OUTCOMES);
 
@@ -48,10 +56,24 @@ static NAMES: HashMap<u32, Name, SERVICES, ON_DEMAND> = HashMap::new();
 #[btf_map(name = "outcomes")]
 static OUTCOME_COUNTS: PerCpuArray<u64, OUTCOMES> = PerCpuArray::new();
 #[btf_map(name = "slots")]
-static SLOT_NUMBERS: Array<u64, SLOTS, MAPPED> = Array::new();
+static SLOT_NUMBERS: Array<Slots, { SLOTS / 2 }, MAPPED> = Array::new();
 
 #[btf_map(name = "turns")]
 static TURNS: Array<u32, SERVICES> = Array::new();
+#[btf_map(name = "port_turns")]
+static PORT_TURN: PerCpuArray<u32, PORT_TURNS> = PerCpuArray::new();
+#[btf_map(name = "traffic")]
+static TRAFFIC: Array<Traffic, SERVICES> = Array::new();
+#[btf_map(name = "tails")]
+static TAIL: ProgramArray<TAILS> = ProgramArray::new();
+
+/// Goes on with the program of a story. Returns only if there is none.
+#[inline(always)]
+pub fn tail_call(ctx: &TcContext, story: Story, is_v6: bool, has_ethernet: bool) {
+    let index = story as u32 * 4 + u32::from(is_v6) * 2 + u32::from(!has_ethernet);
+    // SAFETY: the program called is a classifier as the caller is, and nothing here needs to be dropped.
+    unsafe { TAIL.tail_call(ctx, index) };
+}
 
 /// Counts an outcome.
 #[inline(always)]
@@ -76,22 +98,42 @@ fn bump(counter: *mut u32, step: impl FnOnce(u32) -> u32) -> u32 {
     }
 }
 
+/// Adds to a counter that all CPUs share, atomically. The target has no such method, since it can't also
+/// return what was there before Linux 5.12.
+///
+/// # Safety
+/// The counter must be aligned and stay mapped.
+#[inline(always)]
+unsafe fn add(counter: *mut u64, more: u64) {
+    // SAFETY: the caller's promise; nothing else is touched.
+    #[cfg(target_arch = "bpf")]
+    unsafe {
+        core::arch::asm!("lock *(u64 *)({0} + 0) += {1}", in(reg) counter, in(reg) more, options(nostack));
+    }
+    #[cfg(not(target_arch = "bpf"))]
+    let _ = (counter, more);
+}
+
 /// What one family needs of the kernel's maps.
 macro_rules! tables {
     (
         $tables:ident, $family:ty,
         $services:ident = $services_name:literal, $backends:ident = $backends_name:literal,
+        $ways:ident = $ways_name:literal,
         $loads:ident = $loads_name:literal, $exits:ident = $exits_name:literal,
         $flows:ident = $flows_name:literal, $embryos:ident = $embryos_name:literal,
         $fragments:ident = $fragments_name:literal, $peers:ident = $peers_name:literal,
         $affinity:ident = $affinity_name:literal, $ranges:ident = $ranges_name:literal,
-        $scratch:ident = $scratch_name:literal, $pods:ident
+        $scratch:ident = $scratch_name:literal, $exhausted:ident = $exhausted_name:literal,
+        $pods:ident
     ) => {
         #[btf_map(name = $services_name)]
         static $services: HashMap<ServiceKey<$family>, ServiceValue, SERVICES, ON_DEMAND> =
             HashMap::new();
         #[btf_map(name = $backends_name)]
         static $backends: Array<Backend<$family>, BACKENDS, MAPPED> = Array::new();
+        #[btf_map(name = $ways_name)]
+        static $ways: Array<Way<$family>, WAYS, MAPPED> = Array::new();
         #[btf_map(name = $loads_name)]
         static $loads: Array<u32, BACKENDS, MAPPED> = Array::new();
         #[btf_map(name = $exits_name)]
@@ -100,7 +142,7 @@ macro_rules! tables {
         static $flows: HashMap<FlowKey<$family>, FlowValue<$family>, FLOWS, ON_DEMAND> =
             HashMap::new();
         #[btf_map(name = $embryos_name)]
-        static $embryos: LruHashMap<FlowKey<$family>, FlowValue<$family>, EMBRYOS> =
+        static $embryos: LruHashMap<FlowKey<$family>, EmbryoValue<$family>, EMBRYOS> =
             LruHashMap::new();
         #[btf_map(name = $fragments_name)]
         static $fragments: LruHashMap<FragmentKey<$family>, FragmentValue, FRAGMENTS> =
@@ -112,6 +154,8 @@ macro_rules! tables {
             LruHashMap::new();
         #[btf_map(name = $ranges_name)]
         static $ranges: LpmTrie<RangeData<$family>, u32, RANGES> = LpmTrie::new();
+        #[btf_map(name = $exhausted_name)]
+        static $exhausted: HashMap<u32, u64, EXHAUSTED, ON_DEMAND> = HashMap::new();
         #[btf_map(name = $scratch_name)]
         static $scratch: PerCpuArray<Work<$family>, 1> = PerCpuArray::new();
 
@@ -151,6 +195,12 @@ macro_rules! tables {
             }
 
             #[inline(always)]
+            fn microseconds(&self) -> u32 {
+                // SAFETY: the helper only reads a clock.
+                (unsafe { bpf_ktime_get_ns() } / 1_000) as u32
+            }
+
+            #[inline(always)]
             fn random(&self) -> u32 {
                 // SAFETY: the helper only makes a number.
                 unsafe { bpf_get_prandom_u32() }
@@ -165,29 +215,41 @@ macro_rules! tables {
             fn service(&self, key: &ServiceKey<$family>) -> Option<Service> {
                 let value = $services.get_ptr(key)?;
                 // SAFETY: the lookup's pointer stays readable while the program runs. The element may
-                // be reused meanwhile, so each field is read once and the tag, which the kernel writes
-                // first, is compared afterwards.
-                unsafe {
-                    let service = Service {
+                // be reused meanwhile, so each field is read once and the tag compared with them.
+                let read = unsafe {
+                    ServiceValue {
                         id: (&raw const (*value).id).read_volatile(),
                         cluster: (&raw const (*value).cluster).read_volatile(),
                         local: (&raw const (*value).local).read_volatile(),
                         affinity: (&raw const (*value).affinity).read_volatile(),
                         flags: (&raw const (*value).flags).read_volatile(),
-                    };
-                    let tag = (&raw const (*value).tag).read_volatile();
-                    (tag == key.tag()).then_some(service)
-                }
+                        tag: (&raw const (*value).tag).read_volatile(),
+                    }
+                };
+                let ServiceValue { id, cluster, local, affinity, flags, tag } = read;
+                let service = Service { id, cluster, local, affinity, flags };
+                (tag == read.tag_of(key)).then_some(service)
+            }
+
+            #[inline(always)]
+            fn has_service(&self, key: &ServiceKey<$family>) -> bool {
+                $services.get_ptr(key).is_some()
             }
 
             #[inline(always)]
             fn slot(&self, index: u32) -> Option<u32> {
-                SLOT_NUMBERS.get(index).map(|number| *number as u32)
+                let [even, odd] = SLOT_NUMBERS.get(index / 2)?.numbers;
+                Some(if index % 2 == 0 { even } else { odd })
             }
 
             #[inline(always)]
             fn backend(&self, number: u32) -> Option<Backend<$family>> {
                 $backends.get(number).copied()
+            }
+
+            #[inline(always)]
+            fn way(&self, number: u32) -> Option<Way<$family>> {
+                $ways.get(number).copied()
             }
 
             #[inline(always)]
@@ -245,12 +307,17 @@ macro_rules! tables {
 
             #[inline(always)]
             fn flow(&self, key: &FlowKey<$family>) -> Option<FlowRecord<'_, $family>> {
-                record($flows.get_ptr_mut(key)?)
+                let value = NonNull::new($flows.get_ptr_mut(key)?)?;
+                // SAFETY: a map element stays mapped while the program runs, and the datapath reaches it
+                // through records only.
+                Some(unsafe { FlowRecord::new(value) })
             }
 
             #[inline(always)]
-            fn embryo(&self, key: &FlowKey<$family>) -> Option<FlowRecord<'_, $family>> {
-                record($embryos.get_ptr_mut(key)?)
+            fn embryo(&self, key: &FlowKey<$family>) -> Option<EmbryoRecord<'_, $family>> {
+                let value = NonNull::new($embryos.get_ptr_mut(key)?)?;
+                // SAFETY: as above.
+                Some(unsafe { EmbryoRecord::new(value) })
             }
 
             #[inline(always)]
@@ -266,9 +333,14 @@ macro_rules! tables {
             fn insert_embryo(
                 &self,
                 key: &FlowKey<$family>,
-                value: &FlowValue<$family>,
+                value: &EmbryoValue<$family>,
             ) -> Result<(), Refused> {
                 $embryos.insert(key, value, u64::from(BPF_NOEXIST)).map_err(refused)
+            }
+
+            #[inline(always)]
+            fn put_embryo(&self, key: &FlowKey<$family>, value: &EmbryoValue<$family>) {
+                let _ = $embryos.insert(key, value, u64::from(BPF_ANY));
             }
 
             #[inline(always)]
@@ -279,6 +351,40 @@ macro_rules! tables {
             #[inline(always)]
             fn remove_embryo(&self, key: &FlowKey<$family>) {
                 let _ = $embryos.remove(key);
+            }
+
+            #[inline(always)]
+            fn count_traffic(&self, service: u32, packets: u32, bytes: u32) {
+                if let Some(traffic) = TRAFFIC.get_ptr_mut(service) {
+                    // SAFETY: both are within an element of an array map, which is never freed.
+                    unsafe {
+                        add(&raw mut (*traffic).packets, packets.into());
+                        add(&raw mut (*traffic).bytes, bytes.into());
+                    }
+                }
+            }
+
+            #[inline(always)]
+            fn next_port(&self, destination: u32) -> u32 {
+                // Every CPU has turns of its own: two at once would look at the same place.
+                let turn = PORT_TURN
+                    .get_ptr_mut(destination % PORT_TURNS as u32)
+                    .map_or(0, |turns| bump(turns, |turn| turn.wrapping_add(1)));
+                // SAFETY: the helper has no preconditions.
+                let cpu = unsafe { bpf_get_smp_processor_id() };
+                turn.wrapping_mul(self.setting(|s| &s.cpus)).wrapping_add(cpu)
+            }
+
+            #[inline(always)]
+            fn exhausted(&self, backend: u32) {
+                match $exhausted.get_ptr_mut(&backend) {
+                    // SAFETY: the element stays mapped while the program runs. A count that races with
+                    // another is lost; it is a matter of whether there is one.
+                    Some(count) => unsafe { count.write_volatile(count.read_volatile() + 1) },
+                    None => {
+                        let _ = $exhausted.insert(&backend, &1, u64::from(BPF_NOEXIST));
+                    }
+                }
             }
 
             #[inline(always)]
@@ -313,6 +419,7 @@ tables!(
     V4,
     SERVICES_V4 = "services_v4",
     BACKENDS_V4 = "backends_v4",
+    WAYS_V4 = "ways_v4",
     LOADS_V4 = "loads_v4",
     EXITS_V4 = "exits_v4",
     FLOWS_V4 = "flows_v4",
@@ -322,6 +429,7 @@ tables!(
     AFFINITY_V4 = "affinity_v4",
     RANGES_V4 = "ranges_v4",
     SCRATCH_V4 = "scratch_v4",
+    EXHAUSTED_V4 = "exhausted_v4",
     pods4
 );
 tables!(
@@ -329,6 +437,7 @@ tables!(
     V6,
     SERVICES_V6 = "services_v6",
     BACKENDS_V6 = "backends_v6",
+    WAYS_V6 = "ways_v6",
     LOADS_V6 = "loads_v6",
     EXITS_V6 = "exits_v6",
     FLOWS_V6 = "flows_v6",
@@ -338,6 +447,7 @@ tables!(
     AFFINITY_V6 = "affinity_v6",
     RANGES_V6 = "ranges_v6",
     SCRATCH_V6 = "scratch_v6",
+    EXHAUSTED_V6 = "exhausted_v6",
     pods6
 );
 
@@ -351,13 +461,6 @@ fn is_within<const N: usize>(address: &[u8; N], range: &[u8; N], mask: &[u8; N])
         any |= mask[position];
     }
     outside == 0 && any != 0
-}
-
-#[inline(always)]
-fn record<F: Family>(value: *mut FlowValue<F>) -> Option<FlowRecord<'static, F>> {
-    // SAFETY: a map element stays mapped while the program runs, and the datapath reaches it through
-    // records only.
-    NonNull::new(value).map(|value| unsafe { FlowRecord::new(value) })
 }
 
 #[inline(always)]

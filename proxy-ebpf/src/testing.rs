@@ -9,14 +9,15 @@ use bytemuck::{Pod, Zeroable};
 use proxy_common::checksum::Delta;
 use proxy_common::settings::Settings;
 use proxy_common::tables::{
-    AffinityKey, AffinityValue, Backend, FlowKey, FlowRecord, FlowValue, FragmentKey,
-    FragmentValue, PeerKey, PeerValue, Range, ServiceKey, ServiceValue, SourceRange, Work,
+    AffinityKey, AffinityValue, Algorithm, Backend, Choice, EmbryoRecord, EmbryoValue, FlowKey,
+    FlowRecord, FlowValue, FragmentKey, FragmentValue, PeerKey, PeerValue, Range, ServiceKey,
+    ServiceValue, SourceRange, Way, Work,
 };
-use proxy_common::testing::{Hook, LINK, MTU, NODE, Service as ServiceSpec};
+use proxy_common::testing::{Hook, LINK, MTU, NODE, Records, Service as ServiceSpec};
 use proxy_common::{Family, Outcome, Port, V4, V6, proto};
 
 use crate::datapath::socket::Socket;
-use crate::datapath::{self, Client, Refused, Service, Tables};
+use crate::datapath::{Client, Next, Refused, Service, Tables, Verdict, fast, tell};
 use crate::packet::{Frame, Wire};
 
 /// A packet whose end may lie in other memory than its start, as a socket buffer's.
@@ -26,14 +27,25 @@ pub struct Buffer {
     reachable: usize,
     /// Whether it may be changed.
     pub writable: bool,
+    /// Whether it was sent on past the host stack.
+    pub sent_on: bool,
     /// The payload of the packets that it is to be cut into.
     pub segment: usize,
+    /// Sockets of the host: who is at the other end of each, and where it is.
+    pub sockets: Vec<(SocketAddr, SocketAddr)>,
 }
 
 impl Buffer {
     /// A packet of which nothing is reachable yet.
     pub fn new(bytes: &[u8]) -> Self {
-        Self { bytes: bytes.to_vec(), reachable: 0, writable: true, segment: 0 }
+        Self {
+            bytes: bytes.to_vec(),
+            reachable: 0,
+            writable: true,
+            sent_on: false,
+            segment: 0,
+            sockets: Vec::new(),
+        }
     }
 
     fn end<T>(&self, offset: usize) -> Option<usize> {
@@ -50,6 +62,19 @@ impl Frame for Buffer {
 
     fn segment(&self) -> usize {
         self.segment
+    }
+
+    fn was_sent_on(&self) -> bool {
+        self.sent_on
+    }
+
+    fn length(&self) -> u32 {
+        index(self.bytes.len())
+    }
+
+    fn has_socket<F: Family>(&self, key: &FlowKey<F>) -> bool {
+        let end = |address: F::Addr, port: Port| SocketAddr::new(address.into(), port.number());
+        self.sockets.contains(&(end(key.src, key.sport), end(key.dst, key.dport)))
     }
 
     fn want(&mut self, length: usize) {
@@ -104,8 +129,6 @@ fn index(number: usize) -> u32 {
     u32::try_from(number).expect("it is small")
 }
 
-type Records<F> = RefCell<BTreeMap<Vec<u8>, FlowRecord<'static, F>>>;
-
 /// One family's tables.
 pub struct Host<F: Family> {
     /// What the agent tells its programs.
@@ -113,8 +136,8 @@ pub struct Host<F: Family> {
     /// The time, in ticks.
     pub now: Cell<u32>,
     random: Cell<u32>,
-    /// The link that leads to backends; 0 if there is none.
-    pub link: u32,
+    /// The way that leads to backends.
+    pub way: Way<F>,
     /// The pods' range.
     pub pods: Option<(IpAddr, u8)>,
     /// The address that pods leave the cluster by, if they are masqueraded.
@@ -131,8 +154,15 @@ pub struct Host<F: Family> {
     /// Flows by backend.
     pub loads: RefCell<BTreeMap<u32, u32>>,
     turns: RefCell<BTreeMap<u32, u32>>,
-    flows: Records<F>,
-    embryos: Records<F>,
+    flows: RefCell<Records<F, FlowValue<F>>>,
+    embryos: RefCell<Records<F, EmbryoValue<F>>>,
+    port_turns: RefCell<BTreeMap<u32, u32>>,
+    /// Flows that got no source port, by backend.
+    pub exhausted: RefCell<BTreeMap<u32, u64>>,
+    /// Packets and bytes by Service port.
+    pub traffic: RefCell<BTreeMap<u32, (u64, u64)>>,
+    /// Sockets of the host: who is at the other end of each, and where it is.
+    pub sockets: Vec<(SocketAddr, SocketAddr)>,
     fragments: RefCell<BTreeMap<Vec<u8>, FragmentValue>>,
     peers: RefCell<BTreeMap<Vec<u8>, PeerValue<F>>>,
     /// The outcomes that there were.
@@ -178,7 +208,7 @@ impl<F: HostFamily> Host<F> {
             settings: Settings::DEFAULT,
             now: Cell::new(1),
             random: Cell::new(1),
-            link: LINK,
+            way: Way { source: node::<F>(), link: LINK, mtu: MTU, pad: 0 },
             pods: None,
             exit: None,
             capacity: usize::MAX,
@@ -191,6 +221,10 @@ impl<F: HostFamily> Host<F> {
             turns: RefCell::default(),
             flows: RefCell::default(),
             embryos: RefCell::default(),
+            port_turns: RefCell::default(),
+            exhausted: RefCell::default(),
+            traffic: RefCell::default(),
+            sockets: Vec::new(),
             fragments: RefCell::default(),
             peers: RefCell::default(),
             counted: RefCell::default(),
@@ -222,13 +256,12 @@ impl<F: HostFamily> Host<F> {
         self.services.clear();
         self.ranges.clear();
         self.backends.iter_mut().for_each(|backend| backend.flags = 0);
-        let node = NODE.iter().find_map(|ip| F::address(*ip)).expect("one of each family");
-        self.mark(node, ServiceValue::NODE | ServiceValue::NODE_PORTS);
+        self.mark(node::<F>(), ServiceValue::NODE | ServiceValue::NODE_PORTS);
         for (id, service) in (1..).zip(services) {
             let Some(vip) = F::address(service.frontend.ip()) else { continue };
             let port = Port::new(service.frontend.port());
-            let cluster = self.slots_of(id, node, service, &service.backends);
-            let local = self.slots_of(id, node, service, &service.local);
+            let cluster = self.slots_of(id, service, &service.backends);
+            let local = self.slots_of(id, service, &service.local);
             let (affinity, flags) = (service.affinity, service.flags);
             let value = Service { id, cluster, local, affinity, flags };
             self.services.insert(bytes(&ServiceKey::<F>::new(vip, port, service.proto)), value);
@@ -242,20 +275,14 @@ impl<F: HostFamily> Host<F> {
 
     /// Says what an address is.
     pub fn mark(&mut self, address: F::Addr, flags: u32) {
-        let none = Range::default();
+        let none = Choice::default();
         let value = Service { id: 0, cluster: none, local: none, affinity: 0, flags };
         self.services.insert(bytes(&ServiceKey::<F>::mark(address)), value);
     }
 
     /// A run of slots with these backends.
-    fn slots_of(
-        &mut self,
-        id: u32,
-        node: F::Addr,
-        service: &ServiceSpec,
-        backends: &[SocketAddr],
-    ) -> Range {
-        let first = index(self.slots.len());
+    fn slots_of(&mut self, id: u32, service: &ServiceSpec, backends: &[SocketAddr]) -> Choice {
+        let members = index(self.slots.len());
         for at in backends {
             let Some(addr) = F::address(at.ip()) else { continue };
             let port = Port::new(at.port());
@@ -265,17 +292,18 @@ impl<F: HostFamily> Host<F> {
             let local = service.local.contains(at);
             let kinds = Backend::<F>::SERVING | Backend::<F>::IN_CLUSTER;
             let here = Backend::<F>::LOCAL | Backend::<F>::IN_LOCAL;
-            let flags = kinds | if local { here } else { 0 };
+            let by_load = Algorithm::LeastConn.is_in(service.flags);
+            let counted = if by_load { Backend::<F>::COUNTED } else { 0 };
+            let flags = kinds | counted | if local { here } else { 0 };
             let backend = Backend {
                 addr,
-                source: node,
                 port,
                 generation: 1,
                 flags,
                 service: id,
-                link: self.link,
+                way: 1,
                 weight: 1,
-                mtu: MTU,
+                pad: 0,
             };
             match known {
                 Some(known) => self.backends[known] = backend,
@@ -283,7 +311,8 @@ impl<F: HostFamily> Host<F> {
             }
             self.slots.push(index(number));
         }
-        Range { first, count: index(self.slots.len()) - first }
+        let count = index(self.slots.len()) - members;
+        Choice { table: Range::NO_TABLE, count, members }
     }
 
     /// A packet is seen at a hook: what is done with it, and what it is then.
@@ -295,42 +324,72 @@ impl<F: HostFamily> Host<F> {
 
     /// As [`Host::see`], of a packet that may refuse to be changed.
     pub fn see_buffer(&self, hook: Hook, buffer: &mut Buffer) -> Outcome {
-        let mut work = self.work.borrow_mut();
-        let work = &mut *work;
-        let outcome = match hook {
-            Hook::Ingress => datapath::ingress(buffer, self, work, Client::Pod),
-            Hook::Uplink => datapath::ingress(buffer, self, work, Client::Outside),
-            Hook::Egress => datapath::egress(buffer, self, work),
-        };
+        buffer.sockets.clone_from(&self.sockets);
+        let outcome = see(self, hook, buffer, &mut self.work.borrow_mut()).outcome;
         self.count(outcome);
         outcome
     }
 
-    /// How many records of answered flows there are.
+    /// How many records of live flows there are.
     pub fn flows(&self) -> usize {
         self.flows.borrow().len()
     }
+
+    /// The records of live flows.
+    pub fn live(&self) -> Vec<(FlowKey<F>, FlowValue<F>)> {
+        self.flows.borrow().all()
+    }
+
+    /// The records of flows that are not live.
+    pub fn embryos(&self) -> Vec<(FlowKey<F>, EmbryoValue<F>)> {
+        self.embryos.borrow().all()
+    }
+
+    /// Evicts a record that is not a live flow's, as the kernel does with the oldest.
+    pub fn evict(&self, key: &FlowKey<F>) {
+        self.remove_embryo(key);
+    }
 }
 
-fn find<F: Family>(records: &Records<F>, key: &FlowKey<F>) -> Option<FlowRecord<'static, F>> {
-    records.borrow().get(&bytes(key)).copied()
+/// The node's address of a family.
+fn node<F: HostFamily>() -> F::Addr {
+    NODE.iter().find_map(|ip| F::address(*ip)).expect("one of each family")
 }
 
-fn insert<F: Family>(
-    records: &Records<F>,
+/// A packet is seen at a hook: first by the program for every packet, then by those that it calls.
+pub fn see<F: Wire, P: Frame, T: Tables<F>>(
+    tables: &T,
+    hook: Hook,
+    frame: &mut P,
+    work: &mut Work<F>,
+) -> Verdict {
+    let mut next = match hook {
+        Hook::Ingress => fast::ingress(frame, tables, Client::Pod),
+        Hook::Uplink => fast::ingress(frame, tables, Client::Outside),
+        Hook::Egress => fast::egress(frame, tables, Client::Outside),
+    };
+    loop {
+        match next {
+            Next::Done(verdict) => return verdict,
+            Next::Story(story) => next = tell(story, frame, tables, work),
+        }
+    }
+}
+
+fn insert<F: Family, V: Pod>(
+    records: &RefCell<Records<F, V>>,
     key: &FlowKey<F>,
-    value: &FlowValue<F>,
+    value: &V,
     capacity: usize,
 ) -> Result<(), Refused> {
     let mut records = records.borrow_mut();
-    let key = bytes(key);
-    if records.contains_key(&key) {
+    if records.has(key) {
         return Err(Refused::Exists);
     }
     if records.len() >= capacity {
         return Err(Refused::Full);
     }
-    records.insert(key, FlowRecord::leaked(*value));
+    records.put(key, *value);
     Ok(())
 }
 
@@ -341,6 +400,10 @@ impl<F: HostFamily> Tables<F> for Host<F> {
 
     fn now(&self) -> u32 {
         self.now.get()
+    }
+
+    fn microseconds(&self) -> u32 {
+        self.now.get().wrapping_mul(1_073_742)
     }
 
     fn random(&self) -> u32 {
@@ -357,12 +420,20 @@ impl<F: HostFamily> Tables<F> for Host<F> {
         self.services.get(&bytes(key)).copied()
     }
 
+    fn has_service(&self, key: &ServiceKey<F>) -> bool {
+        self.services.contains_key(&bytes(key))
+    }
+
     fn slot(&self, index: u32) -> Option<u32> {
         self.slots.get(index as usize).copied()
     }
 
     fn backend(&self, number: u32) -> Option<Backend<F>> {
         self.backends.get(number as usize).copied()
+    }
+
+    fn way(&self, number: u32) -> Option<Way<F>> {
+        (number == 1).then_some(self.way)
     }
 
     fn load(&self, backend: u32) -> u32 {
@@ -409,27 +480,49 @@ impl<F: HostFamily> Tables<F> for Host<F> {
     }
 
     fn flow(&self, key: &FlowKey<F>) -> Option<FlowRecord<'_, F>> {
-        find(&self.flows, key)
+        self.flows.borrow().flow(key)
     }
 
-    fn embryo(&self, key: &FlowKey<F>) -> Option<FlowRecord<'_, F>> {
-        find(&self.embryos, key)
+    fn embryo(&self, key: &FlowKey<F>) -> Option<EmbryoRecord<'_, F>> {
+        self.embryos.borrow().embryo(key)
     }
 
     fn insert_flow(&self, key: &FlowKey<F>, value: &FlowValue<F>) -> Result<(), Refused> {
         insert(&self.flows, key, value, self.capacity)
     }
 
-    fn insert_embryo(&self, key: &FlowKey<F>, value: &FlowValue<F>) -> Result<(), Refused> {
+    fn insert_embryo(&self, key: &FlowKey<F>, value: &EmbryoValue<F>) -> Result<(), Refused> {
         insert(&self.embryos, key, value, usize::MAX)
     }
 
+    fn put_embryo(&self, key: &FlowKey<F>, value: &EmbryoValue<F>) {
+        self.embryos.borrow_mut().put(key, *value);
+    }
+
     fn remove(&self, key: &FlowKey<F>) {
-        self.flows.borrow_mut().remove(&bytes(key));
+        self.flows.borrow_mut().remove(key);
     }
 
     fn remove_embryo(&self, key: &FlowKey<F>) {
-        self.embryos.borrow_mut().remove(&bytes(key));
+        self.embryos.borrow_mut().remove(key);
+    }
+
+    fn count_traffic(&self, service: u32, packets: u32, bytes: u32) {
+        let mut traffic = self.traffic.borrow_mut();
+        let (all_packets, all_bytes) = traffic.entry(service).or_default();
+        *all_packets += u64::from(packets);
+        *all_bytes += u64::from(bytes);
+    }
+
+    fn next_port(&self, destination: u32) -> u32 {
+        let mut turns = self.port_turns.borrow_mut();
+        let turn = turns.entry(destination).or_default();
+        *turn += 1;
+        *turn - 1
+    }
+
+    fn exhausted(&self, backend: u32) {
+        *self.exhausted.borrow_mut().entry(backend).or_default() += 1;
     }
 
     fn fragment(&self, key: &FragmentKey<F>) -> Option<FragmentValue> {
@@ -458,6 +551,10 @@ pub struct Call<F: Family> {
     pub protocol: u8,
     /// The socket's cookie.
     pub cookie: u64,
+    /// The cookie of its network namespace.
+    pub netns: u64,
+    /// The cookie of the machine's first one.
+    pub initial: u64,
 }
 
 impl<F: HostFamily> Call<F> {
@@ -468,7 +565,7 @@ impl<F: HostFamily> Call<F> {
     pub fn new(to: SocketAddr, cookie: u64) -> Self {
         let address =
             (F::address(to.ip()).expect("an address of the family"), Port::new(to.port()));
-        Self { address, protocol: proto::UDP, cookie }
+        Self { address, protocol: proto::UDP, cookie, netns: 1 << 40 | 7, initial: 1 }
     }
 
     /// Where it leads now.
@@ -495,6 +592,10 @@ impl<F: Family> Socket<F> for Call<F> {
     }
 
     fn netns_cookie(&self) -> u64 {
-        1 << 40 | 7
+        self.netns
+    }
+
+    fn initial_cookie(&self) -> u64 {
+        self.initial
     }
 }

@@ -13,7 +13,7 @@ use crate::desired::{PortId, desired, desired_of};
 use crate::events::Notice;
 use crate::model::from_k8s::{self, Problem};
 use crate::model::{Cluster, Node, ObjectName, Owner};
-use crate::plan::{Change, Op, Planner, Refusal};
+use crate::plan::{Change, Op, Planner, Refusal, Use};
 use crate::watch::{Kind, Update};
 
 /// Where a node's own sockets reach its host ports too.
@@ -44,6 +44,8 @@ pub struct Agent {
     reported: HashMap<(&'static str, ObjectName), Vec<Problem>>,
     /// What can't be done, so that it is said once and tried again.
     refused: HashMap<PortId, BTreeSet<String>>,
+    /// How much was refused that was not before.
+    new_refusals: usize,
     /// What objects' owners are to be told.
     notices: Vec<Notice>,
 }
@@ -73,6 +75,7 @@ impl Agent {
             planned: HashMap::new(),
             reported: HashMap::new(),
             refused: HashMap::new(),
+            new_refusals: 0,
             notices: Vec::new(),
         }
     }
@@ -113,7 +116,7 @@ impl Agent {
             Update::Slice(raw) => {
                 let name = ObjectName::new(&raw.metadata.namespace, &raw.metadata.name);
                 let mut problems = Vec::new();
-                let slice = from_k8s::slice(&raw, &mut problems);
+                let slice = from_k8s::slice(&raw, &self.node.name, &mut problems);
                 self.report("EndpointSlice", &name, problems);
                 let concerned = self.cluster.set_slice(&name, slice);
                 self.dirty.extend(concerned.into_iter().map(Owner::Service));
@@ -148,6 +151,14 @@ impl Agent {
         self.planner.plan_exceptions(ranges)
     }
 
+    /// Goes on with what the maps hold, as if it had just been started: not all that was planned has come to
+    /// be.
+    pub fn start_over(&mut self, planner: Planner) {
+        self.planner = planner;
+        self.started = false;
+        self.node_changed = true;
+    }
+
     /// Whether load balancers may send to this node (KP-118).
     pub fn is_eligible(&self) -> bool {
         !self.node.leaving
@@ -159,6 +170,21 @@ impl Agent {
         let addresses = self.node_ports.listen_at(self.addresses.as_ref(), &self.node);
         let checks = || self.checks.values().cloned().collect();
         std::mem::take(&mut self.checks_changed).then(|| (checks(), addresses))
+    }
+
+    /// Whether plans are still to come, though nothing has changed.
+    pub fn is_settled(&self) -> bool {
+        self.planner.is_settled()
+    }
+
+    /// How much of each table is in use.
+    pub fn usage(&self) -> Vec<Use> {
+        self.planner.usage()
+    }
+
+    /// What a Service port is called, by its number.
+    pub fn name_of(&self, id: u32) -> Option<String> {
+        self.planner.name_of(id).map(ToString::to_string)
     }
 
     /// The addresses of all backends on other nodes that the kernel holds.
@@ -245,6 +271,11 @@ impl Agent {
         Notice { kind, name, uid, warns: true, reason, action, note }
     }
 
+    /// Whether something was refused since the last call that was not before.
+    pub fn has_new_refusals(&mut self) -> bool {
+        std::mem::take(&mut self.new_refusals) > 0
+    }
+
     /// Tries again what was refused, at the next plan: places may have become free.
     pub fn retry(&mut self) {
         if self.refused.is_empty() {
@@ -327,7 +358,7 @@ impl Agent {
 
     /// Notes what load balancers are told of a Service.
     fn check(&mut self, name: &ObjectName) {
-        let check = health_check(&self.cluster, &self.node, name);
+        let check = health_check(&self.cluster, name);
         self.checks_changed |= self.checks.get(name) != check.as_ref();
         match check {
             Some(check) => self.checks.insert(name.clone(), check),
@@ -353,6 +384,7 @@ impl Agent {
             let known = self.refused.get(&port).cloned().unwrap_or_default();
             let fresh: Vec<&str> = texts.difference(&known).map(String::as_str).collect();
             if !fresh.is_empty() {
+                self.new_refusals += 1;
                 fresh.iter().for_each(|text| tracing::warn!("{port}: {text}"));
                 self.notices.extend(self.notice(&port, reason, &fresh.join("; ")));
             }
@@ -378,7 +410,10 @@ impl Agent {
 fn describe(refusal: &Refusal) -> String {
     match refusal {
         Refusal::Full { table, .. } => {
-            format!("the table of {table} is full; it keeps what it had")
+            format!(
+                "the table of {table} is full, so not all that was to be added is; what was to go has gone. \
+                 --table-size gives more room"
+            )
         }
         Refusal::Taken { frontend, holder, .. } => {
             let at = SocketAddr::new(frontend.vip, frontend.port);

@@ -46,7 +46,8 @@ pub struct HealthChecks {
 }
 
 impl HealthChecks {
-    /// Takes in which checks are to be served at which addresses (KP-102), and ends all others.
+    /// Takes in which checks are to be served at which addresses (KP-102), and ends all others. Those that
+    /// are served answer so from now on.
     pub async fn set(&mut self, checks: &[HealthCheck], addresses: &BTreeSet<IpAddr>) {
         self.wanted.clear();
         for check in checks {
@@ -54,13 +55,22 @@ impl HealthChecks {
                 let [v4, v6] = check.local;
                 let local = if address.is_ipv4() { v4 } else { v6 };
                 let address = SocketAddr::new(*address, check.port);
-                self.wanted.insert(address, (check.service.clone(), local));
+                let wanted = (check.service.clone(), local);
+                if let Some(server) = self.servers.get(&address) {
+                    server.answer.write().expect("no panic while locked").clone_from(&wanted);
+                }
+                self.wanted.insert(address, wanted);
             }
         }
         self.told.retain(|address, _| self.wanted.contains_key(address));
         let wanted = &self.wanted;
         let gone = self.servers.extract_if(|address, _| !wanted.contains_key(address));
-        let gone = gone.map(|(_, server)| server.task.abort()).count();
+        let end = |(_, server): (SocketAddr, Server)| {
+            // Connections that are open are answered on.
+            server.answer.write().expect("no panic while locked").1 = 0;
+            server.task.abort();
+        };
+        let gone = gone.map(end).count();
         // Until their tasks have ended their ports are taken.
         for _ in 0..gone {
             self.tasks.join_next().await;
@@ -72,17 +82,16 @@ impl HealthChecks {
         self.servers.len() < self.wanted.len()
     }
 
-    /// Tells servers what to answer, and starts those that are missing: also those that could not
-    /// listen before. Returns those that can't for a reason that was not told before.
+    /// Starts those that are missing: also those that could not listen before. Returns those that can't
+    /// for a reason that was not told before.
     #[must_use]
     pub fn serve(&mut self) -> Vec<Failure> {
         let mut failures = Vec::new();
         while self.tasks.try_join_next().is_some() {}
-        for (address, wanted) in &self.wanted {
-            if let Some(server) = self.servers.get(address) {
-                server.answer.write().expect("no panic while locked").clone_from(wanted);
-                continue;
-            }
+        let servers = &self.servers;
+        let missing: Vec<_> =
+            self.wanted.iter().filter(|(address, _)| !servers.contains_key(address)).collect();
+        for (address, wanted) in missing {
             let answer: Answer = Arc::new(RwLock::new(wanted.clone()));
             match listen(*address) {
                 Ok(listener) => {

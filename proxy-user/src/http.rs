@@ -3,8 +3,8 @@
 use std::fmt::Write;
 use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use anyhow::Result;
@@ -17,6 +17,7 @@ use axum::routing::get;
 use serde_json::{Value, json};
 
 use crate::kernel::{Swept, read};
+use crate::plan::Use;
 
 /// How long to wait before an address that is taken is tried again (KP-124).
 const RETRY: Duration = Duration::from_secs(5);
@@ -30,8 +31,11 @@ pub struct Status {
     /// Load balancers may send here.
     eligible: AtomicBool,
     services: AtomicUsize,
-    flow_records: AtomicUsize,
+    /// Of each family.
+    flow_records: [AtomicUsize; 2],
     swept_records: AtomicUsize,
+    refusals: AtomicUsize,
+    usage: Mutex<Vec<Use>>,
 }
 
 impl Status {
@@ -43,8 +47,10 @@ impl Status {
             ready: AtomicBool::new(false),
             eligible: AtomicBool::new(true),
             services: AtomicUsize::new(0),
-            flow_records: AtomicUsize::new(0),
+            flow_records: [AtomicUsize::new(0), AtomicUsize::new(0)],
             swept_records: AtomicUsize::new(0),
+            refusals: AtomicUsize::new(0),
+            usage: Mutex::default(),
         }
     }
 
@@ -62,8 +68,25 @@ impl Status {
 
     /// Notes what a sweep has found.
     pub fn swept(&self, swept: Swept) {
-        self.flow_records.store(swept.records - swept.removed, Ordering::Relaxed);
+        for (gauge, records) in self.flow_records.iter().zip(swept.records) {
+            gauge.store(records, Ordering::Relaxed);
+        }
         self.swept_records.fetch_add(swept.removed, Ordering::Relaxed);
+    }
+
+    /// Notes that the kernel refused a write.
+    pub fn refused(&self) {
+        self.refusals.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Records of live flows at the last sweep, of each family.
+    pub fn flow_records(&self) -> [usize; 2] {
+        self.flow_records.each_ref().map(|records| records.load(Ordering::Relaxed))
+    }
+
+    /// Notes how much of each table is in use.
+    pub fn used(&self, usage: Vec<Use>) {
+        *self.usage.lock().expect("no panic while locked") = usage;
     }
 
     /// The metrics in Prometheus' text format.
@@ -75,10 +98,26 @@ impl Status {
         let load = |value: &AtomicUsize| value.load(Ordering::Relaxed);
         metric("portal_ready", "gauge", "The kernel follows the cluster.", self.is_ready().into());
         metric("portal_services", "gauge", "Services that are proxied.", load(&self.services));
-        let help = "Records of answered flows at the last sweep, two per flow.";
-        metric("portal_flow_records", "gauge", help, load(&self.flow_records));
+        let help = "Records of live flows at the last sweep, two per flow.";
+        metric("portal_flow_records", "gauge", help, self.flow_records().into_iter().sum());
         let help = "Records of ended flows removed by sweeps.";
         metric("portal_swept_records_total", "counter", help, load(&self.swept_records));
+        let help = "How often the kernel refused a write to the maps.";
+        metric("portal_refused_writes_total", "counter", help, load(&self.refusals));
+        let usage = self.usage.lock().expect("no panic while locked").clone();
+        for (name, help, value) in [
+            (
+                "portal_table_used",
+                "Elements of a table that are in use.",
+                (|of: &Use| of.used) as fn(&Use) -> usize,
+            ),
+            ("portal_table_size", "Elements that a table has.", |of: &Use| of.size),
+        ] {
+            let _ = writeln!(text, "# HELP {name} {help}\n# TYPE {name} gauge");
+            for of in &usage {
+                let _ = writeln!(text, "{name}{{table=\"{}\"}} {}", of.table, value(of));
+            }
+        }
         text.push_str("# HELP portal_outcomes_total Packets and socket calls by what was done.\n");
         text.push_str("# TYPE portal_outcomes_total counter\n");
         for (outcome, count) in read::outcomes(&self.bpffs_root).unwrap_or_default() {
@@ -136,8 +175,8 @@ async fn live(State(status): State<Arc<Status>>) -> Response {
     answer(true, &report(status.is_ready()))
 }
 
-/// What is said of each family. There is no sync that could be overdue: what is heard is written at
-/// once, or the agent ends.
+/// What is said of each family. What is heard is written at once; what the kernel refuses then is
+/// counted by `portal_refused_writes_total`, and written as soon as it takes it.
 fn report(ready: bool) -> Value {
     let now = jiff::Timestamp::now().to_string();
     let family = json!({"lastUpdated": now, "healthy": ready});

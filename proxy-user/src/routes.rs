@@ -15,7 +15,7 @@ use rtnetlink::{Handle, RouteMessageBuilder, new_connection};
 const AT_ONCE: usize = 64;
 
 /// A way to an address.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct Route {
     /// The node's address on this way.
     pub source: IpAddr,

@@ -2,13 +2,17 @@
 //! line. What they make of it is read from the kernel's maps.
 
 use std::fs;
+use std::net::Ipv4Addr;
 use std::path::Path;
 use std::process::Output;
 
+use aya::maps::{HashMap, Map, MapData};
 use portal::testing::agent::{self, Agent, http, http_status, provide_api};
 use portal::testing::apiserver::{ApiServer, Faults};
 use portal::testing::world::{BPFFS, Cni, Node, World};
 use portal::testing::{eventually, objects};
+use proxy_common::tables::{ServiceKey, ServiceValue};
+use proxy_common::{Port, V4, proto};
 use serde_json::{Value, json};
 
 /// One node with an agent, and no pods.
@@ -354,6 +358,89 @@ fn what_is_missing_is_said_with_exit_code_1() {
     }
     let told = failure(&control, &["services", "--bpffs-root", "/mnt/nowhere"]);
     assert!(told.contains("portal run"), "{told}");
+}
+
+/// A group of processes that may use no more than so many bytes of memory, their maps counted.
+struct Limited(std::path::PathBuf);
+
+impl Limited {
+    fn new(bytes: u64) -> Self {
+        let places =
+            [("/sys/fs/cgroup/memory", "memory.limit_in_bytes"), ("/sys/fs/cgroup", "memory.max")];
+        let name = format!("portal-test-{}", std::process::id());
+        let made = places.into_iter().find_map(|(root, limit)| {
+            let group = Path::new(root).join(&name);
+            fs::create_dir(&group).ok()?;
+            let limited = fs::write(group.join(limit), bytes.to_string());
+            limited.inspect_err(|_| drop(fs::remove_dir(&group))).ok()?;
+            Some(Self(group))
+        });
+        made.expect("a cgroup with a limit on memory")
+    }
+}
+
+impl Drop for Limited {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir(&self.0);
+    }
+}
+
+#[test]
+fn a_memory_limit_too_small_is_named_as_such_with_what_would_do() {
+    let control = Control::new();
+    let limited = Limited::new(100 << 20);
+    let cgroup = control.node().cgroup.display();
+    let script = format!(
+        "echo $$ > {}/cgroup.procs && exec {} run --manifests /mnt --bpffs-root {BPFFS}/portal \
+         --cgroup-root {cgroup}",
+        limited.0.display(),
+        program().display()
+    );
+    let shell = |script: &str| {
+        let mut shell = agent::command(control.node(), Path::new("/bin/sh"), false);
+        shell.args(["-c", script]).output().unwrap()
+    };
+    let output = shell(&script);
+    let told = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{told}");
+    assert!(told.contains("memory limit") && told.contains("--table-size=small"), "{told}");
+    assert!(!told.contains("5.10"), "{told}");
+}
+
+/// Fills a table with what is none of Portal's, so that the kernel takes no more.
+fn fill_services(node: &Node) {
+    node.mounts.run(|| {
+        let map = MapData::from_pin(Path::new(BPFFS).join("portal/maps/services_v4")).unwrap();
+        let mut table = HashMap::<_, ServiceKey<V4>, ServiceValue>::try_from(Map::HashMap(map));
+        let table = table.as_mut().unwrap();
+        let strange: ServiceValue = bytemuck::Zeroable::zeroed();
+        let mut keys = (0..u32::MAX).map(|number| {
+            let vip = Ipv4Addr::from_bits(0xf000_0000 | number);
+            ServiceKey::new(vip.into(), Port::new(1), proto::TCP)
+        });
+        assert!(keys.any(|key| table.insert(key, strange, 0).is_err()));
+    });
+}
+
+#[test]
+fn a_refused_write_is_told_and_written_again_and_ends_no_agent() {
+    let mut control = Control::new();
+    control.launch(&["--kubeconfig", "/mnt/kubeconfig", "--table-size", "small"]);
+    control.wait_ready();
+    control.put("web", 1, Some(1));
+    control.wait_served(&["web: 10.244.0.1:8080"]);
+    fill_services(control.node());
+    control.put("late", 2, Some(2));
+    eventually("it is told", || {
+        let log = control.agent.as_ref().unwrap().log();
+        log.contains("the kernel refused a write").then_some(())
+    });
+    // What fills the table leads nowhere, and is removed when the maps are read back.
+    control.wait_served(&["late: 10.244.0.2:8080", "web: 10.244.0.1:8080"]);
+    let metrics = http(control.node(), 10249, "/metrics").unwrap();
+    assert!(!metrics.contains("portal_refused_writes_total 0"), "{metrics}");
+    let log = control.agent.as_ref().unwrap().log();
+    assert!(log.contains("the kernel takes writes again"), "{log}");
 }
 
 #[test]

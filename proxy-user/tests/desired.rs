@@ -72,7 +72,7 @@ fn cluster(case: &Case, problems: &mut Vec<Problem>) -> Cluster {
         }
         let raw: raw::EndpointSlice = serde_json::from_value(object).unwrap();
         let name = ObjectName::new(&raw.metadata.namespace, &raw.metadata.name);
-        cluster.set_slice(&name, from_k8s::slice(&raw, problems));
+        cluster.set_slice(&name, from_k8s::slice(&raw, "n0", problems));
     }
     for object in &case.pods {
         let raw: raw::Pod = serde_json::from_value(complete(object)).unwrap();

@@ -572,8 +572,14 @@ fn host_ports_lead_to_the_pods_that_ask_for_them() {
             |answer: Result<String, String>| answer.unwrap().split(' ').next().map(str::to_owned);
         for v6 in [false, true] {
             let to = SocketAddr::new(place.address(v6), 5432);
-            for namespace in [&outsider, &near.namespace, &far.namespace, &one.namespace] {
-                assert_eq!(tcp(namespace, to).unwrap().server, "one", "{to}");
+            for (who, namespace) in [
+                ("outside", &outsider),
+                ("near", &near.namespace),
+                ("far", &far.namespace),
+                ("itself", &one.namespace),
+            ] {
+                let connection = tcp(namespace, to).unwrap_or_else(|e| panic!("{who}, {to}: {e}"));
+                assert_eq!(connection.server, "one", "{who}, {to}");
             }
             let connection = tcp(&outsider, to).unwrap();
             assert_eq!(connection.seen_as.ip(), Stage::own(v6), "its own address is kept");

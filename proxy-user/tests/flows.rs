@@ -248,6 +248,7 @@ fn add_hint(endpoint: &mut Value, hint: &str) {
 fn host<F: HostFamily>(case: &Case, ops: &[Op]) -> Host<F> {
     let mut host = Host::<F>::new();
     let source = addresses(case).into_iter().find_map(F::address).unwrap_or(zero::<F>());
+    host.way = tables::Way { source, link: LINK, mtu: 0, pad: 0 };
     host.settings.masquerade_all = case.masquerade_all.into();
     let pods: SocketAddr =
         if F::BITS == 32 { "10.0.0.0:8" } else { "[fd00:10::]:32" }.parse().unwrap();
@@ -266,18 +267,19 @@ fn host<F: HostFamily>(case: &Case, ops: &[Op]) -> Host<F> {
                 let flags = flags.iter().filter(|(set, _)| *set).map(|(_, flag)| flag).sum();
                 let written = tables::Backend {
                     addr,
-                    source,
                     port: Port::new(backend.address.port()),
                     generation: backend.generation,
                     flags,
                     service: backend.service,
-                    link: LINK,
+                    way: 1,
                     weight: backend.weight,
-                    mtu: 0,
+                    pad: 0,
                 };
                 host.set_backend(*number, written);
             }
-            Op::Slot { index, number } => host.set_slot(*index, *number),
+            Op::Slots { first, numbers } => {
+                (*first..).zip(numbers).for_each(|(index, number)| host.set_slot(index, *number));
+            }
             Op::Lead { frontend, lead } => {
                 let Frontend { vip, port, protocol } = *frontend;
                 let Some(vip) = F::address(vip) else { continue };

@@ -9,11 +9,11 @@ use ipnet::IpNet;
 use portal::desired::{Access, Backend, Frontend, Port, PortId, Tables};
 use portal::model::{IpFamily, ObjectName, Protocol};
 use portal::plan::{
-    Actual, ActualBackend, ActualService, BackendEntry, Capacity, Lead, Op, Planner,
+    Actual, ActualBackend, ActualService, BackendEntry, Capacity, Lead, Op, Planner, Refusal,
 };
 use proptest::prelude::*;
 use proxy_common::settings::ticks;
-use proxy_common::tables::{Algorithm, Range, ServiceValue};
+use proxy_common::tables::{Algorithm, Choice, Range, ServiceValue};
 
 const CAPACITY: Capacity = Capacity { services: 200, slots: 8000, backends: 200, ranges: 100 };
 const FAMILIES: [IpFamily; 2] = [IpFamily::V4, IpFamily::V6];
@@ -25,7 +25,7 @@ struct Maps {
     marks: BTreeMap<IpAddr, u32>,
     ranges: BTreeSet<(u32, IpNet)>,
     names: HashMap<u32, PortId>,
-    slots: HashMap<u32, u32>,
+    slots: Vec<u32>,
     backends: HashMap<(IpFamily, u32), BackendEntry>,
 }
 
@@ -35,8 +35,10 @@ impl Maps {
             Op::Backend { family, number, backend } => {
                 self.backends.insert((*family, *number), *backend);
             }
-            Op::Slot { index, number } => {
-                self.slots.insert(*index, *number);
+            Op::Slots { first, numbers } => {
+                let (first, end) = (*first as usize, *first as usize + numbers.len());
+                self.slots.resize(self.slots.len().max(end), u32::MAX);
+                self.slots[first..end].copy_from_slice(numbers);
             }
             Op::Name { id, port } => {
                 self.names.insert(*id, port.clone());
@@ -83,15 +85,24 @@ impl Maps {
         }
     }
 
+    /// The backend's number that is drawn by an index.
+    fn number(&self, choice: Choice, index: u32) -> u32 {
+        let position = if choice.table == Range::NO_TABLE {
+            index
+        } else {
+            self.slots[(choice.table + index) as usize]
+        };
+        self.slots[(choice.members + position) as usize]
+    }
+
     /// Where a packet to a frontend may go, anywhere and on this node, and which Service port's it is.
     /// Fails if it leads to a place that makes no sense.
     fn resolve(&self, frontend: &Frontend) -> (PortId, [BTreeSet<SocketAddr>; 2]) {
         let Lead { id, cluster, local, .. } = self.services[frontend];
         let port = self.names.get(&id).expect("a frontend leads to a Service port with a name");
-        let addresses = |range: Range| {
-            let slots = range.first..range.first + range.count;
-            let backends = slots.map(|slot| {
-                let number = self.slots[&slot];
+        let addresses = |choice: Choice| {
+            let backends = (0..choice.count).map(|index| {
+                let number = self.number(choice, index);
                 let entry = self.backends[&(IpFamily::of(frontend.vip), number)];
                 assert_eq!(entry.service, id, "a slot leads to another Service port's backend");
                 entry.address
@@ -309,7 +320,7 @@ impl Agent {
             let missing = stays.iter().find(|f| !self.maps.services.contains_key(f));
             assert_eq!(missing, None, "it was and will be, but is not after {op:?}");
             // What a wrong slot does shows after the next write of another kind too.
-            if matches!(op, Op::Slot { .. }) {
+            if matches!(op, Op::Slots { .. }) {
                 continue;
             }
             for (port, backends) in self.maps.resolved() {
@@ -390,35 +401,304 @@ proptest! {
     }
 }
 
-#[test]
-fn without_room_for_maglevs_table_a_service_is_served_in_a_plain_way() {
-    let small = Capacity { slots: 3, ..CAPACITY };
-    let id = port_ids().next().unwrap();
-    let backend = |host| Backend {
-        address: SocketAddr::new(address(IpFamily::V4, host), 8080),
+/// A Service port with an address of its own, and backends by their numbers.
+fn service(number: u32, backends: impl Iterator<Item = u32>) -> (PortId, Port) {
+    let [_, a, b, c] = number.to_be_bytes();
+    let id = PortId {
+        service: ObjectName::new("default", &format!("s{number}")),
+        port: String::new(),
+        protocol: Protocol::Tcp,
+        family: IpFamily::V4,
+    };
+    let vip = Frontend { vip: IpAddr::from([96, a, b, c]), port: 80, protocol: Protocol::Tcp };
+    let backend = |host: u32| Backend {
+        address: SocketAddr::from(((0x0a00_0000 + host).to_be_bytes(), 8080)),
         usable: true,
         usable_local: false,
         serving: true,
         local: false,
         weight: 1,
     };
-    let vip = Frontend { vip: address(IpFamily::V4, 1), port: 80, protocol: Protocol::Tcp };
-    let wanted = Port {
+    let port = Port {
         frontends: [(vip, Access::default())].into(),
-        backends: (10..13).map(backend).collect(),
+        backends: backends.map(backend).collect(),
         ..Port::default()
     };
-    let mut agent = Agent { planner: Planner::new(small), ..Agent::new() };
-    let tables = Tables::from([(id.clone(), wanted.clone())]);
-    let ops = agent.plan(&tables);
-    agent.write(&ops, &tables);
-    agent.maps.assert_holds(&tables);
-    assert_eq!(agent.maps.services[&vip].cluster.count, 3);
-    // What it has, it keeps: a change of something else needs no room.
-    agent.held = tables;
-    let tables = Tables::from([(id, Port { affinity: 100, ..wanted })]);
-    let ops = agent.plan(&tables);
-    assert!(matches!(ops.as_slice(), [Op::Lead { .. }]), "{ops:?}");
-    agent.write(&ops, &tables);
-    agent.maps.assert_holds(&tables);
+    (id, port)
+}
+
+/// A planner and what it has written, without looks at every write.
+struct Large {
+    planner: Planner,
+    maps: Maps,
+    now: Instant,
+}
+
+impl Large {
+    fn new(capacity: Capacity) -> Self {
+        Self { planner: Planner::new(capacity), maps: Maps::default(), now: Instant::now() }
+    }
+
+    /// Plans changes, and time passes.
+    fn plan(&mut self, changes: &[(PortId, Option<Port>)]) -> Vec<Refusal> {
+        let mut refusals = Vec::new();
+        let ops = self.planner.plan(self.now, changes, &mut refusals);
+        ops.iter().for_each(|op| self.maps.apply(op));
+        self.now += Duration::from_millis(1100);
+        refusals
+    }
+
+    /// Where a Service port's slots lead to.
+    fn reached(&self, port: &Port) -> BTreeSet<SocketAddr> {
+        let vip = port.frontends.keys().next().unwrap();
+        self.maps.resolve(vip).1[0].clone()
+    }
+
+    fn settle(&mut self) {
+        for _ in 0..10_000 {
+            if self.planner.is_settled() {
+                return;
+            }
+            self.plan(&[]);
+        }
+        panic!("tables never come to rest");
+    }
+}
+
+fn put((id, port): &(PortId, Port)) -> (PortId, Option<Port>) {
+    (id.clone(), Some(port.clone()))
+}
+
+fn addresses(port: &Port) -> BTreeSet<SocketAddr> {
+    port.backends.iter().map(|backend| backend.address).collect()
+}
+
+/// So many Service ports of ten endpoints in tables for as many: all are served, then each is rolled over, and
+/// after each step no slot leads to an endpoint that is gone.
+fn fill_and_roll(capacity: Capacity, count: u32) {
+    let mut large = Large::new(capacity);
+    let services: Vec<_> = (0..count).map(|n| service(n, 16 * n..16 * n + 10)).collect();
+    for some in services.chunks(500) {
+        let changes: Vec<_> = some.iter().map(put).collect();
+        assert_eq!(large.plan(&changes), []);
+    }
+    large.settle();
+    for (_, port) in &services {
+        assert_eq!(large.reached(port), addresses(port));
+    }
+    let rolled: Vec<_> = (0..count).map(|n| service(n, 16 * n + 3..16 * n + 13)).collect();
+    for some in rolled.chunks(500) {
+        let changes: Vec<_> = some.iter().map(put).collect();
+        assert_eq!(large.plan(&changes), []);
+        some.iter().for_each(|(_, port)| assert_eq!(large.reached(port), addresses(port)));
+    }
+    large.settle();
+    // As if the tables had been empty: what stands there has the lengths that they would have got then.
+    let mut fresh = Large::new(capacity);
+    fresh.plan(&rolled.iter().map(put).collect::<Vec<_>>());
+    fresh.settle();
+    for (id, port) in &rolled {
+        let vip = port.frontends.keys().next().unwrap();
+        let choice = |large: &Large| large.maps.services[vip].cluster;
+        assert_eq!(choice(&large).count, choice(&fresh).count, "{id:?}");
+        assert_eq!(large.reached(port), addresses(port));
+    }
+}
+
+#[test]
+fn the_default_tables_hold_30_000_service_ports_of_10_endpoints_and_their_rollover() {
+    fill_and_roll(Capacity::DEFAULT, 30_000);
+}
+
+#[test]
+fn the_large_tables_hold_100_000_service_ports_of_10_endpoints_and_their_rollover() {
+    fill_and_roll(Capacity::LARGE, 100_000);
+}
+
+/// F1: "full" refuses what is added, never what is taken away or changed.
+#[test]
+fn a_full_table_refuses_nothing_but_what_is_added() {
+    // Slots for 100 Service ports of ten without tables, and backends for few changes at a time.
+    let small = Capacity { services: 300, slots: 1000, backends: 1050, ranges: 10 };
+    let mut large = Large::new(small);
+    let mut services = Vec::new();
+    let more = loop {
+        let number = u32::try_from(services.len()).unwrap();
+        let one = service(number, 16 * number..16 * number + 10);
+        let refusals = large.plan(&[put(&one)]);
+        if refusals.is_empty() {
+            services.push(one);
+        } else {
+            let is_of_slots = |r: &Refusal| matches!(r, Refusal::Full { table: "slots", .. });
+            assert!(refusals.iter().all(is_of_slots), "{refusals:?}");
+            break one;
+        }
+    };
+    assert!(services.len() > 90, "{} Services fit", services.len());
+    large.settle();
+    // Two of each one's endpoints go, and two others come.
+    let count = u32::try_from(services.len()).unwrap();
+    let rolled: Vec<_> = (0..count).map(|n| service(n, 16 * n + 2..16 * n + 12)).collect();
+    for one in &rolled {
+        large.plan(&[put(one)]);
+        let (reached, wanted) = (large.reached(&one.1), addresses(&one.1));
+        assert!(!reached.is_empty() && reached.is_subset(&wanted), "{reached:?}, not {wanted:?}");
+    }
+    // Without any endpoints there is nothing to lead to; and with room again all is as it should be.
+    for (id, _) in &rolled[..50] {
+        large.plan(&[(id.clone(), None)]);
+    }
+    large.settle();
+    for one in rolled[50..].iter().chain([&more]) {
+        assert_eq!(large.plan(&[put(one)]), [], "there is room again");
+        large.settle();
+        assert_eq!(large.reached(&one.1), addresses(&one.1));
+    }
+}
+
+#[test]
+fn service_ports_with_equal_endpoints_share_a_table() {
+    let mut large = Large::new(CAPACITY);
+    let mut services: Vec<_> = (0..20).map(|n| service(n, 0..10)).collect();
+    for (number, (_, port)) in services.iter_mut().enumerate() {
+        // Each with a target port of its own.
+        for backend in &mut port.backends {
+            backend.address.set_port(8000 + u16::try_from(number).unwrap());
+        }
+    }
+    for one in &services {
+        assert_eq!(large.plan(&[put(one)]), []);
+        assert_eq!(large.reached(&one.1), addresses(&one.1));
+    }
+    let tables: BTreeSet<u32> =
+        large.maps.services.values().map(|lead| lead.cluster.table).collect();
+    assert_eq!(tables.len(), 1);
+    let slots = large.planner.usage().into_iter().find(|of| of.table == "slots").unwrap();
+    assert_eq!(slots.used, 127 + 20 * 10);
+    // The last one that has it gives it back.
+    for (id, _) in &services {
+        large.plan(&[(id.clone(), None)]);
+    }
+    large.plan(&[]);
+    let slots = large.planner.usage().into_iter().find(|of| of.table == "slots").unwrap();
+    assert_eq!(slots.used, 0);
+}
+
+#[test]
+fn tables_shrink_before_anyone_gets_nothing_and_grow_back() {
+    let small = Capacity { services: 600, slots: 10_000, backends: 3000, ranges: 10 };
+    let mut large = Large::new(small);
+    let services: Vec<_> = (0..200).map(|n| service(n, 16 * n..16 * n + 10)).collect();
+    let length = |large: &Large, number: usize| {
+        let vip = services[number].1.frontends.keys().next().unwrap();
+        large.maps.services[vip].cluster.count
+    };
+    for one in &services[..40] {
+        assert_eq!(large.plan(&[put(one)]), []);
+    }
+    large.settle();
+    assert_eq!(length(&large, 0), 127);
+    for one in &services[40..] {
+        assert_eq!(large.plan(&[put(one)]), []);
+    }
+    large.settle();
+    assert_eq!((length(&large, 0), length(&large, 199)), (31, 31));
+    for (id, _) in &services[30..] {
+        large.plan(&[(id.clone(), None)]);
+    }
+    large.settle();
+    assert_eq!(length(&large, 0), 127);
+}
+
+#[test]
+fn a_service_of_100_000_endpoints_gives_each_its_share() {
+    let mut large = Large::new(Capacity::DEFAULT);
+    let one = service(0, 0..100_000);
+    assert_eq!(large.plan(&[put(&one)]), []);
+    let vip = one.1.frontends.keys().next().unwrap();
+    let choice = large.maps.services[vip].cluster;
+    let mut shares = vec![0_u32; 100_000];
+    (0..choice.count).for_each(|index| shares[large.maps.number(choice, index) as usize] += 1);
+    let (least, most) = (shares.iter().min().unwrap(), shares.iter().max().unwrap());
+    assert!(*least > 0 && most - least <= 1, "{least} to {most} slots");
+    // A slice of a hundred changes: what is written is theirs, and one run of numbers.
+    let two = service(0, 100..100_100);
+    let ops = large.planner.plan(large.now, &[put(&two)], &mut Vec::new());
+    assert!(ops.len() <= 210, "{} writes", ops.len());
+}
+
+/// All that one plan brings is known before the first table of it is made.
+#[test]
+fn what_fits_with_shorter_tables_fits_with_one_plan() {
+    let mut large = Large::new(Capacity::DEFAULT);
+    let services: Vec<_> = (0..16_000).map(|n| service(n, 32 * n..32 * n + 20)).collect();
+    assert_eq!(large.plan(&services.iter().map(put).collect::<Vec<_>>()), []);
+    large.settle();
+    services.iter().for_each(|(_, port)| assert_eq!(large.reached(port), addresses(port)));
+}
+
+/// The share of its first backend among the slots of a Service port, in percent.
+fn first_share(large: &Large, port: &Port) -> u32 {
+    let choice = large.maps.services[port.frontends.keys().next().unwrap()].cluster;
+    let numbers = (0..choice.count).map(|index| large.maps.number(choice, index));
+    let first = |number: &u32| {
+        large.maps.backends[&(IpFamily::V4, *number)].address == port.backends[0].address
+    };
+    100 * u32::try_from(numbers.filter(first).count()).unwrap() / choice.count
+}
+
+/// However full the table was meanwhile.
+#[test]
+fn weights_survive_a_full_table() {
+    let small = Capacity { services: 400, slots: 6_000, backends: 3000, ranges: 10 };
+    let mut large = Large::new(small);
+    let mut services: Vec<_> = (0..150).map(|n| service(n, 16 * n..16 * n + 10)).collect();
+    for (_, port) in &mut services {
+        port.backends[0].weight = 9;
+    }
+    for one in &services {
+        large.plan(&[put(one)]);
+        large.settle();
+    }
+    for (_, port) in &services {
+        assert_eq!(large.reached(port), addresses(port));
+        let share = first_share(&large, port);
+        assert!((40..=60).contains(&share), "{share} %");
+    }
+}
+
+/// While tables change their lengths and room comes and goes no frontend leads to what others have by now.
+#[test]
+fn with_a_full_table_no_frontend_is_left_on_what_was_given_back() {
+    let small = Capacity { services: 400, slots: 3_000, backends: 3000, ranges: 10 };
+    let mut large = Large::new(small);
+    let one = |number: u32, version: u32| {
+        let (id, mut port) = service(number, 16 * number + version..16 * number + version + 10);
+        for access in port.frontends.values_mut() {
+            access.local_for_outside = true;
+        }
+        for (position, backend) in port.backends.iter_mut().enumerate() {
+            backend.usable_local = position % 3 == 0;
+            backend.weight = if position == 0 { 3 } else { 1 };
+        }
+        (id, port)
+    };
+    for round in 0..6 {
+        let count = if round % 2 == 0 { 160 } else { 40 };
+        for number in 0..160 {
+            let (id, port) = one(number, round % 4);
+            large.plan(&[(id, (number < count).then_some(port))]);
+            if number % 7 == 0 {
+                large.plan(&[]);
+            }
+        }
+        let led = (0..count).map(|number| one(number, round % 4).1);
+        for port in led {
+            let vip = port.frontends.keys().next().unwrap();
+            let Some(_) = large.maps.services.get(vip) else { continue };
+            for reached in large.maps.resolve(vip).1 {
+                assert!(reached.is_subset(&addresses(&port)), "{vip:?} leads to {reached:?}");
+            }
+        }
+    }
 }

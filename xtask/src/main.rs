@@ -1,5 +1,6 @@
 //! Every command a developer of Portal runs: `cargo xtask <command>`.
 
+mod apt;
 mod build;
 mod check;
 mod lab;
@@ -8,6 +9,7 @@ mod object;
 mod steps;
 mod test;
 mod toolchain;
+mod vm;
 
 use std::process::ExitCode;
 
@@ -32,6 +34,8 @@ enum Command {
     Run(node::Args),
     /// Build the eBPF object and the `portal` binary
     Build(build::Args),
+    /// Run the kernel tier and a network scene on other kernels: Debian's, in qemu
+    Vm(vm::Args),
     /// Check format and lints, for the host and for eBPF
     Check,
 }
@@ -52,6 +56,7 @@ fn run(command: Command) -> Result<()> {
         Command::Test(args) => test::run(&args),
         Command::Run(args) => node::run(&args),
         Command::Build(args) => build::run(&args),
+        Command::Vm(args) => vm::run(&args),
         Command::Check => check::run(),
     }
 }

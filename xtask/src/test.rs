@@ -5,7 +5,7 @@ use clap::ValueEnum;
 
 use crate::build::{self, OBJECT_VARIABLE};
 use crate::steps::{cargo, openly};
-use crate::toolchain;
+use crate::{toolchain, vm};
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -27,6 +27,8 @@ enum Tier {
     Control,
     /// Real sockets across network namespaces (root)
     Network,
+    /// The kernel tier and a network scene on one kernel that is not this machine's, in qemu
+    Kernels,
 }
 
 pub fn run(args: &Args) -> Result<()> {
@@ -38,6 +40,7 @@ pub fn run(args: &Args) -> Result<()> {
     let with_root: &[Tier] = match args.tier {
         None => &[Tier::Kernel, Tier::Control, Tier::Network],
         Some(Tier::Pure) => return Ok(()),
+        Some(Tier::Kernels) => return vm::run_one(),
         Some(_) => args.tier.as_slice(),
     };
     toolchain::need("bpftool")?;
@@ -51,15 +54,16 @@ pub fn run(args: &Args) -> Result<()> {
             tests.args(["--test", file]);
         }
     }
-    openly(filtered(tests.env(OBJECT_VARIABLE, object), args))
+    openly(filtered(tests.env(OBJECT_VARIABLE, object), args))?;
+    if args.tier.is_none() && args.filter.is_none() { vm::run_one() } else { Ok(()) }
 }
 
 fn files_of(tier: Tier) -> &'static [&'static str] {
     match tier {
-        Tier::Pure => &[],
+        Tier::Pure | Tier::Kernels => &[],
         Tier::Kernel => &["kernel"],
         Tier::Control => &["control"],
-        Tier::Network => &["network", "doors", "scenarios"],
+        Tier::Network => &["network", "doors", "scenarios", "load", "kernels"],
     }
 }
 

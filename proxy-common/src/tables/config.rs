@@ -1,6 +1,7 @@
 //! What the agent and the command line keep for themselves in pinned maps.
 
 use crate::map_type;
+use crate::settings::Lifetimes;
 
 map_type! {
     /// The one element of the map `config`.
@@ -9,6 +10,8 @@ map_type! {
         pub abi: u32,
         /// Seed of the flow hash. Kept, so that a flow chooses the same backend after a restart.
         pub seed: u32,
+        /// How long flows live, as the programs were told.
+        pub lifetimes: Lifetimes,
     }
 }
 
@@ -25,5 +28,15 @@ map_type! {
         pub proto: u8,
         /// Zero.
         pub pad: [u8; 7],
+    }
+}
+
+map_type! {
+    /// What went through a Service port, both directions together. 16 bytes.
+    pub struct Traffic {
+        /// Packets.
+        pub packets: u64,
+        /// Their bytes, link-layer headers included.
+        pub bytes: u64,
     }
 }

@@ -8,13 +8,22 @@
 //! client → VIP       ingress  key {client, vip, cport, vport}       other ─┐
 //! backend → client   egress   key {backend, client, bport, cport}  ◀───────┘
 //! ```
+//!
+//! **Where a flow is.** Live flows are in `flows_v4/6`, a hash that never evicts. All others are in
+//! `embryos_v4/6`, an LRU: not answered, answered once, ended, or live but without room in the hash.
+//! A record that was promoted stays behind there as a shadow, which is what the flow comes back to
+//! when it ends. A look-up asks the hash first.
+//!
+//! **Who writes what.** A direction's packets write [`FlowValue::state`], `seen` and the counters of
+//! their own record only; what concerns both directions is read from both records. So no two CPUs
+//! update the same byte, unless they see packets of one direction at once, which write the same.
 
 use core::marker::PhantomData;
+use core::mem::offset_of;
 use core::ptr::NonNull;
 
-use super::service::{AffinityKey, SourceRange};
-use crate::addr::{Address, Port, mix, spread};
-use crate::{Family, map_type};
+use crate::addr::{Addr4, Address, Port, mix, spread};
+use crate::{Family, V4, map_type};
 
 /// The hook at which a direction's packets are seen, in the view of the link they are on.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -27,7 +36,9 @@ pub enum Side {
 }
 
 map_type! {
-    /// One direction of a flow: a packet's addresses before translation.
+    /// One direction of a flow: a packet's addresses before translation. 16 bytes for IPv4, 40 for
+    /// IPv6; aligned to 8, so that it is hashed and compared in words.
+    #[repr(align(8))]
     pub struct FlowKey<F> {
         /// Source address.
         pub src: F::Addr,
@@ -61,109 +72,350 @@ impl<F: Family> FlowKey<F> {
         }
     }
 
-    /// What [`FlowValue::tag`] must be for this key.
+    /// The same ends the other way around, seen at `side`.
     #[inline(always)]
-    pub fn tag(&self) -> u32 {
-        self.mixed(0)
+    #[must_use]
+    pub const fn turned(&self, side: Side) -> Self {
+        Self::new((self.dst, self.dport), (self.src, self.sport), self.proto, side)
     }
 
     /// A well-spread hash for the choice of a backend and of a source port.
     #[inline(always)]
     pub fn hash(&self, seed: u32) -> u32 {
-        spread(self.mixed(seed))
+        let ports = u32::from(self.sport.word()) << 16 | u32::from(self.dport.word());
+        let kind = u32::from(self.proto) << 8 | u32::from(self.side);
+        spread(mix(mix(self.dst.mix(self.src.mix(seed)), ports), kind))
+    }
+
+    /// Puts in what follows the addresses, in one store: who reads the key in larger words than it was written
+    /// in waits for the stores.
+    #[inline(always)]
+    pub fn set_ports(&mut self, ports: [Port; 2], proto: u8, side: Side) {
+        let words = self.words_mut();
+        let rest: u32 = bytemuck::cast([proto, side as u8, 0, 0]);
+        words[words.len() - 1] = bytemuck::cast([bytemuck::cast(ports), rest]);
     }
 
     #[inline(always)]
-    fn mixed(&self, seed: u32) -> u32 {
-        let ports = u32::from(self.sport.word()) << 16 | u32::from(self.dport.word());
-        let kind = u32::from(self.proto) << 8 | u32::from(self.side);
-        mix(mix(self.dst.mix(self.src.mix(seed)), ports), kind)
+    fn words(&self) -> &[u64] {
+        bytemuck::cast_slice(core::slice::from_ref(self))
+    }
+
+    #[inline(always)]
+    fn words_mut(&mut self) -> &mut [u64] {
+        bytemuck::cast_slice_mut(core::slice::from_mut(self))
     }
 }
 
-/// How far a flow has come. The numbers are in the maps.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+impl FlowKey<V4> {
+    /// Puts in the addresses, in one store.
+    #[inline(always)]
+    pub fn set_addresses(&mut self, src: Addr4, dst: Addr4) {
+        self.words_mut()[0] = bytemuck::cast([src, dst]);
+    }
+}
+
+/// How far one direction of a flow has come. The numbers are in the maps.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 #[repr(u8)]
 pub enum State {
-    /// Not answered yet.
-    Embryo = 0,
-    /// Answered once, and the client has not been heard of since.
+    /// The client's: it has asked. The backend's: nothing was heard of it.
+    Opening = 0,
+    /// The backend's: it has answered, TCP with its SYN-ACK.
     Answered = 1,
-    /// Both sides have heard of each other.
-    Established = 2,
-    /// TCP: one side has sent its FIN.
-    HalfClosed = 3,
-    /// TCP: both sides have sent their FIN.
-    Closing = 4,
-    /// TCP: reset. Another flow may have the record's place at once.
+    /// The backend's: heard of in the middle of a connection that no record was found of.
+    Heard = 2,
+    /// Both sides have shown that they hear each other.
+    Established = 3,
+    /// TCP: a FIN was seen in this direction.
+    Finished = 4,
+    /// TCP: a reset, or a FIN of both sides. The flow has ended, as far as can be seen.
     Closed = 5,
+    /// TCP: this direction goes on after the end, which then was none.
+    Revived = 6,
+    /// Not ours to translate: noted, so that nobody else gets its place.
+    Foreign = 7,
 }
 
 impl State {
-    /// The state's name in listings.
-    pub const fn label(number: u8) -> &'static str {
+    /// The state of that number; a number that is none is not ours to translate.
+    #[inline(always)]
+    pub const fn of(number: u8) -> Self {
         match number {
-            0 => "embryo",
-            1 => "answered",
-            2 => "established",
-            3 => "half-closed",
-            4 => "closing",
-            5 => "closed",
-            _ => "?",
+            0 => Self::Opening,
+            1 => Self::Answered,
+            2 => Self::Heard,
+            3 => Self::Established,
+            4 => Self::Finished,
+            5 => Self::Closed,
+            6 => Self::Revived,
+            _ => Self::Foreign,
+        }
+    }
+
+    /// The state's name in listings.
+    pub const fn label(self) -> &'static str {
+        match self {
+            Self::Opening => "opening",
+            Self::Answered => "answered",
+            Self::Heard => "heard",
+            Self::Established => "established",
+            Self::Finished => "finished",
+            Self::Closed => "closed",
+            Self::Revived => "revived",
+            Self::Foreign => "foreign",
         }
     }
 }
 
-map_type! {
-    /// What a direction's packets need, in one look-up.
-    pub struct FlowValue<F> {
-        /// [`FlowKey::tag`] of its own key, against a reader that raced with a reuse of the element.
-        pub tag: u32,
-        /// The other direction's key.
-        pub other: FlowKey<F>,
-        /// When this direction was last used, in ticks.
-        pub seen: u32,
-        /// How many ticks this direction may be idle.
-        pub timeout: u32,
-        /// The Service port's id.
-        pub service: u32,
-        /// The backend's number.
-        pub backend: u32,
-        /// The link that this direction's packets leave by, past the host stack; 0 or
-        /// [`FlowValue::BY_STACK`]: by the host stack.
-        pub link: u32,
-        /// The link that the other direction's packets leave by.
-        pub other_link: u32,
-        /// The backend's generation when it was chosen.
-        pub generation: u16,
-        /// The [`State`] as a number.
-        pub state: u8,
-        /// [`FlowValue::FIN_FORWARD`] and its like.
-        pub flags: u8,
+/// What of a record never changes, beside the other direction's key.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Origin {
+    /// The backend's number; [`Origin::NO_BACKEND`] for flows that have none.
+    pub backend: u32,
+    /// The link that the client's packets come in by, of clients outside the node; 0 otherwise.
+    pub client_link: u32,
+    /// The backend's generation when it was chosen.
+    pub generation: u16,
+    /// [`Origin::REPLY`] and its like.
+    pub kind: u8,
+}
+
+impl Origin {
+    /// The number of a backend that there is not.
+    pub const NO_BACKEND: u32 = u32::MAX;
+    /// Kind: the record of the backend's packets.
+    pub const REPLY: u8 = 1;
+    /// Kind: this direction's packets are sent on past the host stack, which would take them for
+    /// martians: to the backend by its way, to the client by its link.
+    pub const REDIRECT: u8 = 2;
+    /// Kind: this direction's packets go back out of the link that they came by (hairpin).
+    pub const TURN: u8 = 4;
+    /// A flow without a Service, by the host stack.
+    pub const NONE: Self =
+        Self { backend: Self::NO_BACKEND, client_link: 0, generation: 0, kind: 0 };
+
+    /// Whether one of these kinds is set.
+    #[inline(always)]
+    pub const fn is(self, kind: u8) -> bool {
+        self.kind & kind != 0
+    }
+
+    /// What the other direction's record has in this one's place. The answer of a flow that is sent on
+    /// past the host stack is so too if its client is outside; a pod's comes up through the stack.
+    /// `redirected` says whether the client's direction of a flow of a pod is sent on.
+    #[inline(always)]
+    #[must_use]
+    pub const fn inverse(self, redirected: bool) -> Self {
+        let redirect = if self.is(Self::REPLY) {
+            self.is(Self::REDIRECT) || redirected
+        } else {
+            self.is(Self::REDIRECT) && self.client_link != 0
+        };
+        let role = (self.kind & Self::REPLY) ^ Self::REPLY;
+        let way = self.kind & Self::TURN | if redirect { Self::REDIRECT } else { 0 };
+        Self { kind: role | way, ..self }
+    }
+
+    #[inline(always)]
+    fn word(self) -> u64 {
+        u64::from(self.client_link) << 32 | u64::from(self.generation) << 8 | u64::from(self.kind)
     }
 }
 
-impl<F: Family> FlowValue<F> {
-    /// A FIN was seen in the direction of the client's packets.
-    pub const FIN_FORWARD: u8 = 1;
-    /// A FIN was seen in the direction of the backend's packets.
-    pub const FIN_REPLY: u8 = 2;
-    /// This is the record of the backend's packets.
-    pub const IS_REPLY: u8 = 4;
-    /// As a link: by the host stack, although the packet seems to go back to where it came from. So go
-    /// answers of flows that are masqueraded for a pod of this node.
-    pub const BY_STACK: u32 = u32::MAX;
+map_type! {
+    /// What a direction's packets need, in one look-up. 56 bytes for IPv4, 80 for IPv6: with the key and
+    /// the kernel's header of 48 (56 from Linux 6.1 on) an element fills an allocation of 128 or 192
+    /// bytes, and a hit touches its bucket and two lines, or three.
+    pub struct FlowValue<F> {
+        /// The other direction's key.
+        pub other: FlowKey<F>,
+        /// [`tag`] of its own key and all that never changes, against readers that raced with a reuse of
+        /// the element.
+        pub tag: u32,
+        /// See [`Origin::backend`].
+        pub backend: u32,
+        /// See [`Origin::client_link`].
+        pub client_link: u32,
+        /// See [`Origin::generation`].
+        pub generation: u16,
+        /// See [`Origin::kind`].
+        pub kind: u8,
+        /// This direction's [`State`] as a number.
+        pub state: u8,
+        /// When this direction was last used, in ticks.
+        pub seen: u32,
+        /// Packets of this direction since they were last added to their Service's.
+        pub packets: u32,
+        /// Their bytes, link-layer headers included.
+        pub bytes: u32,
+        /// The short cut past the host stack: the link. 0: there is none.
+        pub link: u32,
+        /// The short cut's next hop, as a link-layer address.
+        pub hop: [u8; 6],
+        /// The routes' epoch that the short cut is of.
+        pub epoch: u16,
+    }
+}
 
-    /// Whether the record has been idle for longer than it may.
+map_type! {
+    /// A record of a flow that is not live: as [`FlowValue`], but for the end.
+    pub struct EmbryoValue<F> {
+        /// See [`FlowValue::other`].
+        pub other: FlowKey<F>,
+        /// See [`FlowValue::tag`].
+        pub tag: u32,
+        /// See [`Origin::backend`].
+        pub backend: u32,
+        /// See [`Origin::client_link`].
+        pub client_link: u32,
+        /// See [`Origin::generation`].
+        pub generation: u16,
+        /// See [`Origin::kind`].
+        pub kind: u8,
+        /// This direction's [`State`] as a number.
+        pub state: u8,
+        /// When this direction was last used, in ticks.
+        pub seen: u32,
+        /// Packets of this direction since they were last added to their Service's.
+        pub packets: u32,
+        /// Their bytes, link-layer headers included.
+        pub bytes: u32,
+        /// The backend's record, TCP: what the client acknowledges if it has heard the backend.
+        pub proof: u32,
+        /// When the flow was opened, in microseconds of `CLOCK_MONOTONIC`, for the latency of its answer.
+        pub opened: u32,
+        /// When the flow ended, in ticks.
+        pub ended: u32,
+    }
+}
+
+const _: () = {
+    const fn alike<F: Family>() -> bool {
+        size_of::<FlowValue<F>>() == size_of::<EmbryoValue<F>>()
+            && offset_of!(FlowValue<F>, tag) == offset_of!(EmbryoValue<F>, tag)
+            && offset_of!(FlowValue<F>, state) == offset_of!(EmbryoValue<F>, state)
+            && offset_of!(FlowValue<F>, bytes) == offset_of!(EmbryoValue<F>, bytes)
+    }
+    assert!(alike::<V4>() && alike::<crate::V6>());
+    assert!(size_of::<FlowValue<V4>>() == 56 && size_of::<FlowValue<crate::V6>>() == 80);
+};
+
+/// Factors of [`tag`]: odd, and one for each word.
+const FACTORS: [u64; 12] = [
+    0x9e37_79b9_7f4a_7c15,
+    0xbf58_476d_1ce4_e5b9,
+    0x94d0_49bb_1331_11eb,
+    0xd6e8_feb8_6659_fd93,
+    0xa076_1d64_78bd_642f,
+    0xe703_7ed1_a0b4_28db,
+    0x8ebc_6af0_9c88_c6e3,
+    0x5899_65cc_7537_4cc3,
+    0x1d8e_4e27_c47d_124f,
+    0xeb44_acca_b455_d165,
+    0x2127_599b_f432_5c37,
+    0x8803_55f2_1e6d_1965,
+];
+
+/// What vouches for a record: a hash of its own key and of all that never changes. Whoever has read a
+/// record compares it with the tag that lies there, and so knows that no field was another record's;
+/// in whatever order the kernel has copied them. A sum of products, which a CPU computes in parallel.
+#[inline(always)]
+pub fn tag<F: Family>(key: &FlowKey<F>, other: &FlowKey<F>, origin: Origin) -> u32 {
+    let words = key.words().len();
+    let mut sum = (origin.word() ^ u64::from(origin.backend) << 20).wrapping_mul(FACTORS[0]);
+    sum = sum.wrapping_add(u64::from(origin.backend).wrapping_mul(FACTORS[1]));
+    for (position, word) in key.words().iter().enumerate() {
+        sum = sum.wrapping_add(word.wrapping_mul(FACTORS[2 + position]));
+    }
+    for (position, word) in other.words().iter().enumerate() {
+        sum = sum.wrapping_add(word.wrapping_mul(FACTORS[2 + words + position]));
+    }
+    (sum >> 32) as u32
+}
+
+/// What a record said when it was read, all of it verified.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Facts {
+    /// What of it never changes.
+    pub origin: Origin,
+    /// How far its direction has come.
+    pub state: State,
+    /// When it was last used, in ticks.
+    pub seen: u32,
+}
+
+impl Facts {
+    /// Whether it is in that state.
     #[inline(always)]
-    pub const fn expired(&self, now: u32) -> bool {
-        expired(self.seen, self.timeout, now)
+    pub fn is_in(&self, state: State) -> bool {
+        self.state == state
     }
 
-    /// Whether it stands for a flow that is a load for its backend: one of a client's records that has
-    /// neither ended nor fallen silent.
-    pub const fn is_counted(&self, now: u32) -> bool {
-        self.flags & Self::IS_REPLY == 0 && self.state < State::Closing as u8 && !self.expired(now)
+    /// Whether it has been idle for longer than `timeout` ticks.
+    #[inline(always)]
+    pub const fn expired(&self, timeout: u32, now: u32) -> bool {
+        expired(self.seen, timeout, now)
+    }
+}
+
+/// What only a record of a flow that is not live says.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Making {
+    /// See [`EmbryoValue::proof`].
+    pub proof: u32,
+    /// See [`EmbryoValue::opened`].
+    pub opened: u32,
+    /// See [`EmbryoValue::ended`].
+    pub ended: u32,
+}
+
+impl<F: Family> FlowValue<F> {
+    /// A live flow's record.
+    #[inline(always)]
+    pub fn fill(&mut self, key: &FlowKey<F>, other: &FlowKey<F>, origin: Origin, now: u32) {
+        self.other = *other;
+        self.tag = tag(key, other, origin);
+        (self.backend, self.client_link) = (origin.backend, origin.client_link);
+        (self.generation, self.kind) = (origin.generation, origin.kind);
+        (self.state, self.seen) = (State::Established as u8, now);
+        (self.packets, self.bytes) = (0, 0);
+        (self.link, self.hop, self.epoch) = (0, [0; 6], 0);
+    }
+
+    /// What the record says.
+    pub const fn facts(&self) -> Facts {
+        let Self { backend, client_link, generation, kind, state, seen, .. } = *self;
+        let state = State::of(state);
+        Facts { origin: Origin { backend, client_link, generation, kind }, state, seen }
+    }
+}
+
+impl<F: Family> EmbryoValue<F> {
+    /// A record of a flow in that state.
+    #[inline(always)]
+    pub fn fill(
+        &mut self,
+        key: &FlowKey<F>,
+        other: &FlowKey<F>,
+        origin: Origin,
+        state: State,
+        (now, opened): (u32, u32),
+    ) {
+        self.other = *other;
+        self.tag = tag(key, other, origin);
+        (self.backend, self.client_link) = (origin.backend, origin.client_link);
+        (self.generation, self.kind) = (origin.generation, origin.kind);
+        (self.state, self.seen) = (state as u8, now);
+        (self.packets, self.bytes) = (0, 0);
+        (self.proof, self.opened, self.ended) = (0, opened, now);
+    }
+
+    /// What the record says.
+    pub const fn facts(&self) -> Facts {
+        let Self { backend, client_link, generation, kind, state, seen, .. } = *self;
+        let state = State::of(state);
+        Facts { origin: Origin { backend, client_link, generation, kind }, state, seen }
     }
 }
 
@@ -174,112 +426,41 @@ pub const fn expired(seen: u32, timeout: u32, now: u32) -> bool {
     now.wrapping_sub(seen).cast_signed() > timeout.cast_signed()
 }
 
-/// Which part of a datagram a packet is.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-#[repr(u8)]
-pub enum Part {
-    /// All of it.
-    Whole = 0,
-    /// The first fragment, which has the transport header.
-    First = 1,
-    /// A later fragment, which has none.
-    Later = 2,
-}
-
-map_type! {
-    /// What a packet's headers say beside the addresses.
-    pub struct Packet {
-        /// Where the transport header begins, from the start of the frame.
-        pub l4: u32,
-        /// The datagram's identification as it lies in memory, if this is a fragment.
-        pub id: u32,
-        /// The transport protocol, extension headers passed over.
-        pub proto: u8,
-        /// TCP's flags; 0 otherwise.
-        pub flags: u8,
-        /// The [`Part`] as a number.
-        pub part: u8,
-        /// Zero.
-        pub pad: u8,
-    }
-}
-
-impl Packet {
-    /// Whether the packet is that part of a datagram.
-    #[inline(always)]
-    pub const fn is(&self, part: Part) -> bool {
-        self.part == part as u8
-    }
-
-    /// Where the transport header begins, from the start of the frame.
-    #[inline(always)]
-    pub const fn l4(&self) -> usize {
-        self.l4 as usize
-    }
-}
-
-map_type! {
-    /// What the datapath works on while it has a packet. In per-CPU memory: for IPv6 it would not fit
-    /// on the 512 bytes of an eBPF stack.
-    pub struct Work<F> {
-        /// The packet's headers.
-        pub packet: Packet,
-        /// The headers of a packet quoted by an ICMP error.
-        pub inner: Packet,
-        /// The packet's addresses as they arrived.
-        pub key: FlowKey<F>,
-        /// The other direction's key, once it is known.
-        pub other: FlowKey<F>,
-        /// The addresses of a packet quoted by an ICMP error, turned around.
-        pub quoted: FlowKey<F>,
-        /// The record of the client's packets, of a flow in the making.
-        pub forward: FlowValue<F>,
-        /// The record of the backend's packets. Each record's `other` is the other's key.
-        pub reply: FlowValue<F>,
-        /// The link that the packet leaves by, past the host stack; 0: by the host stack.
-        pub link: u32,
-        /// The longest IP packet that the way there takes; 0 if it is not known.
-        pub mtu: u32,
-        /// A client with affinity, to be looked up.
-        pub affinity: AffinityKey<F>,
-        /// A client's address, to be looked up among source ranges.
-        pub range: SourceRange<F>,
-    }
-}
-
-#[inline(always)]
-fn words_of<F: Family>(key: &mut FlowKey<F>) -> &mut [u32] {
-    bytemuck::cast_slice_mut(core::slice::from_mut(key))
-}
-
-/// A record in its map, read and written in place, field by field.
+/// A record in its map, read and written in place.
 ///
-/// Other CPUs and the kernel's own reuse of deleted elements may change it at any time, so each field
-/// is read once and [`FlowRecord::verified`] is asked afterwards.
+/// Other CPUs and the kernel's own reuse of deleted elements may change it at any time. So it is read
+/// as a whole by [`FlowRecord::read`], which verifies what it has read, and written to only after that
+/// and before another table is asked. Should the element change hands in the nanoseconds between, a
+/// stranger's record gets a wrong `seen`, `state` or count of its own direction, which cost it nothing
+/// but a way through the slower program.
 #[derive(Clone, Copy)]
 pub struct FlowRecord<'a, F: Family> {
     value: NonNull<FlowValue<F>>,
     table: PhantomData<&'a FlowValue<F>>,
 }
 
-macro_rules! fields {
-    ($($(#[$doc:meta])+ $get:ident, $set:ident: $type:ty;)+) => {$(
-        $(#[$doc])+
-        #[inline(always)]
-        pub fn $get(&self) -> $type {
-            // SAFETY: `new`'s caller promised that the pointer stays readable for 'a; any bytes are
-            // a valid value of a Pod type.
-            unsafe { (&raw const (*self.value.as_ptr()).$get).read_volatile() }
-        }
+/// As [`FlowRecord`], of a flow that is not live.
+#[derive(Clone, Copy)]
+pub struct EmbryoRecord<'a, F: Family> {
+    value: NonNull<EmbryoValue<F>>,
+    table: PhantomData<&'a EmbryoValue<F>>,
+}
 
-        /// Stores the field that the method of the same name without `set_` reads.
-        #[inline(always)]
-        pub fn $set(&self, value: $type) {
-            // SAFETY: as for reading; the maps are shared memory, where racing stores of one word are
-            // the accepted way to update.
-            unsafe { (&raw mut (*self.value.as_ptr()).$get).write_volatile(value) }
-        }
-    )+};
+macro_rules! load {
+    ($record:expr, $field:ident) => {{
+        // SAFETY: `new`'s caller promised that the pointer stays readable for the record's lifetime;
+        // any bytes are a valid value of a Pod type. Volatile, since it is shared memory.
+        unsafe { (&raw const (*$record.value.as_ptr()).$field).read_volatile() }
+    }};
+}
+
+macro_rules! store {
+    ($record:expr, $field:ident, $value:expr) => {{
+        let value = $value;
+        // SAFETY: as for reading; the maps are shared memory, where racing stores of one word are the
+        // accepted way to update.
+        unsafe { (&raw mut (*$record.value.as_ptr()).$field).write_volatile(value) }
+    }};
 }
 
 impl<F: Family> FlowRecord<'_, F> {
@@ -293,81 +474,136 @@ impl<F: Family> FlowRecord<'_, F> {
         Self { value, table: PhantomData }
     }
 
-    /// A record of its own, never freed: as the kernel keeps a deleted element readable.
-    #[cfg(feature = "testing")]
-    pub fn leaked(value: FlowValue<F>) -> Self {
-        let value = NonNull::from(Box::leak(Box::new(value)));
-        // SAFETY: it is never freed, and nobody else knows of it.
-        unsafe { Self::new(value) }
-    }
-
-    fields! {
-        /// The tag, see [`FlowValue::tag`].
-        tag, set_tag: u32;
-        /// When this direction was last used, in ticks.
-        seen, set_seen: u32;
-        /// How many ticks this direction may be idle.
-        timeout, set_timeout: u32;
-        /// The Service port's id.
-        service, set_service: u32;
-        /// The backend's number.
-        backend, set_backend: u32;
-        /// The link that this direction's packets leave by, see [`FlowValue::link`].
-        link, set_link: u32;
-        /// The link that the other direction's packets leave by.
-        other_link, set_other_link: u32;
-        /// The backend's generation when it was chosen.
-        generation, set_generation: u16;
-        /// The [`State`] as a number.
-        state, set_state: u8;
-        /// The flags, see [`FlowValue`].
-        flags, set_flags: u8;
-    }
-
-    /// Copies the other direction's key to `key`, word by word.
+    /// Reads the record that was found under `key`, the other direction's key into `other`. `None` if it
+    /// is another's by now.
     #[inline(always)]
-    pub fn read_other(&self, key: &mut FlowKey<F>) {
+    pub fn read(&self, key: &FlowKey<F>, other: &mut FlowKey<F>) -> Option<Facts> {
         // SAFETY: `new`'s caller promised that the pointer stays readable for 'a.
-        let from = unsafe { &raw const (*self.value.as_ptr()).other }.cast::<u32>();
-        for (position, word) in words_of(key).iter_mut().enumerate() {
+        let from = unsafe { &raw const (*self.value.as_ptr()).other }.cast::<u64>();
+        for (position, word) in other.words_mut().iter_mut().enumerate() {
             // SAFETY: both are as many words of the same type.
             *word = unsafe { from.add(position).read_volatile() };
         }
+        let origin = Origin {
+            backend: load!(self, backend),
+            client_link: load!(self, client_link),
+            generation: load!(self, generation),
+            kind: load!(self, kind),
+        };
+        let facts = Facts { origin, state: State::of(load!(self, state)), seen: load!(self, seen) };
+        (load!(self, tag) == tag(key, other, origin)).then_some(facts)
     }
 
-    /// Whether the other direction's key is `key`.
-    #[inline(always)]
-    pub fn leads_to(&self, key: &FlowKey<F>) -> bool {
-        // SAFETY: `new`'s caller promised that the pointer stays readable for 'a.
-        let other = unsafe { &raw const (*self.value.as_ptr()).other }.cast::<u32>();
-        let words = bytemuck::cast_slice::<_, u32>(core::slice::from_ref(key));
-        let mut differences = 0;
-        for (position, word) in words.iter().enumerate() {
-            // SAFETY: both are as many words of the same type.
-            differences |= *word ^ unsafe { other.add(position).read_volatile() };
-        }
-        differences == 0
-    }
-
-    /// Whether what was read before belongs to `key`. The kernel writes an element's first bytes
-    /// first, so a tag that still fits vouches for everything behind it.
-    #[inline(always)]
-    pub fn verified(&self, key: &FlowKey<F>) -> bool {
-        self.tag() == key.tag()
-    }
-
-    /// Whether the record has been idle for longer than it may.
-    #[inline(always)]
-    pub fn expired(&self, now: u32) -> bool {
-        expired(self.seen(), self.timeout(), now)
-    }
-
-    /// Notes that the record was used. Stores only when the tick has changed, so that a busy flow's
-    /// cache line stays clean.
+    /// Notes that the record was used.
     #[inline(always)]
     pub fn touch(&self, now: u32) {
-        if self.seen() != now {
-            self.set_seen(now);
+        store!(self, seen, now);
+    }
+
+    /// Notes how far the record's direction has come.
+    #[inline(always)]
+    pub fn set_state(&self, state: State) {
+        store!(self, state, state as u8);
+    }
+
+    /// Counts a packet of the record's direction.
+    #[inline(always)]
+    pub fn count(&self, bytes: u32) {
+        store!(self, packets, load!(self, packets).wrapping_add(1));
+        store!(self, bytes, load!(self, bytes).wrapping_add(bytes));
+    }
+
+    /// Takes the packets and bytes that were counted.
+    #[inline(always)]
+    pub fn take_counts(&self) -> (u32, u32) {
+        let counts = (load!(self, packets), load!(self, bytes));
+        store!(self, packets, 0);
+        store!(self, bytes, 0);
+        counts
+    }
+
+    /// Whether so many bytes were counted that they should be taken before more come.
+    #[inline(always)]
+    pub fn is_count_large(&self) -> bool {
+        load!(self, bytes) >> 31 != 0
+    }
+}
+
+impl<'a, F: Family> EmbryoRecord<'a, F> {
+    /// A record at `value`.
+    ///
+    /// # Safety
+    /// As for [`FlowRecord::new`].
+    #[inline(always)]
+    pub const unsafe fn new(value: NonNull<EmbryoValue<F>>) -> Self {
+        Self { value, table: PhantomData }
+    }
+
+    /// The part that is as a live flow's.
+    #[inline(always)]
+    pub const fn common(&self) -> FlowRecord<'a, F> {
+        FlowRecord { value: self.value.cast(), table: PhantomData }
+    }
+
+    /// As [`FlowRecord::read`], with the rest.
+    #[inline(always)]
+    pub fn read(&self, key: &FlowKey<F>, other: &mut FlowKey<F>) -> Option<(Facts, Making)> {
+        let making = Making {
+            proof: load!(self, proof),
+            opened: load!(self, opened),
+            ended: load!(self, ended),
+        };
+        Some((self.common().read(key, other)?, making))
+    }
+
+    /// Notes what the client acknowledges if it has heard the backend.
+    #[inline(always)]
+    pub fn set_proof(&self, proof: u32) {
+        store!(self, proof, proof);
+    }
+
+    /// Notes that the flow has ended.
+    #[inline(always)]
+    pub fn end(&self, now: u32) {
+        store!(self, ended, now);
+        self.common().set_state(State::Closed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Addr4, V4};
+
+    fn key(host: u8, port: u16) -> FlowKey<V4> {
+        let end = |host, port| (Addr4 { octets: [10, 0, 0, host] }, Port::new(port));
+        FlowKey::new(end(host, port), end(200, 80), 6, Side::Ingress)
+    }
+
+    #[test]
+    fn a_tag_vouches_for_the_key_and_for_each_field_that_never_changes() {
+        let origin = Origin { backend: 7, client_link: 2, generation: 3, kind: Origin::REPLY };
+        let (own, other) = (key(1, 1000), key(2, 2000));
+        let right = tag(&own, &other, origin);
+        let changed = [
+            tag(&other, &own, origin),
+            tag(&key(1, 1001), &other, origin),
+            tag(&own, &key(2, 2001), origin),
+            tag(&own, &other, Origin { backend: 8, ..origin }),
+            tag(&own, &other, Origin { client_link: 3, ..origin }),
+            tag(&own, &other, Origin { generation: 4, ..origin }),
+            tag(&own, &other, Origin { kind: 0, ..origin }),
+        ];
+        assert!(changed.iter().all(|tag| *tag != right));
+    }
+
+    #[test]
+    fn either_record_can_be_made_from_the_other() {
+        for (client_link, kind) in [(0, 0), (0, Origin::TURN), (4, Origin::REDIRECT), (4, 0)] {
+            let forward = Origin { backend: 1, client_link, generation: 1, kind };
+            let reply = forward.inverse(false);
+            assert!(reply.is(Origin::REPLY));
+            assert_eq!(reply.inverse(forward.is(Origin::REDIRECT)), forward);
         }
     }
 }

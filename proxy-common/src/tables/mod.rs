@@ -3,15 +3,20 @@
 //! | map | kind | key → value | writer | reader |
 //! |---|---|---|---|---|
 //! | `services_v4/6` | hash | [`ServiceKey`] → [`ServiceValue`] | agent | datapath |
-//! | `slots` | array, memory-mapped | slot → backend number (`u64`) | agent | datapath |
+//! | `slots` | array, memory-mapped | half of the slot → two slots ([`Slots`]): positions or backend numbers | agent | datapath |
 //! | `backends_v4/6` | array, memory-mapped | backend number → [`Backend`] | agent | datapath |
+//! | `ways_v4/6` | array, memory-mapped | way number → [`Way`] | agent | datapath |
 //! | `loads_v4/6` | array, memory-mapped | backend number → its flows (`u32`), for least-conn | datapath, agent's sweep | datapath |
 //! | `turns` | array | service id → flows so far (`u32`), for round-robin | datapath | datapath |
 //! | `affinity_v4/6` | LRU hash | [`AffinityKey`] → [`AffinityValue`] | datapath | datapath |
 //! | `ranges_v4/6` | LPM trie | [`SourceRange`] → 1 (`u32`) | agent | datapath |
 //! | `exits_v4/6` | hash | link → [`Exit`] | agent | datapath |
 //! | `flows_v4/6` | hash | [`FlowKey`] → [`FlowValue`] | datapath, agent's sweep | datapath |
-//! | `embryos_v4/6` | LRU hash | [`FlowKey`] → [`FlowValue`] | datapath | datapath |
+//! | `embryos_v4/6` | LRU hash | [`FlowKey`] → [`EmbryoValue`] | datapath | datapath |
+//! | `port_turns` | per-CPU array | hash of a destination → turns of its source ports (`u32`) | datapath | datapath |
+//! | `exhausted_v4/6` | hash | backend number → flows that got no source port (`u64`) | datapath | agent |
+//! | `traffic` | array | service id → [`Traffic`] | datapath | agent, command line |
+//! | `tails` | program array | story → program | agent | datapath |
 //! | `fragments_v4/6` | LRU hash | [`FragmentKey`] → [`FragmentValue`] | datapath | datapath |
 //! | `peers_v4/6` | LRU hash | [`PeerKey`] → [`PeerValue`] | socket hooks | socket hooks |
 //! | `names` | hash | service id → [`Name`] | agent | command line |
@@ -25,13 +30,18 @@ pub mod flow;
 pub mod fragment;
 pub mod peer;
 pub mod service;
+pub mod work;
 
-pub use config::{Config, Name};
+pub use config::{Config, Name, Traffic};
 pub use exit::Exit;
-pub use flow::{FlowKey, FlowRecord, FlowValue, Packet, Part, Side, State, Work, expired};
+pub use flow::{
+    EmbryoRecord, EmbryoValue, Facts, FlowKey, FlowRecord, FlowValue, Making, Origin, Side, State,
+    expired, tag,
+};
 pub use fragment::{FragmentKey, FragmentValue};
 pub use peer::{PeerKey, PeerValue};
 pub use service::{
-    AffinityKey, AffinityValue, Algorithm, Backend, Range, RangeData, ServiceKey, ServiceValue,
-    SourceRange,
+    AffinityKey, AffinityValue, Algorithm, Backend, Choice, Range, RangeData, ServiceKey,
+    ServiceValue, Slots, SourceRange, Way,
 };
+pub use work::{Decision, LastResort, Memory, Packet, Part, Request, Work};

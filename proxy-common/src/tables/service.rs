@@ -1,8 +1,14 @@
 //! Services, slots and backends: from a VIP to the pods behind it.
 //!
 //! ```text
-//! ServiceKey ──services──▶ ServiceValue.cluster ──slots──▶ backend number ──backends──▶ Backend
+//! ServiceKey ──services──▶ ServiceValue.cluster ──slots: table──▶ position
+//!                                               ──slots: members──▶ backend number ──backends──▶ Backend
 //! ```
+//!
+//! Two runs of slots: a *table* says which position a number stands for (Maglev's, or each position as often
+//! as its weight says), the *members* which backend is at each position. Service ports with equal endpoints
+//! share a table, also where their target ports differ. Where each member counts once and in its order,
+//! there is no table: the number stands for the member.
 //!
 //! A `NodePort` is a frontend at the zero address; the marks of the node's own addresses lead there.
 //!
@@ -45,36 +51,71 @@ impl<F: Family> ServiceKey<F> {
     pub fn node_port(port: Port, proto: u8) -> Self {
         Self::new(bytemuck::Zeroable::zeroed(), port, proto)
     }
-
-    /// What [`ServiceValue::tag`] must be for this key.
-    #[inline(always)]
-    pub fn tag(&self) -> u32 {
-        mix(self.vip.mix(0), u32::from(self.port.word()) << 16 | u32::from(self.proto))
-    }
 }
 
-/// A run of slots. Eight aligned bytes, so that it is read and replaced as one word.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, bytemuck::Pod, bytemuck::Zeroable)]
+/// A run of slots.
+#[derive(
+    Clone,
+    Copy,
+    PartialEq,
+    Eq,
+    PartialOrd,
+    Ord,
+    Hash,
+    Debug,
+    Default,
+    bytemuck::Pod,
+    bytemuck::Zeroable,
+)]
 #[repr(C, align(8))]
 pub struct Range {
     /// The first slot.
     pub first: u32,
-    /// How many slots; 0 if there is no backend.
+    /// How many slots.
     pub count: u32,
 }
 
+impl Range {
+    /// The first slot of a table that there is none of.
+    pub const NO_TABLE: u32 = u32::MAX;
+}
+
+/// Backends that a new flow's is chosen from.
+#[derive(
+    Clone,
+    Copy,
+    PartialEq,
+    Eq,
+    PartialOrd,
+    Ord,
+    Hash,
+    Debug,
+    Default,
+    bytemuck::Pod,
+    bytemuck::Zeroable,
+)]
+#[repr(C, align(4))]
+pub struct Choice {
+    /// The first slot of the table of positions; [`Range::NO_TABLE`] if the number stands for the member.
+    pub table: u32,
+    /// How long the table is, or how many members there are; 0 if there is no backend.
+    pub count: u32,
+    /// The first slot of the members.
+    pub members: u32,
+}
+
 map_type! {
-    /// What a frontend leads to.
+    /// What a frontend leads to. 40 bytes: with an IPv4 key and the kernel's header 96, two lines.
     pub struct ServiceValue {
-        /// [`ServiceKey::tag`] of its own key. The kernel may reuse a deleted hash element while a
-        /// program still reads it; a reader that finds another tag has read another Service.
+        /// [`ServiceValue::tag_of`] its own key and all that follows. The kernel may reuse a deleted hash
+        /// element while a program still reads it; a reader that finds another tag has read another Service.
         pub tag: u32,
         /// The Service port's number, the same for all its frontends and over agent restarts.
         pub id: u32,
         /// Backends of the whole cluster.
-        pub cluster: Range,
-        /// Backends on this node; right behind those of the cluster.
-        pub local: Range,
+        pub cluster: Choice,
+        /// Backends on this node.
+        pub local: Choice,
         /// For how many ticks a client stays with its backend; 0 if it does not (KP-95).
         pub affinity: u32,
         /// [`ServiceValue::REFUSES`] and its like.
@@ -104,6 +145,16 @@ impl ServiceValue {
     pub const LOOPBACK: u32 = 256;
     /// Frontend: the flags from this bit on are its [`Algorithm`] as a number.
     pub const ALGORITHM_SHIFT: u32 = 24;
+
+    /// What vouches for a value: a hash of its key and all its fields but the tag.
+    #[inline(always)]
+    pub fn tag_of<F: Family>(&self, key: &ServiceKey<F>) -> u32 {
+        let Choice { table, count, members } = self.cluster;
+        let hash = mix(key.vip.mix(0), u32::from(key.port.word()) << 16 | u32::from(key.proto));
+        let hash = mix(mix(mix(mix(hash, self.id), table), count), members);
+        let Choice { table, count, members } = self.local;
+        mix(mix(mix(mix(mix(hash, table), count), members), self.affinity), self.flags)
+    }
 }
 
 /// How a new flow's backend is chosen among a frontend's slots.
@@ -154,14 +205,19 @@ impl Algorithm {
 }
 
 map_type! {
+    /// Two slots next to each other: elements of arrays are eight bytes apart at least.
+    pub struct Slots {
+        /// The slot with an even number, then the one behind it.
+        pub numbers: [u32; 2],
+    }
+}
+
+map_type! {
     /// An endpoint of one Service port. A pod that backs two Service ports has two numbers, so that
     /// each can be withdrawn alone.
     pub struct Backend<F> {
         /// The endpoint's address.
         pub addr: F::Addr,
-        /// The address by which the node itself reaches the endpoint: what masqueraded flows come from.
-        /// Zero if it is not known.
-        pub source: F::Addr,
         /// The endpoint's port.
         pub port: Port,
         /// Raised when the number is given to another endpoint; flows remember it.
@@ -170,12 +226,27 @@ map_type! {
         pub flags: u32,
         /// The Service port's number.
         pub service: u32,
-        /// The link by which the node reaches the endpoint. 0 if it is not known.
-        pub link: u32,
+        /// The number of the [`Way`] that leads there; 0 if none is known. What is known of a way is read
+        /// behind one number, so that a flow never begins with half of one way and half of another.
+        pub way: u32,
         /// Its share of new flows, beside those of others (least-conn divides by it).
         pub weight: u16,
-        /// The longest IP packet that passes on the way to the endpoint; 0 if it is not known.
+        /// Zero.
+        pub pad: u16,
+    }
+}
+
+map_type! {
+    /// A way from this node to endpoints. It is not written again while a backend has its number.
+    pub struct Way<F> {
+        /// The address that the node's own packets have there: what masqueraded flows come from.
+        pub source: F::Addr,
+        /// The link that it begins with. 0: there is no way.
+        pub link: u32,
+        /// The longest IP packet that passes; 0 if it is not known.
         pub mtu: u16,
+        /// Zero.
+        pub pad: u16,
     }
 }
 
@@ -188,6 +259,8 @@ impl<F: Family> Backend<F> {
     pub const IN_CLUSTER: u32 = 4;
     /// The endpoint takes new flows of the local range.
     pub const IN_LOCAL: u32 = 8;
+    /// Its flows are counted: it is one of those that least-conn chooses from.
+    pub const COUNTED: u32 = 16;
 }
 
 map_type! {

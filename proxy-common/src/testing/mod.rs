@@ -3,6 +3,8 @@
 
 mod cases;
 mod packets;
+mod records;
 
 pub use cases::{Becomes, Case, Hook, LINK, MTU, NODE, Service, Step, cases};
 pub use packets::{Packet, Transport, ends, is_valid};
+pub use records::Records;

@@ -72,7 +72,8 @@ pub struct Packet {
 impl Packet {
     /// A TCP segment with a few bytes.
     pub fn tcp(side: Side, src: SocketAddr, dst: SocketAddr, flags: u8) -> Self {
-        let (sequence, acknowledgement) = (1000, if flags & 16 == 0 { 0 } else { 2000 });
+        // Whoever acknowledges has heard a SYN of that number.
+        let (sequence, acknowledgement) = (1000, if flags & 16 == 0 { 0 } else { 1001 });
         let transport = Transport::Tcp { flags, sequence, acknowledgement, window: 512 };
         let payload = if flags & 2 == 0 { b"hello".to_vec() } else { Vec::new() };
         Self { side, src, dst, transport, options: false, hops: 64, payload }

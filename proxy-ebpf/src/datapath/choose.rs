@@ -2,8 +2,8 @@
 
 use proxy_common::addr::mix;
 use proxy_common::tables::{
-    AffinityKey, AffinityValue, Algorithm, Backend, Range, RangeData, ServiceKey, ServiceValue,
-    SourceRange, expired,
+    AffinityKey, AffinityValue, Algorithm, Backend, Choice, Range, RangeData, ServiceKey,
+    ServiceValue, SourceRange, expired,
 };
 use proxy_common::{Family, Outcome, Port};
 
@@ -81,12 +81,12 @@ pub fn backend<F: Family, T: Tables<F>>(
     }
     let local = service.has(ServiceValue::LOCAL_FOR_ALL)
         || asker.outside && service.has(ServiceValue::LOCAL_FOR_OUTSIDE);
-    let (range, flag) = if local {
+    let (choice, flag) = if local {
         (service.local, Backend::<F>::IN_LOCAL)
     } else {
         (service.cluster, Backend::<F>::IN_CLUSTER)
     };
-    if range.count == 0 {
+    if choice.count == 0 {
         let elsewhere = service.cluster.count != 0;
         return Err(if elsewhere { Failure::Dropped(Outcome::NoLocal) } else { Failure::Refused });
     }
@@ -95,7 +95,7 @@ pub fn backend<F: Family, T: Tables<F>>(
         if service.affinity == 0 { None } else { sticky(tables, service, client, flag, now) };
     let found = match known {
         Some(known) => known,
-        None => pick(tables, service, range, draw()).ok_or(Failure::Refused)?,
+        None => pick(tables, service, choice, draw()).ok_or(Failure::Refused)?,
     };
     if service.affinity != 0 {
         let value =
@@ -123,29 +123,42 @@ fn sticky<F: Family, T: Tables<F>>(
     (same && backend.flags & flag != 0).then_some((known.backend, backend))
 }
 
-/// The backend that a number stands for among those in a run of slots, which is not empty.
+/// The backend that a number stands for among those to choose from, of which there are some.
 #[inline(always)]
 fn pick<F: Family, T: Tables<F>>(
     tables: &T,
     service: &Service,
-    range: Range,
+    choice: Choice,
     number: u32,
 ) -> Option<(u32, Backend<F>)> {
     let index = if service.chooses(Algorithm::RoundRobin) {
-        number % range.count
+        number % choice.count
     } else {
-        scale(number, range.count)
+        scale(number, choice.count)
     };
-    let mut chosen = tables.slot(range.first.wrapping_add(index))?;
-    if service.chooses(Algorithm::LeastConn) && range.count > 1 {
+    let mut chosen = member(tables, choice, index)?;
+    if service.chooses(Algorithm::LeastConn) && choice.count > 1 {
         // Any of the others.
-        let step = 1 + scale(mix(number, range.count), range.count - 1);
-        let other = tables.slot(range.first.wrapping_add((index + step) % range.count))?;
+        let step = 1 + scale(mix(number, choice.count), choice.count - 1);
+        let other = member(tables, choice, (index + step) % choice.count)?;
         if is_less_busy(tables, other, chosen) {
             chosen = other;
         }
     }
-    Some((chosen, tables.backend(chosen)?))
+    let backend = tables.backend(chosen)?;
+    // The slots of a reader that was held up for long may be another Service port's by now.
+    (backend.service == service.id).then_some((chosen, backend))
+}
+
+/// The number of the backend that is at a place of a table.
+#[inline(always)]
+fn member<F: Family, T: Tables<F>>(tables: &T, choice: Choice, index: u32) -> Option<u32> {
+    let position = if choice.table == Range::NO_TABLE {
+        index
+    } else {
+        tables.slot(choice.table.wrapping_add(index))?
+    };
+    tables.slot(choice.members.wrapping_add(position))
 }
 
 /// Whether one backend has fewer flows for its weight than another.

@@ -6,10 +6,10 @@
 //! the error had sent.
 
 use proxy_common::checksum::Delta;
-use proxy_common::tables::{FlowValue, Packet, Part, ServiceKey, ServiceValue, Work};
-use proxy_common::{Address, Family, Outcome, Port, proto};
+use proxy_common::tables::{Origin, Packet, Part, ServiceKey, ServiceValue, State, Work};
+use proxy_common::{Address, Outcome, Port, proto};
 
-use super::{Tables, rewrite};
+use super::{Tables, Verdict, live, rewrite};
 use crate::packet::{Frame, REACH, Wire, forget, has_ports, tcp};
 
 /// The length of ICMP's header, behind which the quoted packet begins.
@@ -18,26 +18,26 @@ const HEADER: usize = 8;
 const CHECKSUM: usize = 2;
 
 /// An ICMP packet from a client's link: answered if it asks a VIP whether it is there, otherwise as
-/// [`error`] has it.
+/// [`error`] has it. Its headers have been parsed.
 #[inline(always)]
 pub fn inbound<F: Wire, P: Frame, T: Tables<F>>(
     frame: &mut P,
     tables: &T,
     work: &mut Work<F>,
-) -> Outcome {
+) -> Verdict {
     let [request, reply] = F::ECHO;
     let is_request = frame.load::<[u8; 2]>(work.packet.l4()) == Some([request, 0]);
     if !is_request || !work.packet.is(Part::Whole) || tables.setting(|s| &s.vip_ping) == 0 {
         return error(frame, tables, work);
     }
-    match tables.service(&ServiceKey::mark(work.key.dst)) {
-        Some(mark) if !mark.has(ServiceValue::NODE) => {}
-        _ => return Outcome::NotService,
-    }
-    match echo(frame, work, request, reply) {
-        Some(()) => Outcome::EchoReply,
-        None => Outcome::NotWritable,
-    }
+    let outcome = match tables.service(&ServiceKey::mark(work.key.dst)) {
+        Some(mark) if !mark.has(ServiceValue::NODE) => match echo(frame, work, request, reply) {
+            Some(()) => Outcome::EchoReply,
+            None => Outcome::NotWritable,
+        },
+        _ => Outcome::NotService,
+    };
+    Verdict { outcome, link: 0 }
 }
 
 /// Turns a request into its answer. Swapped addresses leave every sum as it is.
@@ -52,41 +52,67 @@ fn echo<F: Wire, P: Frame>(frame: &mut P, work: &Work<F>, request: u8, answer: u
     rewrite::turn_around(frame)
 }
 
-/// An ICMP packet: translated if it is an error about a flow, left alone otherwise.
+/// An ICMP packet: translated if it is an error about a flow, left alone otherwise. Its headers have been
+/// parsed.
 #[inline(always)]
 pub fn error<F: Wire, P: Frame, T: Tables<F>>(
     frame: &mut P,
     tables: &T,
     work: &mut Work<F>,
-) -> Outcome {
-    if !work.packet.is(Part::Whole) {
-        return Outcome::NotService;
-    }
-    let Some([icmp_type, _]) = frame.load::<[u8; 2]>(work.packet.l4()) else {
-        return Outcome::Malformed;
+) -> Verdict {
+    let (outcome, link) = match find(frame, tables, work) {
+        Some(origin) => match translate(frame, work) {
+            Some(()) => way(frame, tables, origin, work.other.src),
+            None => (Outcome::NotWritable, 0),
+        },
+        None => (Outcome::NotService, 0),
     };
-    if !F::is_error(icmp_type) {
-        return Outcome::NotService;
+    Verdict { outcome, link }
+}
+
+/// Which way a translated error goes.
+#[inline(always)]
+fn way<F: Wire, P: Frame, T: Tables<F>>(
+    frame: &mut P,
+    tables: &T,
+    origin: Origin,
+    to: F::Addr,
+) -> (Outcome, u32) {
+    if origin.is(Origin::REDIRECT) {
+        let (link, _) = live::way(origin, tables, to);
+        return if link == 0 { (Outcome::NoRoute, 0) } else { (Outcome::Masqueraded, link) };
     }
-    if read_quoted(frame, work).is_none() || !find(tables, work) {
-        return Outcome::NotService;
-    }
-    if translate(frame, work).is_none() {
-        return Outcome::NotWritable;
-    }
-    if work.link == FlowValue::<F>::BY_STACK {
-        return Outcome::IcmpError;
-    }
-    if work.link != 0 {
-        return Outcome::Masqueraded;
-    }
-    if work.other.side == work.key.side {
+    if origin.is(Origin::TURN) {
         return match rewrite::turn_around(frame) {
-            Some(()) => Outcome::Hairpin,
-            None => Outcome::NotWritable,
+            Some(()) => (Outcome::Hairpin, 0),
+            None => (Outcome::NotWritable, 0),
         };
     }
-    Outcome::IcmpError
+    (Outcome::IcmpError, 0)
+}
+
+/// The flow of the packet that the error quotes. What the receiver of the error had sent is then in
+/// `work.other`.
+#[inline(always)]
+fn find<F: Wire, P: Frame, T: Tables<F>>(
+    frame: &mut P,
+    tables: &T,
+    work: &mut Work<F>,
+) -> Option<Origin> {
+    if !work.packet.is(Part::Whole) {
+        return None;
+    }
+    let [icmp_type, _] = frame.load::<[u8; 2]>(work.packet.l4())?;
+    if !F::is_error(icmp_type) {
+        return None;
+    }
+    read_quoted(frame, work)?;
+    let quoted = &work.memory.spare;
+    let facts = match tables.flow(quoted) {
+        Some(record) => record.read(quoted, &mut work.other)?,
+        None => tables.embryo(quoted)?.read(quoted, &mut work.other)?.0,
+    };
+    (!facts.is_in(State::Foreign)).then_some(facts.origin)
 }
 
 /// Reads the quoted packet and puts its addresses, turned around, into the work area. `None` if there
@@ -94,7 +120,7 @@ pub fn error<F: Wire, P: Frame, T: Tables<F>>(
 #[inline(always)]
 fn read_quoted<F: Wire, P: Frame>(frame: &mut P, work: &mut Work<F>) -> Option<()> {
     frame.want(REACH);
-    let key = &mut work.quoted;
+    let key = &mut work.memory.spare;
     let headers = F::headers(frame, work.packet.l4() + HEADER, key)?;
     forget(&mut work.inner, headers);
     if work.inner.is(Part::Later) || !has_ports(work.inner.proto) {
@@ -106,27 +132,11 @@ fn read_quoted<F: Wire, P: Frame>(frame: &mut P, work: &mut Work<F>) -> Option<(
     Some(())
 }
 
-/// Whether the quoted packet belongs to a flow. What the receiver of the error had sent is then in the
-/// work area.
-#[inline(always)]
-fn find<F: Family, T: Tables<F>>(tables: &T, work: &mut Work<F>) -> bool {
-    let record = match tables.flow(&work.quoted) {
-        Some(record) => record,
-        None => match tables.embryo(&work.quoted) {
-            Some(record) => record,
-            None => return false,
-        },
-    };
-    record.read_other(&mut work.other);
-    work.link = record.link();
-    record.verified(&work.quoted)
-}
-
 /// Gives the quoted packet the addresses with which it was sent, and the error itself the addresses
 /// that go with it. An error from a router on the way keeps the router's address.
 #[inline(always)]
 fn translate<F: Wire, P: Frame>(frame: &mut P, work: &mut Work<F>) -> Option<()> {
-    let (turned, other) = (&work.quoted, &work.other);
+    let (turned, other) = (&work.memory.spare, &work.other);
     let new_ports = [other.sport, other.dport];
     let addresses = turned.dst.delta(other.src) + turned.src.delta(other.dst);
     let ports = rewrite::ports_delta([turned.dport, turned.sport], new_ports);

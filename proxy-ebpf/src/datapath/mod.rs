@@ -1,33 +1,39 @@
-//! What is decided about a packet. Two stories and their steps:
+//! What is decided about a packet.
 //!
-//! - [`ingress`]: from a client toward a backend. parse → flow → service → open (which chooses) →
+//! - [`fast`]: every packet. One look-up, and translated, if it is a plain packet in the middle of a live
+//!   flow; left alone if it is nobody's; otherwise it is one of the stories':
+//! - [`story::ingress`]: from a client toward a backend. parse → flow → service → choose → place →
 //!   rewrite.
-//! - [`egress`]: from a backend back to a client. parse → flow → promote → rewrite. And from a pod out of
-//!   the cluster, if that is to be masqueraded: [`leave`].
+//! - [`story::egress`]: from a backend back to a client. parse → flow → rewrite. And from a pod out of the
+//!   cluster, if that is to be masqueraded: [`leave`].
+//! - [`icmp`] (errors about flows, and pings) and [`refuse`] (answers to what no backend serves).
 //! - [`socket`]: the same decision at connect and sendmsg, before there is a packet.
 //!
-//! Steps: [`flow`] (an existing flow wins), [`choose`] and [`open`] (otherwise one is recorded), [`rewrite`] (the only
-//! code that changes a packet that goes on), [`icmp`] (errors about flows), [`refuse`] (answers to
-//! what no backend serves).
+//! Steps: [`live`] and [`pending`] (a flow that is known wins), [`choose`], [`place`] and [`open`]
+//! (otherwise one is recorded), [`rewrite`] (the only code that changes a packet that goes on).
 
 pub mod choose;
-pub mod flow;
+pub mod fast;
 pub mod icmp;
 pub mod leave;
+pub mod live;
 pub mod open;
+pub mod pending;
+pub mod place;
 pub mod refuse;
 pub mod rewrite;
 pub mod socket;
-mod story;
+pub mod story;
 
 use proxy_common::settings::Settings;
 use proxy_common::tables::{
-    AffinityKey, AffinityValue, Algorithm, Backend, FlowKey, FlowRecord, FlowValue, FragmentKey,
-    FragmentValue, PeerKey, PeerValue, Range, ServiceKey, ServiceValue, SourceRange,
+    AffinityKey, AffinityValue, Algorithm, Backend, Choice, EmbryoRecord, EmbryoValue, FlowKey,
+    FlowRecord, FlowValue, FragmentKey, FragmentValue, PeerKey, PeerValue, ServiceKey,
+    ServiceValue, SourceRange, Way, Work,
 };
 use proxy_common::{Family, Outcome};
 
-pub use story::{egress, ingress};
+use crate::packet::{Frame, Wire};
 
 /// A frontend or a mark, as the datapath needs it.
 #[derive(Clone, Copy)]
@@ -35,9 +41,9 @@ pub struct Service {
     /// The Service port's number.
     pub id: u32,
     /// Backends of the whole cluster.
-    pub cluster: Range,
+    pub cluster: Choice,
     /// Backends on this node.
-    pub local: Range,
+    pub local: Choice,
     /// For how many ticks a client stays with its backend; 0 if it does not.
     pub affinity: u32,
     /// The flags of [`proxy_common::tables::ServiceValue`].
@@ -79,12 +85,84 @@ pub enum Client {
     Outside,
 }
 
+impl Client {
+    /// The story of its packets.
+    #[inline(always)]
+    const fn story(self) -> Story {
+        match self {
+            Self::Pod => Story::FromPod,
+            Self::Outside => Story::FromOutside,
+        }
+    }
+}
+
+/// A step in the story of a packet that is none of a live flow's plain ones. In the kernel each is a
+/// program of its own, which the verifier looks at alone.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(u32)]
+pub enum Story {
+    /// It came in by a pod's link: [`story::ingress`].
+    FromPod = 0,
+    /// It came in by an uplink: [`story::ingress`].
+    FromOutside = 1,
+    /// It goes out to a client: [`story::egress`].
+    ToClient = 2,
+    /// It belongs to no live flow: [`story::pending`].
+    Pending = 3,
+    /// It begins a flow at ingress: [`story::arrive`].
+    Arrive = 4,
+    /// It begins a flow at egress: [`story::leave`].
+    Leave = 5,
+    /// Its flow asks for a place: [`story::settle`].
+    Settle = 6,
+    /// It is translated and goes on: [`story::send`].
+    Send = 7,
+    /// [`refuse::refuse`].
+    Refuse = 8,
+    /// [`refuse::too_big`].
+    TooBig = 9,
+    /// [`icmp::inbound`].
+    IcmpIn = 10,
+    /// [`icmp::error`].
+    IcmpOut = 11,
+}
+
+impl Story {
+    /// How many there are.
+    pub const COUNT: usize = 12;
+}
+
+/// What is done with a packet, and by which link it leaves if it is sent on past the host stack.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Verdict {
+    /// What is done.
+    pub outcome: Outcome,
+    /// The link that [`Outcome::Masqueraded`] packets leave by.
+    pub link: u32,
+}
+
+/// What comes of a packet, or who is to say.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Next {
+    /// That is it.
+    Done(Verdict),
+    /// Another story goes on with it.
+    Story(Story),
+}
+
+impl From<Outcome> for Next {
+    #[inline(always)]
+    fn from(outcome: Outcome) -> Self {
+        Self::Done(Verdict { outcome, link: 0 })
+    }
+}
+
 /// Why a record could not be inserted.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Refused {
     /// There is one under that key already.
     Exists,
-    /// The table is full.
+    /// The table is full, or there is no memory.
     Full,
 }
 
@@ -97,6 +175,8 @@ pub trait Tables<F: Family> {
     fn setting<T: Copy>(&self, field: impl Fn(&Settings) -> &T) -> T;
     /// The time in ticks of [`proxy_common::settings::TICK_SHIFT`].
     fn now(&self) -> u32;
+    /// The time in microseconds; wraps.
+    fn microseconds(&self) -> u32;
     /// A random number.
     fn random(&self) -> u32;
     /// Counts an outcome.
@@ -104,10 +184,14 @@ pub trait Tables<F: Family> {
 
     /// A frontend's Service port, or an address's mark.
     fn service(&self, key: &ServiceKey<F>) -> Option<Service>;
-    /// The backend number in a slot.
+    /// Whether there may be a frontend under that key; its value is not looked at.
+    fn has_service(&self, key: &ServiceKey<F>) -> bool;
+    /// What is in a slot: a position or a backend's number.
     fn slot(&self, index: u32) -> Option<u32>;
     /// A backend.
     fn backend(&self, number: u32) -> Option<Backend<F>>;
+    /// A way to backends.
+    fn way(&self, number: u32) -> Option<Way<F>>;
 
     /// How many flows a backend has, as far as they are counted.
     fn load(&self, backend: u32) -> u32;
@@ -127,24 +211,32 @@ pub trait Tables<F: Family> {
     /// The node's address that pods leave the cluster by on a link.
     fn exit(&self, link: u32) -> Option<F::Addr>;
 
-    /// The record of an answered flow.
+    /// The record of a live flow.
     fn flow(&self, key: &FlowKey<F>) -> Option<FlowRecord<'_, F>>;
-    /// The record of a flow that is not answered yet.
-    fn embryo(&self, key: &FlowKey<F>) -> Option<FlowRecord<'_, F>>;
-    /// Inserts the record of an answered flow, if there is none.
+    /// The record of a flow that is not live.
+    fn embryo(&self, key: &FlowKey<F>) -> Option<EmbryoRecord<'_, F>>;
+    /// Inserts the record of a live flow, if there is none.
     ///
     /// # Errors
     /// Says why not.
     fn insert_flow(&self, key: &FlowKey<F>, value: &FlowValue<F>) -> Result<(), Refused>;
-    /// Inserts the record of a flow that is not answered yet, if there is none.
+    /// Inserts the record of a flow that is not live, if there is none.
     ///
     /// # Errors
     /// Says why not.
-    fn insert_embryo(&self, key: &FlowKey<F>, value: &FlowValue<F>) -> Result<(), Refused>;
-    /// Removes a record from the table of answered flows.
+    fn insert_embryo(&self, key: &FlowKey<F>, value: &EmbryoValue<F>) -> Result<(), Refused>;
+    /// Puts the record of a flow that is not live in the place of any other.
+    fn put_embryo(&self, key: &FlowKey<F>, value: &EmbryoValue<F>);
+    /// Removes a record from the table of live flows.
     fn remove(&self, key: &FlowKey<F>);
-    /// Removes a record from the table of flows not answered yet.
+    /// Removes a record from the table of flows that are not live.
     fn remove_embryo(&self, key: &FlowKey<F>);
+    /// Adds to what was counted of a Service port's traffic.
+    fn count_traffic(&self, service: u32, packets: u32, bytes: u32);
+    /// The turn among source ports toward a destination, known by a hash; counts one more.
+    fn next_port(&self, destination: u32) -> u32;
+    /// Counts a flow that got no source port to a backend.
+    fn exhausted(&self, backend: u32);
     /// The ports of a datagram whose first fragment was seen.
     fn fragment(&self, key: &FragmentKey<F>) -> Option<FragmentValue>;
     /// Keeps the ports of a datagram for its later fragments.
@@ -154,4 +246,27 @@ pub trait Tables<F: Family> {
     fn peer(&self, key: &PeerKey<F>) -> Option<PeerValue<F>>;
     /// Keeps the frontend that a socket asked for.
     fn remember_peer(&self, key: &PeerKey<F>, value: &PeerValue<F>);
+}
+
+/// Goes on with the story of a packet.
+#[inline(always)]
+pub fn tell<F: Wire, P: Frame, T: Tables<F>>(
+    story: Story,
+    frame: &mut P,
+    tables: &T,
+    work: &mut Work<F>,
+) -> Next {
+    match story {
+        Story::FromPod | Story::FromOutside => story::ingress(frame, tables, work, story),
+        Story::ToClient => story::egress(frame, tables, work),
+        Story::Pending => story::pending(frame, tables, work),
+        Story::Arrive => story::arrive(frame, tables, work),
+        Story::Leave => story::leave(frame, tables, work),
+        Story::Settle => story::settle(frame, tables, work),
+        Story::Send => story::send(frame, tables, work),
+        Story::Refuse => refuse::refuse(frame, work).into(),
+        Story::TooBig => refuse::too_big(frame, work).into(),
+        Story::IcmpIn => Next::Done(icmp::inbound(frame, tables, work)),
+        Story::IcmpOut => Next::Done(icmp::error(frame, tables, work)),
+    }
 }

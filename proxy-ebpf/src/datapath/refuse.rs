@@ -51,7 +51,7 @@ fn reset<F: Wire, P: Frame>(frame: &mut P, work: &Work<F>) -> Option<()> {
     };
     if work.packet.flags & tcp::ACK == 0 {
         let sequence = u32::from_be_bytes(segment.sequence);
-        let end = sequence.wrapping_add(sequence_length(frame, work, &segment)?);
+        let end = sequence.wrapping_add(tcp::sequence_length::<F, P>(frame, &work.packet)?);
         answer.sequence = [0; 4];
         answer.acknowledgement = end.to_be_bytes();
         answer.flags = tcp::RST | tcp::ACK;
@@ -61,20 +61,6 @@ fn reset<F: Wire, P: Frame>(frame: &mut P, work: &Work<F>) -> Option<()> {
     frame.resize(l4 + length)?;
     write_header(frame, work, proto::TCP, 20)?;
     frame.store(l4, answer)
-}
-
-/// How many sequence numbers a segment takes up.
-#[inline(always)]
-fn sequence_length<F: Wire, P: Frame>(
-    frame: &P,
-    work: &Work<F>,
-    segment: &tcp::Header,
-) -> Option<u32> {
-    let end = P::NETWORK + F::total_length(frame, P::NETWORK)?;
-    let payload = end.wrapping_sub(work.packet.l4() + usize::from(segment.offset >> 4) * 4);
-    let controls =
-        u32::from(work.packet.flags & tcp::SYN != 0) + u32::from(work.packet.flags & tcp::FIN != 0);
-    Some((payload as u32).wrapping_add(controls))
 }
 
 /// Turns a packet that is too long for the way to its backend into the news of that (RFC 1191, RFC
@@ -92,30 +78,31 @@ pub fn too_big<F: Wire, P: Frame>(frame: &mut P, work: &Work<F>) -> Outcome {
     }
 }
 
-/// Whether the packet is longer than the way to its backend takes, and must not be cut.
+/// Whether a packet that is not a later fragment is longer than `mtu`, and must not be cut. `mtu` is 0 if
+/// the way takes any.
 #[inline(always)]
-pub fn is_too_big<F: Wire, P: Frame>(frame: &P, work: &Work<F>) -> bool {
-    if work.mtu == 0 || work.packet.is(Part::Later) {
+pub fn is_too_big<F: Wire, P: Frame>(frame: &P, l4: usize, number: u8, mtu: u32) -> bool {
+    if mtu == 0 {
         return false;
     }
     let Some(total) = F::total_length(frame, P::NETWORK) else { return false };
     let length = match frame.segment() {
         0 => total,
         payload => {
-            let Some(header) = transport_header(frame, work) else { return false };
-            work.packet.l4() - P::NETWORK + header + payload
+            let Some(header) = transport_header(frame, l4, number) else { return false };
+            l4 - P::NETWORK + header + payload
         }
     };
-    length > work.mtu as usize && !F::may_be_cut(frame, P::NETWORK)
+    length > mtu as usize && !F::may_be_cut(frame, P::NETWORK)
 }
 
 /// The length of the transport header of a packet that is cut into several.
 #[inline(always)]
-fn transport_header<F: Family, P: Frame>(frame: &P, work: &Work<F>) -> Option<usize> {
-    if work.packet.proto != proto::TCP {
+fn transport_header<P: Frame>(frame: &P, l4: usize, number: u8) -> Option<usize> {
+    if number != proto::TCP {
         return Some(8);
     }
-    let [offset, _]: [u8; 2] = frame.load(work.packet.l4() + tcp::OFFSET_AND_FLAGS)?;
+    let [offset, _]: [u8; 2] = frame.load(l4 + tcp::OFFSET_AND_FLAGS)?;
     Some(usize::from(offset >> 4) * 4)
 }
 

@@ -2,53 +2,83 @@
 
 use proxy_common::checksum::Delta;
 use proxy_common::crc32c;
-use proxy_common::tables::{Part, Side, Work};
-use proxy_common::{Address, Port, proto};
+use proxy_common::tables::{FlowKey, Origin, Part, Side};
+use proxy_common::{Address, Outcome, Port, proto};
 
+use super::Verdict;
 use crate::packet::{Frame, Wire, tcp};
 
 /// Where SCTP's checksum lies.
 const SCTP_CHECKSUM: usize = 8;
 
-/// Gives the packet the other direction's addresses, turned around, and mends all checksums.
+/// Gives a packet of `key` the other direction's addresses, turned around, and mends all checksums. `l4` is
+/// where its transport header begins.
 #[inline(always)]
-pub fn translate<F: Wire, P: Frame>(frame: &mut P, work: &Work<F>) -> Option<()> {
-    let (key, other) = (&work.key, &work.other);
+pub fn translate<F: Wire, P: Frame>(
+    frame: &mut P,
+    l4: usize,
+    number: u8,
+    part: Part,
+    key: &FlowKey<F>,
+    other: &FlowKey<F>,
+) -> Option<()> {
     F::set_addresses(frame, P::NETWORK, (&key.src, &key.dst), (&other.dst, &other.src))?;
-    if work.packet.is(Part::Later) {
+    if part == Part::Later {
         return Some(());
     }
     let old = [key.sport, key.dport];
     let new = [other.dport, other.sport];
-    if work.packet.proto == F::ICMP {
-        return set_identifier::<F, P>(frame, work, old, new);
-    }
-    frame.store(work.packet.l4(), new)?;
-    if work.packet.proto == proto::SCTP {
-        return fix_sctp::<F, P>(frame, work, old, new);
-    }
     let addresses = key.src.delta(other.dst) + key.dst.delta(other.src);
-    fix_transport(frame, work.packet.l4(), work.packet.proto, addresses, ports_delta(old, new))
+    if number == F::ICMP {
+        let identifier = if key.side == Side::Ingress as u8 { new[1] } else { new[0] };
+        return set_identifier::<F, P>(frame, l4, identifier, addresses, ports_delta(old, new));
+    }
+    frame.store(l4, new)?;
+    if number == proto::SCTP {
+        return fix_sctp::<F, P>(frame, l4, part, old, new);
+    }
+    fix_transport(frame, l4, number, addresses, ports_delta(old, new))
 }
 
 /// Gives an ICMP echo the identifier that stands for its ports: the one of the two that is not zero.
 #[inline(always)]
 fn set_identifier<F: Wire, P: Frame>(
     frame: &mut P,
-    work: &Work<F>,
-    old: [Port; 2],
-    new: [Port; 2],
+    l4: usize,
+    identifier: Port,
+    addresses: Delta,
+    ports: Delta,
 ) -> Option<()> {
-    let (key, other) = (&work.key, &work.other);
-    let identifier = if key.side == Side::Ingress as u8 { new[1] } else { new[0] };
-    frame.store(work.packet.l4() + F::ECHO_ID, identifier)?;
-    let pseudo = if F::ICMP == proto::ICMP {
-        // ICMP's covers no addresses, ICMPv6's does.
-        Delta::default()
+    frame.store(l4 + F::ECHO_ID, identifier)?;
+    // ICMP's sum covers no addresses, ICMPv6's does.
+    let pseudo = if F::ICMP == proto::ICMP { Delta::default() } else { addresses };
+    frame.fix_l4(l4 + F::ECHO_CHECKSUM, pseudo, ports, false)
+}
+
+/// Says which way a translated packet goes: on; or by a link, where it counts as a hop; or back to the pod
+/// that it came from.
+#[inline(always)]
+pub fn send<F: Wire, P: Frame>(
+    frame: &mut P,
+    origin: Origin,
+    link: u32,
+    outcome: Outcome,
+) -> Verdict {
+    if origin.is(Origin::REDIRECT) {
+        return match F::hop(frame, P::NETWORK) {
+            Some(()) => Verdict { outcome: Outcome::Masqueraded, link },
+            None => Verdict { outcome: Outcome::NotWritable, link: 0 },
+        };
+    }
+    let outcome = if origin.is(Origin::TURN) {
+        match turn_around(frame) {
+            Some(()) => Outcome::Hairpin,
+            None => Outcome::NotWritable,
+        }
     } else {
-        key.src.delta(other.dst) + key.dst.delta(other.src)
+        outcome
     };
-    frame.fix_l4(work.packet.l4() + F::ECHO_CHECKSUM, pseudo, ports_delta(old, new), false)
+    Verdict { outcome, link: 0 }
 }
 
 /// Mends SCTP's checksum, which covers no addresses. A zero is left to the hardware that is to fill
@@ -56,14 +86,14 @@ fn set_identifier<F: Wire, P: Frame>(
 #[inline(always)]
 fn fix_sctp<F: Wire, P: Frame>(
     frame: &mut P,
-    work: &Work<F>,
+    l4: usize,
+    part: Part,
     old: [Port; 2],
     new: [Port; 2],
 ) -> Option<()> {
-    if !work.packet.is(Part::Whole) {
+    if part != Part::Whole {
         return None;
     }
-    let l4 = work.packet.l4();
     let sum: [u8; 4] = frame.load(l4 + SCTP_CHECKSUM)?;
     let changed = number(old) ^ number(new);
     if sum == [0; 4] || changed == 0 {
@@ -84,6 +114,9 @@ fn number([first, second]: [Port; 2]) -> u32 {
 /// The change of a checksum when `new` ports take the place of `old` ones.
 #[inline(always)]
 pub fn ports_delta(old: [Port; 2], new: [Port; 2]) -> Delta {
+    if old == new {
+        return Delta::default();
+    }
     Delta::default().half(old[0].word(), new[0].word()).half(old[1].word(), new[1].word())
 }
 

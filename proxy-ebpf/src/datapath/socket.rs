@@ -5,6 +5,7 @@
 
 use bytemuck::Zeroable;
 use proxy_common::addr::{mix, spread};
+use proxy_common::settings::Settings;
 use proxy_common::tables::{AffinityKey, Algorithm, PeerKey, PeerValue, ServiceKey, ServiceValue};
 use proxy_common::{Address, Family, Outcome, Port, proto};
 
@@ -23,13 +24,20 @@ pub trait Socket<F: Family> {
     fn cookie(&self) -> u64;
     /// The cookie of the socket's network namespace.
     fn netns_cookie(&self) -> u64;
+    /// The cookie of the machine's first network namespace.
+    fn initial_cookie(&self) -> u64;
 }
 
 /// connect or sendmsg to an address: led to a backend if the address is a Service's.
 #[inline(always)]
 pub fn send<F: Family, S: Socket<F>, T: Tables<F>>(socket: &mut S, tables: &T) -> Outcome {
-    let netns = halves(socket.netns_cookie());
-    let is_node = netns == tables.setting(|s| &s.netns_cookie);
+    let cookie = socket.netns_cookie();
+    let netns = halves(cookie);
+    let is_node = match tables.setting(|s| &s.netns) {
+        Settings::BY_COOKIE => netns == tables.setting(|s| &s.netns_cookie),
+        Settings::INITIAL => cookie == socket.initial_cookie(),
+        _ => false,
+    };
     if !is_node && tables.setting(|s| &s.all_sockets) == 0 {
         return Outcome::NotService;
     }

@@ -1,11 +1,31 @@
-//! The two stories of a packet.
+//! The story of a packet that [`super::fast`] does not deal with, step by step:
+//!
+//! ```text
+//! ingress, egress ──▶ send                     of a live flow
+//!        └──▶ pending ──▶ send                 of one that is not live
+//!                └──▶ arrive, leave ──▶ settle ──▶ send          of a new one
+//! ```
 
-use proxy_common::tables::{FlowValue, FragmentValue, Part, ServiceKey, ServiceValue, Side, Work};
-use proxy_common::{Family, Outcome};
+use proxy_common::Outcome;
+use proxy_common::tables::{
+    Decision, FlowKey, FragmentValue, LastResort, Origin, Packet, Part, Request, ServiceKey,
+    ServiceValue, Side, Work,
+};
 
 use super::choose::Failure;
-use super::{Client, Tables, flow, icmp, leave, open, refuse, rewrite};
+use super::{Client, Next, Story, Tables, leave, live, open, pending, place, refuse, rewrite};
 use crate::packet::{Frame, Wire, fragment_key, has_ports, parse};
+
+impl From<Failure> for Next {
+    #[inline(always)]
+    fn from(failure: Failure) -> Self {
+        match failure {
+            Failure::NotService => Outcome::NotService.into(),
+            Failure::Refused => Self::Story(Story::Refuse),
+            Failure::Dropped(outcome) => outcome.into(),
+        }
+    }
+}
 
 /// A packet that comes in from a client's link: toward a backend, if it is for a Service. Answers of
 /// masqueraded and of hairpin flows come in here too.
@@ -14,68 +34,21 @@ pub fn ingress<F: Wire, P: Frame, T: Tables<F>>(
     frame: &mut P,
     tables: &T,
     work: &mut Work<F>,
-    client: Client,
-) -> Outcome {
+    from: Story,
+) -> Next {
+    work.from = from as u32;
     if let Err(outcome) = parse(frame, Side::Ingress, &mut work.packet, &mut work.key) {
-        return outcome;
+        return outcome.into();
     }
-    if !leave::identify(frame, tables, work) {
-        if work.packet.proto == F::ICMP {
-            return icmp::inbound(frame, tables, work);
-        }
-        if !has_ports(work.packet.proto) {
-            return Outcome::NotService;
-        }
+    if !has_ports(work.packet.proto) && !leave::identify(frame, tables, &work.packet, &mut work.key)
+    {
+        let is_icmp = work.packet.proto == F::ICMP;
+        return if is_icmp { Next::Story(Story::IcmpIn) } else { Outcome::NotService.into() };
     }
-    if work.packet.is(Part::Later) && !recall_ports(tables, work) {
-        return unknown_fragment(tables, work);
+    if work.packet.is(Part::Later) && !recall_ports(tables, &work.packet, &mut work.key) {
+        return unknown_fragment(tables, &work.key).into();
     }
-    match flow_of(tables, work, client, frame.link()) {
-        Ok(outcome) => send_on(frame, tables, work, outcome),
-        Err(Failure::NotService) => Outcome::NotService,
-        Err(Failure::Refused) => refuse::refuse(frame, work),
-        Err(Failure::Dropped(outcome)) => outcome,
-    }
-}
-
-/// The flow that the packet belongs to: one that was answered, one in the making, or a new one.
-#[inline(always)]
-fn flow_of<F: Family, T: Tables<F>>(
-    tables: &T,
-    work: &mut Work<F>,
-    client: Client,
-    link: u32,
-) -> Result<Outcome, Failure> {
-    if flow::established(tables, work) {
-        return Ok(Outcome::Forwarded);
-    }
-    let Some(mark) = tables.service(&ServiceKey::mark(work.key.dst)) else {
-        if client == Client::Outside {
-            leave::admit(tables, work);
-        }
-        return Err(Failure::NotService);
-    };
-    match open::promote(tables, work) {
-        Some(outcome) => Ok(outcome),
-        None if mark.has(ServiceValue::LOOPBACK) || !has_ports(work.packet.proto) => {
-            Err(Failure::NotService)
-        }
-        None => open::open(tables, work, &mark, client, link),
-    }
-}
-
-/// As [`pass_on`], unless the packet is too long for the flow's own link.
-#[inline(always)]
-fn send_on<F: Wire, P: Frame, T: Tables<F>>(
-    frame: &mut P,
-    tables: &T,
-    work: &Work<F>,
-    outcome: Outcome,
-) -> Outcome {
-    if work.link != 0 && refuse::is_too_big(frame, work) {
-        return refuse::too_big(frame, work);
-    }
-    pass_on(frame, tables, work, outcome)
+    live(frame, tables, work)
 }
 
 /// A packet that goes out to a client's link: back from a backend, if it belongs to a flow.
@@ -84,83 +57,159 @@ pub fn egress<F: Wire, P: Frame, T: Tables<F>>(
     frame: &mut P,
     tables: &T,
     work: &mut Work<F>,
-) -> Outcome {
+) -> Next {
+    work.from = Story::ToClient as u32;
     if let Err(outcome) = parse(frame, Side::Egress, &mut work.packet, &mut work.key) {
-        return outcome;
+        return outcome.into();
     }
-    if !leave::identify(frame, tables, work) {
-        if work.packet.proto == F::ICMP {
-            return icmp::error(frame, tables, work);
-        }
-        if !has_ports(work.packet.proto) {
-            return Outcome::NotService;
-        }
+    if !has_ports(work.packet.proto) && !leave::identify(frame, tables, &work.packet, &mut work.key)
+    {
+        let is_icmp = work.packet.proto == F::ICMP;
+        return if is_icmp { Next::Story(Story::IcmpOut) } else { Outcome::NotService.into() };
     }
-    if work.packet.is(Part::Later) && !recall_ports(tables, work) {
-        return Outcome::NotService;
+    if work.packet.is(Part::Later) && !recall_ports(tables, &work.packet, &mut work.key) {
+        return Outcome::NotService.into();
     }
-    let outcome = if flow::established(tables, work) {
-        Outcome::Replied
-    } else {
-        match open::promote(tables, work) {
-            // Nothing of it is translated: it goes on as if nobody had looked.
-            Some(Outcome::TableFull) if leave::is_admitted(work) => return Outcome::NotService,
-            Some(outcome) => outcome,
-            None => match leave::open(tables, work, frame.link()) {
-                Ok(outcome) => outcome,
-                Err(Failure::Dropped(outcome)) => return outcome,
-                Err(Failure::NotService | Failure::Refused) => return Outcome::NotService,
-            },
-        }
-    };
-    pass_on(frame, tables, work, outcome)
+    live(frame, tables, work)
 }
 
-/// Translates the packet and says which way it goes: on; or by the flow's own link; or, when the other
-/// direction is seen on the same side of the same link, back to the pod it came from.
+/// A live flow's packet is sent; of any other flow more must be known.
 #[inline(always)]
-fn pass_on<F: Wire, P: Frame, T: Tables<F>>(
+fn live<F: Wire, P: Frame, T: Tables<F>>(frame: &P, tables: &T, work: &mut Work<F>) -> Next {
+    let Work { key, other, memory, packet, .. } = work;
+    match live::find(tables, packet, (key, other), memory, frame.length()) {
+        Some(decision) => decide(work, decision),
+        None => Next::Story(Story::Pending),
+    }
+}
+
+/// A packet of a flow that is not live, or of a new one.
+#[inline(always)]
+pub fn pending<F: Wire, P: Frame, T: Tables<F>>(frame: &P, tables: &T, work: &mut Work<F>) -> Next {
+    let Work { key, other, memory, packet, .. } = work;
+    match pending::find(frame, tables, packet, (key, other), memory) {
+        Some(pending::Found::Ours(decision)) => decide(work, decision),
+        Some(pending::Found::Foreign) => Outcome::NotService.into(),
+        None if work.key.side == Side::Egress as u8 => Next::Story(Story::Leave),
+        None => Next::Story(Story::Arrive),
+    }
+}
+
+#[inline(always)]
+fn decide<F: Wire>(work: &mut Work<F>, decision: Decision) -> Next {
+    work.decision = decision;
+    Next::Story(Story::Send)
+}
+
+/// A flow that begins at ingress: its backend is chosen.
+#[inline(always)]
+pub fn arrive<F: Wire, P: Frame, T: Tables<F>>(frame: &P, tables: &T, work: &mut Work<F>) -> Next {
+    let client = if work.from == Story::FromPod as u32 { Client::Pod } else { Client::Outside };
+    let Work { key, other, memory, packet, .. } = work;
+    let Some(mark) = tables.service(&ServiceKey::mark(key.dst)) else {
+        if client == Client::Outside {
+            leave::admit(tables, packet, (key, other), memory);
+        }
+        return Outcome::NotService.into();
+    };
+    if mark.has(ServiceValue::LOOPBACK) || !has_ports(packet.proto) {
+        return Outcome::NotService.into();
+    }
+    match open::open(frame, tables, packet, (key, other), memory, (&mark, client)) {
+        Ok(opening) => ask(tables, work, opening),
+        Err(failure) => failure.into(),
+    }
+}
+
+/// A flow that begins at egress, if it is to be translated.
+#[inline(always)]
+pub fn leave<F: Wire, P: Frame, T: Tables<F>>(frame: &P, tables: &T, work: &mut Work<F>) -> Next {
+    let Work { key, other, memory, packet, .. } = work;
+    match leave::open(frame, tables, packet, (key, other), memory) {
+        Ok(opening) => ask(tables, work, opening),
+        Err(failure) => failure.into(),
+    }
+}
+
+/// Asks for a place for a new flow's answers; the one that is wanted is in `work.other`.
+#[inline(always)]
+fn ask<F: Wire, T: Tables<F>>(
+    tables: &T,
+    work: &mut Work<F>,
+    open::Opening { origin, service, masquerades }: open::Opening,
+) -> Next {
+    work.decision = Decision::new(Outcome::Opened, origin);
+    work.request = Request {
+        hash: work.key.hash(tables.setting(|s| &s.seed)),
+        now: tables.now(),
+        microseconds: tables.microseconds(),
+        attempts: 0,
+        masquerades: masquerades.into(),
+        service,
+        last_resort: LastResort { since: 0, port: 0 },
+    };
+    Next::Story(Story::Settle)
+}
+
+/// A new flow gets a place, or some are looked at and it is asked again.
+#[inline(always)]
+pub fn settle<F: Wire, P: Frame, T: Tables<F>>(frame: &P, tables: &T, work: &mut Work<F>) -> Next {
+    let Work { key, other, memory, request, .. } = work;
+    let origin = work.decision.origin();
+    match place::take(frame, tables, (key, &mut *other), memory, request, origin) {
+        place::Answer::Taken => {}
+        place::Answer::AskAgain => return Next::Story(Story::Settle),
+        place::Answer::None => return Outcome::NoPort.into(),
+    }
+    let entered = place::enter(tables, (key, other), memory, origin, request);
+    if entered == origin {
+        open::count(tables, origin, request.service, frame.length());
+    }
+    decide(work, Decision::new(Outcome::Opened, entered))
+}
+
+/// Translates the packet and says which way it goes, unless it is too long for that.
+#[inline(always)]
+pub fn send<F: Wire, P: Frame, T: Tables<F>>(
     frame: &mut P,
     tables: &T,
-    work: &Work<F>,
-    outcome: Outcome,
-) -> Outcome {
-    if outcome == Outcome::TableFull {
-        return outcome;
+    work: &mut Work<F>,
+) -> Next {
+    let (packet, origin) = (&work.packet, work.decision.origin());
+    let (link, mtu) = live::way(origin, tables, work.other.src);
+    if origin.is(Origin::REDIRECT) {
+        if link == 0 {
+            return Outcome::NoRoute.into();
+        }
+        if !packet.is(Part::Later)
+            && refuse::is_too_big::<F, P>(frame, packet.l4(), packet.proto, mtu)
+        {
+            work.mtu = mtu;
+            return Next::Story(Story::TooBig);
+        }
     }
-    if work.packet.is(Part::First) {
-        let ports = FragmentValue { sport: work.key.sport, dport: work.key.dport };
-        tables.remember_fragment(&fragment_key(&work.packet, &work.key), ports);
+    let (part, outcome) = match packet.part {
+        0 => (Part::Whole, work.decision.outcome()),
+        1 => {
+            let ports = FragmentValue { sport: work.key.sport, dport: work.key.dport };
+            tables.remember_fragment(&fragment_key(packet, &work.key), ports);
+            (Part::First, work.decision.outcome())
+        }
+        _ => (Part::Later, Outcome::Fragment),
+    };
+    let (l4, number) = (packet.l4(), packet.proto);
+    match rewrite::translate(frame, l4, number, part, &work.key, &work.other) {
+        Some(()) => Next::Done(rewrite::send::<F, P>(frame, origin, link, outcome)),
+        None => Outcome::NotWritable.into(),
     }
-    // Unknown to the verifier from here on: what follows is verified once, not for each outcome.
-    let outcome = core::hint::black_box(outcome);
-    if rewrite::translate(frame, work).is_none() {
-        return Outcome::NotWritable;
-    }
-    if work.link == FlowValue::<F>::BY_STACK {
-        return outcome;
-    }
-    if work.link != 0 {
-        return match F::hop(frame, P::NETWORK) {
-            Some(()) => Outcome::Masqueraded,
-            None => Outcome::NotWritable,
-        };
-    }
-    if work.other.side == work.key.side {
-        return match rewrite::turn_around(frame) {
-            Some(()) => Outcome::Hairpin,
-            None => Outcome::NotWritable,
-        };
-    }
-    if work.packet.is(Part::Later) { Outcome::Fragment } else { outcome }
 }
 
 /// Gives a later fragment the ports of its datagram. False if they are not known.
 #[inline(always)]
-fn recall_ports<F: Wire, T: Tables<F>>(tables: &T, work: &mut Work<F>) -> bool {
-    match tables.fragment(&fragment_key(&work.packet, &work.key)) {
+fn recall_ports<F: Wire, T: Tables<F>>(tables: &T, packet: &Packet, key: &mut FlowKey<F>) -> bool {
+    match tables.fragment(&fragment_key(packet, key)) {
         Some(FragmentValue { sport, dport }) => {
-            (work.key.sport, work.key.dport) = (sport, dport);
+            (key.sport, key.dport) = (sport, dport);
             true
         }
         None => false,
@@ -170,8 +219,8 @@ fn recall_ports<F: Wire, T: Tables<F>>(tables: &T, work: &mut Work<F>) -> bool {
 /// A fragment whose first was not seen. To a VIP it can go nowhere: no backend knows its datagram. To
 /// the node itself it may be for a socket.
 #[inline(always)]
-fn unknown_fragment<F: Wire, T: Tables<F>>(tables: &T, work: &Work<F>) -> Outcome {
-    match tables.service(&ServiceKey::mark(work.key.dst)) {
+fn unknown_fragment<F: Wire, T: Tables<F>>(tables: &T, key: &FlowKey<F>) -> Outcome {
+    match tables.service(&ServiceKey::mark(key.dst)) {
         Some(mark) if !mark.has(ServiceValue::NODE) => Outcome::FragmentUnknown,
         _ => Outcome::NotService,
     }

@@ -1,19 +1,44 @@
 //! A socket buffer as a [`Frame`].
 
 use aya_ebpf::bindings::{BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR};
-use aya_ebpf::helpers::{bpf_l4_csum_replace, bpf_skb_change_tail};
+use aya_ebpf::helpers::{bpf_csum_update, bpf_l4_csum_replace, bpf_skb_change_tail};
 use aya_ebpf::programs::TcContext;
 use bytemuck::Pod;
 use proxy_common::Family;
 use proxy_common::V6;
 use proxy_common::checksum::Delta;
+use proxy_common::tables::FlowKey;
+use proxy_ebpf::datapath::Tables;
 use proxy_ebpf::packet::Frame;
 
+use super::host;
+use crate::maps::Tables6;
+
+/// What a packet's `tc_index` says that was sent on past the host stack: nobody else uses that field but the
+/// qdisc dsmark, which has left the kernel.
+const SENT_ON: u32 = 0x506f;
 /// Offsets above this are refused, so that the verifier knows a bound.
 const MAX_OFFSET: usize = 0x7ff;
 /// `BPF_F_IPV6`, which aya's bindings do not name: the address of an IPv6 packet changes, where no
 /// header checksum makes up for it in a sum that hardware took of the whole packet.
 const BPF_F_IPV6: u64 = 1 << 7;
+
+/// The same offset, which is at most [`MAX_OFFSET`], by an instruction that the compiler may not drop:
+/// verifiers before Linux 6.12 do not see a bound that was checked on a copy of the number.
+#[inline(always)]
+fn bounded(offset: usize) -> usize {
+    #[cfg(target_arch = "bpf")]
+    {
+        let mut offset = offset;
+        // SAFETY: it changes nothing but the register.
+        unsafe {
+            core::arch::asm!("{0} &= 0x7ff", inout(reg) offset, options(pure, nomem, nostack))
+        };
+        offset
+    }
+    #[cfg(not(target_arch = "bpf"))]
+    offset
+}
 
 /// A socket buffer at tc. Its packet pointers are read from the context at each access: any helper
 /// that may change the packet makes older ones invalid.
@@ -27,6 +52,13 @@ impl<'a, const NETWORK: usize> Skb<'a, NETWORK> {
     #[inline(always)]
     pub const fn new(ctx: &'a TcContext) -> Self {
         Self { ctx }
+    }
+
+    /// Marks the packet as one that is sent on past the host stack.
+    #[inline(always)]
+    pub fn mark_sent_on(ctx: &TcContext) {
+        // SAFETY: the context is the kernel's and outlives the program.
+        unsafe { (*ctx.skb.skb).tc_index = SENT_ON };
     }
 
     /// The `EtherType` in host byte order. The kernel keeps VLAN tags aside, so it is the inner one.
@@ -51,7 +83,7 @@ impl<'a, const NETWORK: usize> Skb<'a, NETWORK> {
         if offset > MAX_OFFSET {
             return None;
         }
-        let start = self.data() + offset;
+        let start = self.data() + bounded(offset);
         if start + size_of::<T>() > self.ctx.data_end() {
             return None;
         }
@@ -80,6 +112,22 @@ impl<const NETWORK: usize> Frame for Skb<'_, NETWORK> {
     fn segment(&self) -> usize {
         // SAFETY: the context is the kernel's and outlives the program.
         unsafe { (*self.ctx.skb.skb).gso_size as usize }
+    }
+
+    #[inline(always)]
+    fn was_sent_on(&self) -> bool {
+        // SAFETY: the context is the kernel's and outlives the program.
+        unsafe { (*self.ctx.skb.skb).tc_index == SENT_ON }
+    }
+
+    #[inline(always)]
+    fn length(&self) -> u32 {
+        self.ctx.len()
+    }
+
+    #[inline(always)]
+    fn has_socket<F: Family>(&self, key: &FlowKey<F>) -> bool {
+        host::has_socket(self.ctx, key)
     }
 
     #[inline(always)]
@@ -118,11 +166,20 @@ impl<const NETWORK: usize> Frame for Skb<'_, NETWORK> {
         let keep_zero = if optional { u64::from(BPF_F_MARK_MANGLED_0) } else { 0 };
         if pseudo != Delta::default() {
             let flags = keep_zero | u64::from(BPF_F_PSEUDO_HDR);
-            let ipv6 = if self.ethertype() == V6::ETHERTYPE { BPF_F_IPV6 } else { 0 };
-            // A kernel that does not know the flag answers EINVAL, and does without.
-            if self.replace_sum(offset, pseudo, flags | ipv6).is_none() {
+            if self.ethertype() != V6::ETHERTYPE {
                 self.replace_sum(offset, pseudo, flags)?;
+            } else if Tables::<V6>::setting(&Tables6, |s| &s.ipv6_sums) != 0 {
+                self.replace_sum(offset, pseudo, flags | BPF_F_IPV6)?;
+            } else {
+                self.replace_sum(offset, pseudo, flags)?;
+                // The helper takes the change out of a sum that hardware took of the whole packet, as if
+                // a header's checksum made up for it. IPv6 has none: it is put back.
+                // SAFETY: the helper only changes that sum, if there is one.
+                unsafe { bpf_csum_update(self.ctx.skb.skb, pseudo.sum()) };
             }
+        }
+        if body == Delta::default() {
+            return Some(());
         }
         self.replace_sum(offset, body, keep_zero)
     }

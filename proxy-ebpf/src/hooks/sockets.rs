@@ -7,7 +7,7 @@ use aya_ebpf::bindings::bpf_sock_addr;
 use aya_ebpf::helpers::{bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_set_retval};
 use aya_ebpf::macros::cgroup_sock_addr;
 use aya_ebpf::programs::SockAddrContext;
-use proxy_common::{Addr4, Addr6, Family, Outcome, Port, V4, V6};
+use proxy_common::{Addr4, Addr6, Family, Outcome, Port, V4, V6, proto};
 use proxy_ebpf::datapath::Tables;
 use proxy_ebpf::datapath::socket::{Socket, restore, send};
 
@@ -19,65 +19,66 @@ const ECONNREFUSED: i32 = 111;
 const MAPPED: [u32; 3] = [0, 0, 0xffff_u32.to_be()];
 
 macro_rules! hooks {
-    ($($(#[$doc:meta])+ $name:ident($attach:ident): $run:ident -> $verdict:ident;)+) => {$(
+    ($($(#[$doc:meta])+ $name:ident($attach:ident): $run:ident;)+) => {$(
         $(#[$doc])+
         #[cgroup_sock_addr($attach)]
         pub fn $name(ctx: SockAddrContext) -> i32 {
-            $verdict($run(ctx.sock_addr))
+            $run(ctx.sock_addr)
         }
     )+};
 }
 
 hooks! {
     /// An IPv4 socket connects.
-    portal_connect4(connect4): send4 -> sent;
+    portal_connect4(connect4): send4;
     /// An IPv6 socket connects.
-    portal_connect6(connect6): send6 -> sent;
+    portal_connect6(connect6): send6;
     /// An IPv4 UDP socket sends to an address.
-    portal_sendmsg4(sendmsg4): send4 -> sent;
+    portal_sendmsg4(sendmsg4): send4;
     /// An IPv6 UDP socket sends to an address.
-    portal_sendmsg6(sendmsg6): send6 -> sent;
+    portal_sendmsg6(sendmsg6): send6;
     /// An IPv4 UDP socket is told a datagram's source.
-    portal_recvmsg4(recvmsg4): restore4 -> restored;
+    portal_recvmsg4(recvmsg4): restore4;
     /// An IPv6 UDP socket is told a datagram's source.
-    portal_recvmsg6(recvmsg6): restore6 -> restored;
+    portal_recvmsg6(recvmsg6): restore6;
     /// An IPv4 socket asks for its peer.
-    portal_getpeer4(getpeername4): restore4 -> restored;
+    portal_getpeer4(getpeername4): restore4;
     /// An IPv6 socket asks for its peer.
-    portal_getpeer6(getpeername6): restore6 -> restored;
+    portal_getpeer6(getpeername6): restore6;
 }
 
 #[inline(always)]
-fn send4(ctx: *mut bpf_sock_addr) -> Outcome {
-    send(&mut Ipv4 { ctx }, &Tables4)
+fn send4(ctx: *mut bpf_sock_addr) -> i32 {
+    sent(&mut Ipv4 { ctx }, &Tables4)
 }
 
 #[inline(always)]
-fn send6(ctx: *mut bpf_sock_addr) -> Outcome {
+fn send6(ctx: *mut bpf_sock_addr) -> i32 {
     if is_mapped(ctx) {
-        send(&mut Mapped { ctx }, &Tables4)
+        sent(&mut Mapped { ctx }, &Tables4)
     } else {
-        send(&mut Ipv6 { ctx }, &Tables6)
+        sent(&mut Ipv6 { ctx }, &Tables6)
     }
 }
 
 #[inline(always)]
-fn restore4(ctx: *mut bpf_sock_addr) -> Outcome {
-    restore(&mut Ipv4 { ctx }, &Tables4)
+fn restore4(ctx: *mut bpf_sock_addr) -> i32 {
+    restored(restore(&mut Ipv4 { ctx }, &Tables4))
 }
 
 #[inline(always)]
-fn restore6(ctx: *mut bpf_sock_addr) -> Outcome {
-    if is_mapped(ctx) {
+fn restore6(ctx: *mut bpf_sock_addr) -> i32 {
+    restored(if is_mapped(ctx) {
         restore(&mut Mapped { ctx }, &Tables4)
     } else {
         restore(&mut Ipv6 { ctx }, &Tables6)
-    }
+    })
 }
 
-/// 1 lets the call go on, 0 makes it fail.
+/// Leads a call to a backend. 1 lets the call go on, 0 makes it fail.
 #[inline(always)]
-fn sent(outcome: Outcome) -> i32 {
+fn sent<F: Family, S: Socket<F> + Loopback, T: Tables<F>>(socket: &mut S, tables: &T) -> i32 {
+    let outcome = send(socket, tables);
     if outcome == Outcome::NotService {
         return 1;
     }
@@ -85,11 +86,46 @@ fn sent(outcome: Outcome) -> i32 {
     if outcome != Outcome::SocketRefused {
         return 1;
     }
-    if Tables::<V4>::setting(&Tables4, |s| &s.socket_errno) != 0 {
-        // SAFETY: the helper only sets the call's result; without it the result is EPERM.
+    if tables.setting(|s| &s.socket_errno) != 0 {
+        // SAFETY: the helper only sets the call's result.
         unsafe { bpf_set_retval(-ECONNREFUSED) };
+        return 0;
+    }
+    if socket.protocol() == proto::TCP {
+        // A kernel that can't be told the error would say that the call is not permitted. This place
+        // refuses every connection.
+        socket.set_loopback();
+        return 1;
     }
     0
+}
+
+/// An address that can be replaced by the loopback's, at port 0.
+trait Loopback {
+    fn set_loopback(&mut self);
+}
+
+impl Loopback for Ipv4 {
+    #[inline(always)]
+    fn set_loopback(&mut self) {
+        self.set_address(Addr4 { octets: [127, 0, 0, 1] }, Port::new(0));
+    }
+}
+
+impl Loopback for Mapped {
+    #[inline(always)]
+    fn set_loopback(&mut self) {
+        self.set_address(Addr4 { octets: [127, 0, 0, 1] }, Port::new(0));
+    }
+}
+
+impl Loopback for Ipv6 {
+    #[inline(always)]
+    fn set_loopback(&mut self) {
+        let mut octets = [0; 16];
+        octets[15] = 1;
+        self.set_address(Addr6 { octets }, Port::new(0));
+    }
 }
 
 /// These hooks may not refuse: the kernel demands a 1.
@@ -212,6 +248,12 @@ macro_rules! socket {
             fn netns_cookie(&self) -> u64 {
                 // SAFETY: the helper only reads.
                 unsafe { bpf_get_netns_cookie(self.ctx.cast()) }
+            }
+
+            #[inline(always)]
+            fn initial_cookie(&self) -> u64 {
+                // SAFETY: as above; without a context it tells of the first namespace.
+                unsafe { bpf_get_netns_cookie(core::ptr::null_mut()) }
             }
         }
     };

@@ -5,7 +5,7 @@ use aya_ebpf::helpers::{bpf_redirect, bpf_redirect_neigh, bpf_skb_change_head};
 use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
 use proxy_common::{Family, Outcome, V4, V6};
-use proxy_ebpf::datapath::{self, Client};
+use proxy_ebpf::datapath::{Client, Next, Story, Verdict, fast, tell};
 
 use super::skb::Skb;
 use super::trace;
@@ -15,30 +15,25 @@ use crate::maps::{self, Tables4, Tables6};
 const ETHERNET: usize = 14;
 
 macro_rules! hooks {
-    ($($(#[$doc:meta])+ $name:ident<$network:literal>: $story:ident($($client:ident)?);)+) => {$(
+    ($($(#[$doc:meta])+ $name:ident<$network:literal>: $fast:ident($client:ident);)+) => {$(
         $(#[$doc])+
         #[classifier]
+        #[inline(always)] // a tail call from a function of its own would return to this one
         pub fn $name(ctx: TcContext) -> i32 {
             let mut skb = Skb::<$network>::new(&ctx);
             if skb.is_of_vlan() {
-                return verdict::<$network>(&ctx, Outcome::NotService, 0);
+                return verdict::<$network>(&ctx, NOT_OURS);
             }
             match skb.ethertype() {
-                V4::ETHERTYPE => match Tables4.work() {
-                    Some(work) => {
-                        let outcome = datapath::$story(&mut skb, &Tables4, work $(, Client::$client)?);
-                        verdict::<$network>(&ctx, outcome, work.link)
-                    }
-                    None => verdict::<$network>(&ctx, Outcome::NotService, 0),
-                },
-                V6::ETHERTYPE => match Tables6.work() {
-                    Some(work) => {
-                        let outcome = datapath::$story(&mut skb, &Tables6, work $(, Client::$client)?);
-                        verdict::<$network>(&ctx, outcome, work.link)
-                    }
-                    None => verdict::<$network>(&ctx, Outcome::NotService, 0),
-                },
-                _ => verdict::<$network>(&ctx, Outcome::NotIp, 0),
+                V4::ETHERTYPE => {
+                    let next = fast::$fast(&mut skb, &Tables4 , Client::$client);
+                    go_on::<$network>(&ctx, next, false)
+                }
+                V6::ETHERTYPE => {
+                    let next = fast::$fast(&mut skb, &Tables6 , Client::$client);
+                    go_on::<$network>(&ctx, next, true)
+                }
+                _ => verdict::<$network>(&ctx, Verdict { outcome: Outcome::NotIp, link: 0 }),
             }
         }
     )+};
@@ -49,18 +44,102 @@ hooks! {
     portal_ingress<14>: ingress(Pod);
     /// Packets from outside the node, toward a backend; answers of masqueraded flows.
     portal_uplink<14>: ingress(Outside);
-    /// From a backend back to a client, by a pod's link or an uplink.
-    portal_egress<14>: egress();
+    /// From a backend back to a pod.
+    portal_egress<14>: egress(Pod);
+    /// From a backend back to a client outside the node; what the node and its pods send out of it.
+    portal_upegress<14>: egress(Outside);
     /// As `portal_uplink`, of a link without Ethernet headers.
     portal_l3uplink<0>: ingress(Outside);
-    /// As `portal_egress`, of a link without Ethernet headers.
-    portal_l3egress<0>: egress();
+    /// As `portal_upegress`, of a link without Ethernet headers.
+    portal_l3egress<0>: egress(Outside);
+}
+
+macro_rules! stories {
+    ($($name:ident<$network:literal>($tables:ident, $is_v6:literal): $story:ident;)+) => {$(
+        /// A story of few packets, see `datapath::Story`.
+        #[classifier]
+        #[inline(always)] // a tail call from a function of its own would return to this one
+        pub fn $name(ctx: TcContext) -> i32 {
+            let mut skb = Skb::<$network>::new(&ctx);
+            let Some(work) = $tables.work() else {
+                return verdict::<$network>(&ctx, NOT_OURS);
+            };
+            let next = tell(Story::$story, &mut skb, &$tables, work);
+            go_on::<$network>(&ctx, next, $is_v6)
+        }
+    )+};
+}
+
+stories! {
+    portal_pod4<14>(Tables4, false): FromPod;
+    portal_pod6<14>(Tables6, true): FromPod;
+    portal_out4<14>(Tables4, false): FromOutside;
+    portal_out6<14>(Tables6, true): FromOutside;
+    portal_reply4<14>(Tables4, false): ToClient;
+    portal_reply6<14>(Tables6, true): ToClient;
+    portal_pending4<14>(Tables4, false): Pending;
+    portal_pending6<14>(Tables6, true): Pending;
+    portal_arrive4<14>(Tables4, false): Arrive;
+    portal_arrive6<14>(Tables6, true): Arrive;
+    portal_leave4<14>(Tables4, false): Leave;
+    portal_leave6<14>(Tables6, true): Leave;
+    portal_settle4<14>(Tables4, false): Settle;
+    portal_settle6<14>(Tables6, true): Settle;
+    portal_send4<14>(Tables4, false): Send;
+    portal_send6<14>(Tables6, true): Send;
+    portal_refuse4<14>(Tables4, false): Refuse;
+    portal_refuse6<14>(Tables6, true): Refuse;
+    portal_toobig4<14>(Tables4, false): TooBig;
+    portal_toobig6<14>(Tables6, true): TooBig;
+    portal_icmpin4<14>(Tables4, false): IcmpIn;
+    portal_icmpin6<14>(Tables6, true): IcmpIn;
+    portal_icmpout4<14>(Tables4, false): IcmpOut;
+    portal_icmpout6<14>(Tables6, true): IcmpOut;
+    portal_l3out4<0>(Tables4, false): FromOutside;
+    portal_l3out6<0>(Tables6, true): FromOutside;
+    portal_l3reply4<0>(Tables4, false): ToClient;
+    portal_l3reply6<0>(Tables6, true): ToClient;
+    portal_l3pending4<0>(Tables4, false): Pending;
+    portal_l3pending6<0>(Tables6, true): Pending;
+    portal_l3arrive4<0>(Tables4, false): Arrive;
+    portal_l3arrive6<0>(Tables6, true): Arrive;
+    portal_l3leave4<0>(Tables4, false): Leave;
+    portal_l3leave6<0>(Tables6, true): Leave;
+    portal_l3settle4<0>(Tables4, false): Settle;
+    portal_l3settle6<0>(Tables6, true): Settle;
+    portal_l3send4<0>(Tables4, false): Send;
+    portal_l3send6<0>(Tables6, true): Send;
+    portal_l3refuse4<0>(Tables4, false): Refuse;
+    portal_l3refuse6<0>(Tables6, true): Refuse;
+    portal_l3toobig4<0>(Tables4, false): TooBig;
+    portal_l3toobig6<0>(Tables6, true): TooBig;
+    portal_l3icmpin4<0>(Tables4, false): IcmpIn;
+    portal_l3icmpin6<0>(Tables6, true): IcmpIn;
+    portal_l3icmpout4<0>(Tables4, false): IcmpOut;
+    portal_l3icmpout6<0>(Tables6, true): IcmpOut;
+}
+
+/// A packet of nobody's that we know.
+const NOT_OURS: Verdict = Verdict { outcome: Outcome::NotService, link: 0 };
+
+/// What comes of a packet, in this program or in the next one. Where the next is missing, which happens
+/// to none that the agent has installed, the packet is left alone.
+#[inline(always)]
+fn go_on<const NETWORK: usize>(ctx: &TcContext, next: Next, is_v6: bool) -> i32 {
+    match next {
+        Next::Done(done) => verdict::<NETWORK>(ctx, done),
+        Next::Story(story) => {
+            maps::tail_call(ctx, story, is_v6, NETWORK != 0);
+            verdict::<NETWORK>(ctx, NOT_OURS)
+        }
+    }
 }
 
 /// What the kernel does with the packet. "On" is UNSPEC and not OK, so that the programs behind ours
 /// run too.
 #[inline(always)]
-fn verdict<const NETWORK: usize>(ctx: &TcContext, outcome: Outcome, link: u32) -> i32 {
+fn verdict<const NETWORK: usize>(ctx: &TcContext, done: Verdict) -> i32 {
+    let Verdict { outcome, link } = done;
     maps::count(outcome);
     trace::log(ctx, outcome);
     match outcome {
@@ -77,7 +156,7 @@ fn verdict<const NETWORK: usize>(ctx: &TcContext, outcome: Outcome, link: u32) -
         | Outcome::Reset
         | Outcome::Unreachable
         | Outcome::TooBig
-        | Outcome::EchoReply => send_back(ctx),
+        | Outcome::EchoReply => send_back::<NETWORK>(ctx),
         Outcome::Masqueraded => send_on::<NETWORK>(ctx, link),
         Outcome::FragmentUnknown
         | Outcome::Silent
@@ -85,9 +164,9 @@ fn verdict<const NETWORK: usize>(ctx: &TcContext, outcome: Outcome, link: u32) -
         | Outcome::NotAllowed
         | Outcome::NoRoute
         | Outcome::NoPort
-        | Outcome::TableFull
         | Outcome::NotWritable
-        // Not a packet's outcomes.
+        // Not what becomes of a packet.
+        | Outcome::TableFull
         | Outcome::SocketTranslated
         | Outcome::SocketRefused
         | Outcome::SocketRestored => TC_ACT_SHOT,
@@ -104,6 +183,7 @@ fn send_on<const NETWORK: usize>(ctx: &TcContext, link: u32) -> i32 {
             return TC_ACT_SHOT;
         }
     }
+    Skb::<NETWORK>::mark_sent_on(ctx);
     // SAFETY: the helper only notes where to send the packet after the program's end; without
     // parameters it looks up the neighbour itself.
     unsafe { bpf_redirect_neigh(link, core::ptr::null_mut(), 0, 0) as i32 }
@@ -111,7 +191,8 @@ fn send_on<const NETWORK: usize>(ctx: &TcContext, link: u32) -> i32 {
 
 /// Out of the link it came from.
 #[inline(always)]
-fn send_back(ctx: &TcContext) -> i32 {
+fn send_back<const NETWORK: usize>(ctx: &TcContext) -> i32 {
+    Skb::<NETWORK>::mark_sent_on(ctx);
     // SAFETY: the context is the kernel's and outlives the program.
     let link = unsafe { (*ctx.skb.skb).ifindex };
     // SAFETY: the helper only notes where to send the packet after the program's end.

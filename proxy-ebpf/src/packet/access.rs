@@ -1,7 +1,9 @@
 //! The one door to packet memory.
 
 use bytemuck::Pod;
+use proxy_common::Family;
 use proxy_common::checksum::Delta;
+use proxy_common::tables::FlowKey;
 
 /// A packet's bytes, from its link-layer header on: a socket buffer in the kernel, a vector in tests.
 ///
@@ -17,6 +19,16 @@ pub trait Frame {
     /// How many bytes of payload the packets have that this one is to be cut into; 0 if it is one
     /// packet.
     fn segment(&self) -> usize;
+
+    /// Whether it was sent on past the host stack by us, and so is seen again on its way out.
+    fn was_sent_on(&self) -> bool;
+
+    /// How long the packet is, link-layer header included.
+    fn length(&self) -> u32;
+
+    /// Whether a socket of the host is at the other end of packets with these addresses: one that is
+    /// connected, or for datagrams any that would get them.
+    fn has_socket<F: Family>(&self, key: &FlowKey<F>) -> bool;
 
     /// Makes the first `length` bytes reachable, if the packet is that long. A packet's end may lie in
     /// other memory than its start; loads and stores beyond what is reachable fail.

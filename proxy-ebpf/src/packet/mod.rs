@@ -26,6 +26,10 @@ pub trait Wire: Family {
     /// into `key`. `None` if it is cut short or no valid header.
     fn headers<P: Frame>(frame: &mut P, l3: usize, key: &mut FlowKey<Self>) -> Option<Packet>;
 
+    /// The common case of a packet: no options or extension headers, no fragment, TCP or UDP, all of it
+    /// reachable at fixed offsets. Puts its addresses and ports into `key`; `None` for any other packet.
+    fn plain<P: Frame>(frame: &mut P, side: Side, key: &mut FlowKey<Self>) -> Option<Plain>;
+
     /// Types of ICMP's echo request and of its answer.
     const ECHO: [u8; 2];
     /// Where an echo's checksum lies.
@@ -62,6 +66,32 @@ pub trait Wire: Family {
 
     /// The length of the IP packet at `l3`, header and all, as it says itself.
     fn total_length<P: Frame>(frame: &P, l3: usize) -> Option<usize>;
+}
+
+/// What the headers of a plain packet say beside the addresses.
+#[derive(Clone, Copy)]
+pub struct Plain {
+    /// TCP or UDP.
+    pub proto: u8,
+    /// TCP's flags; 0 otherwise.
+    pub flags: u8,
+}
+
+/// Reads what lies at the start of a transport header behind an IP header of fixed length.
+#[inline(always)]
+fn plain_transport<F: Wire, P: Frame>(
+    frame: &P,
+    number: u8,
+    side: Side,
+    key: &mut FlowKey<F>,
+) -> Option<Plain> {
+    let l4 = P::NETWORK + F::HEADER;
+    key.set_ports(bytemuck::cast(frame.load::<u32>(l4)?), number, side);
+    if number == proto::UDP {
+        return Some(Plain { proto: proto::UDP, flags: 0 });
+    }
+    let [_, flags] = frame.load::<[u8; 2]>(l4 + tcp::OFFSET_AND_FLAGS)?;
+    Some(Plain { proto: proto::TCP, flags })
 }
 
 /// Headers are looked for in this many bytes.

@@ -2,6 +2,9 @@
 
 use bytemuck::{Pod, Zeroable};
 use proxy_common::Port;
+use proxy_common::tables::Packet;
+
+use super::{Frame, Wire};
 
 /// The sender has finished.
 pub const FIN: u8 = 0x01;
@@ -12,6 +15,8 @@ pub const RST: u8 = 0x04;
 /// The acknowledgement number counts.
 pub const ACK: u8 = 0x10;
 
+/// Where the sequence and the acknowledgement number lie.
+pub const NUMBERS: usize = 4;
 /// Where the data offset and the flags lie.
 pub const OFFSET_AND_FLAGS: usize = 12;
 /// Where the checksum lies.
@@ -41,4 +46,27 @@ pub struct Header {
     pub checksum: u16,
     /// Urgent pointer.
     pub urgent: [u8; 2],
+}
+
+/// Whether a segment with these flags asks for a connection.
+#[inline(always)]
+pub const fn opens(flags: u8) -> bool {
+    flags & (SYN | ACK) == SYN
+}
+
+/// A segment's sequence and acknowledgement number.
+#[inline(always)]
+pub fn numbers<P: Frame>(frame: &P, packet: &Packet) -> Option<[u32; 2]> {
+    let [sequence, acknowledgement]: [[u8; 4]; 2] = frame.load(packet.l4() + NUMBERS)?;
+    Some([u32::from_be_bytes(sequence), u32::from_be_bytes(acknowledgement)])
+}
+
+/// How many sequence numbers a segment takes up.
+#[inline(always)]
+pub fn sequence_length<F: Wire, P: Frame>(frame: &P, packet: &Packet) -> Option<u32> {
+    let [offset, _]: [u8; 2] = frame.load(packet.l4() + OFFSET_AND_FLAGS)?;
+    let end = P::NETWORK + F::total_length(frame, P::NETWORK)?;
+    let payload = end.wrapping_sub(packet.l4() + usize::from(offset >> 4) * 4);
+    let controls = u32::from(packet.flags & SYN != 0) + u32::from(packet.flags & FIN != 0);
+    Some((payload as u32).wrapping_add(controls))
 }

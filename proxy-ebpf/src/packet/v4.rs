@@ -2,10 +2,10 @@
 
 use bytemuck::{Pod, Zeroable};
 use proxy_common::checksum::{Delta, fold};
-use proxy_common::tables::{FlowKey, Packet, Part};
-use proxy_common::{Addr4, Address, V4};
+use proxy_common::tables::{FlowKey, Packet, Part, Side};
+use proxy_common::{Addr4, Address, V4, proto};
 
-use super::{Frame, REACH, Wire};
+use super::{Frame, Plain, REACH, Wire, plain_transport, tcp};
 
 /// The fixed header.
 #[derive(Clone, Copy, Pod, Zeroable)]
@@ -18,6 +18,16 @@ struct Header {
     fragment: [u8; 2],
     ttl: u8,
     proto: u8,
+    checksum: u16,
+    src: Addr4,
+    dst: Addr4,
+}
+
+/// Its end, from the time to live on.
+#[derive(Clone, Copy, Pod, Zeroable)]
+#[repr(C)]
+struct Ends {
+    ttl_proto: u16,
     checksum: u16,
     src: Addr4,
     dst: Addr4,
@@ -69,6 +79,21 @@ impl Wire for V4 {
         })
     }
 
+    #[inline(always)]
+    fn plain<P: Frame>(frame: &mut P, side: Side, key: &mut FlowKey<Self>) -> Option<Plain> {
+        frame.want(P::NETWORK + Self::HEADER + size_of::<tcp::Header>());
+        let header: Header = frame.load(P::NETWORK)?;
+        let fragment = u16::from_be_bytes(header.fragment) & (MORE_FRAGMENTS | FRAGMENT_OFFSET);
+        let is_plain = header.version_ihl == 0x45
+            && fragment == 0
+            && matches!(header.proto, proto::TCP | proto::UDP);
+        if !is_plain {
+            return None;
+        }
+        key.set_addresses(header.src, header.dst);
+        plain_transport(frame, header.proto, side, key)
+    }
+
     /// Destination unreachable, time exceeded, parameter problem.
     #[inline(always)]
     fn is_error(icmp_type: u8) -> bool {
@@ -83,9 +108,10 @@ impl Wire for V4 {
         new: (&Addr4, &Addr4),
     ) -> Option<()> {
         let delta = old.0.delta(*new.0) + old.1.delta(*new.1);
-        let checksum: u16 = frame.load(l3 + CHECKSUM)?;
-        frame.store(l3 + CHECKSUM, delta.apply(checksum))?;
-        frame.store(l3 + Self::SOURCE, [*new.0, *new.1])
+        // In one piece: its bounds are checked once.
+        let Ends { ttl_proto, checksum, .. } = frame.load(l3 + TTL)?;
+        let (src, dst) = (*new.0, *new.1);
+        frame.store(l3 + TTL, Ends { ttl_proto, checksum: delta.apply(checksum), src, dst })
     }
 
     #[inline(always)]

@@ -1,10 +1,10 @@
 //! IPv6 (RFC 8200).
 
 use bytemuck::{Pod, Zeroable};
-use proxy_common::tables::{FlowKey, Packet, Part};
-use proxy_common::{Addr6, V6};
+use proxy_common::tables::{FlowKey, Packet, Part, Side};
+use proxy_common::{Addr6, V6, proto};
 
-use super::{Frame, REACH, Wire};
+use super::{Frame, Plain, REACH, Wire, plain_transport, tcp};
 
 /// The fixed header.
 #[derive(Clone, Copy, Pod, Zeroable)]
@@ -105,6 +105,17 @@ impl Wire for V6 {
         let l4 = (l3 + Self::HEADER) as u32;
         let start = Packet { l4, id: 0, proto: header.next, flags: 0, part: 0, pad: 0 };
         skip_extensions(frame, start)
+    }
+
+    #[inline(always)]
+    fn plain<P: Frame>(frame: &mut P, side: Side, key: &mut FlowKey<Self>) -> Option<Plain> {
+        frame.want(P::NETWORK + Self::HEADER + size_of::<tcp::Header>());
+        let header: Header = frame.load(P::NETWORK)?;
+        if header.version >> 4 != 6 || !matches!(header.next, proto::TCP | proto::UDP) {
+            return None;
+        }
+        (key.src, key.dst) = (header.src, header.dst);
+        plain_transport(frame, header.next, side, key)
     }
 
     /// Types below 128 are errors; the four that RFC 4443 defines quote a packet.

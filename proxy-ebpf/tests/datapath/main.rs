@@ -2,6 +2,7 @@
 
 mod algorithms;
 mod cases;
+mod interleave;
 mod life;
 mod masquerade;
 mod properties;

@@ -42,7 +42,7 @@ fn there_and_back<F: HostFamily>(sent: &Packet, pod: SocketAddr) {
     // The pod sends the same packet back, as an echo; the client gets what it sent, turned around.
     let echo = Packet { side: Egress, src: pod, dst: sent.src, ..sent.clone() };
     let (outcome, returned) = host.see(Hook::Egress, &echo.frame());
-    assert_eq!(outcome, Outcome::Established);
+    assert_eq!(outcome, Outcome::Replied);
     assert!(is_valid(&returned), "a checksum is wrong on the way back");
     assert_eq!(
         returned,

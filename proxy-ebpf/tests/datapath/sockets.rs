@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
 
+use proxy_common::settings::Settings;
 use proxy_common::tables::{Algorithm, ServiceValue, Side};
 use proxy_common::testing::{Hook, NODE, Packet, Service};
 use proxy_common::{Outcome, V4, V6, proto};
@@ -58,16 +59,25 @@ fn what_nobody_serves_is_refused<F: HostFamily>([vip, one, ..]: [SocketAddr; 4])
 fn only_sockets_of_the_wanted_namespace_are_led<F: HostFamily>([vip, one, ..]: [SocketAddr; 4]) {
     let mut host = Host::<F>::new();
     host.serve(&[Service::new(vip, proto::UDP, &[one])]);
-    for (node, all, outcome) in [
-        ([0, 0], 1, Outcome::SocketTranslated),
-        ([7, 0], 1, Outcome::SocketTranslated),
-        ([7, 1 << 8], 0, Outcome::SocketTranslated),
-        ([7, 0], 0, Outcome::NotService),
-        ([0, 1 << 8], 0, Outcome::NotService),
+    let (unknown, cookie, initial) = (Settings::UNKNOWN, Settings::BY_COOKIE, Settings::INITIAL);
+    for (netns, node, all, outcome) in [
+        (unknown, [0, 0], 1, Outcome::SocketTranslated),
+        (cookie, [7, 0], 1, Outcome::SocketTranslated),
+        (cookie, [7, 1 << 8], 0, Outcome::SocketTranslated),
+        (cookie, [7, 0], 0, Outcome::NotService),
+        (cookie, [0, 1 << 8], 0, Outcome::NotService),
+        // The machine's first namespace, which the call is not from.
+        (initial, [0, 0], 0, Outcome::NotService),
+        (unknown, [0, 0], 0, Outcome::NotService),
     ] {
+        host.settings.netns = netns;
         (host.settings.netns_cookie, host.settings.all_sockets) = (node, all);
         assert_eq!(send(&mut Call::<F>::new(vip, 1), &host), outcome);
     }
+    let mut own = Call::<F>::new(vip, 1);
+    own.netns = own.initial;
+    host.settings.netns = initial;
+    assert_eq!(send(&mut own, &host), Outcome::SocketTranslated);
 }
 
 fn a_sockets_datagrams_stay_with_one_backend_whatever_the_algorithm<F: HostFamily>(
@@ -107,6 +117,7 @@ fn a_host_port_is_at_all_addresses_of_the_node_and_at_its_loopback<F: HostFamily
     host.mark(F::address(node).unwrap(), ServiceValue::NODE);
     let local = F::address(at(loopback, 0).ip()).unwrap();
     host.mark(local, ServiceValue::NODE | ServiceValue::LOOPBACK);
+    host.settings.netns = Settings::BY_COOKIE;
     host.settings.netns_cookie = [7, 1 << 8];
     let call = |host: &Host<F>, to| send(&mut Call::<F>::new(to, 1), host);
     for to in [SocketAddr::new(node, 8080), own, at(loopback, 8080)] {

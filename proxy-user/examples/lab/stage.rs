@@ -13,7 +13,7 @@ use portal::testing::cluster::{Cluster, VIPS, at};
 use portal::testing::objects::node_ports;
 use portal::testing::world::{BPFFS, Cni, Node, Pod};
 use portal::testing::{agent, client, eventually};
-use proxy_common::tables::{ServiceKey, ServiceValue};
+use proxy_common::tables::{Range, ServiceKey, ServiceValue, Slots};
 use proxy_common::{Family, V4, V6};
 
 use super::show::{Show, command, say, title};
@@ -174,12 +174,18 @@ fn counts<F: Family>() -> Vec<usize> {
     let open = |name: &str| MapData::from_pin(maps.join(name)).expect("a pinned map");
     let services = Map::HashMap(open(&name_of::<F>("services")));
     let services = HashMap::<_, ServiceKey<F>, ServiceValue>::try_from(services).expect("Services");
-    let slots = Array::<_, u64>::try_from(Map::Array(open("slots"))).expect("slots");
+    let slots = Array::<_, Slots>::try_from(Map::Array(open("slots"))).expect("slots");
+    let slot = |index: u32| Some(slots.get(&(index / 2), 0).ok()?.numbers[index as usize % 2]);
     let frontends =
         services.iter().filter_map(Result::ok).filter(|(key, _)| key.port.number() != 0);
     let backends = frontends.map(|(_, ServiceValue { cluster, .. })| {
-        let run = cluster.first..cluster.first + cluster.count;
-        run.filter_map(|slot| slots.get(&slot, 0).ok()).collect::<BTreeSet<u64>>().len()
+        let position = |index| match cluster.table {
+            Range::NO_TABLE => Some(index),
+            table => slot(table + index),
+        };
+        let numbers =
+            (0..cluster.count).filter_map(|index| slot(cluster.members + position(index)?));
+        numbers.collect::<BTreeSet<u32>>().len()
     });
     backends.collect()
 }

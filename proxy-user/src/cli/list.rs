@@ -1,10 +1,10 @@
 //! `portal services`, `backends` and `flows`: the pinned maps as kubectl would show them.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use anyhow::Result;
 use proxy_common::settings::seconds;
-use proxy_common::tables::Algorithm;
+use proxy_common::tables::{Algorithm, Range};
 
 use super::Place;
 use super::table::{Column, Output, Table};
@@ -68,7 +68,7 @@ pub fn services(args: &Args) -> Result<()> {
                 algorithm(flags).to_owned(),
                 family_name(family).to_owned(),
                 id.to_string(),
-                format!("{}+{}", cluster.first, cluster.count + local.count),
+                format!("{}+{}", cluster.members, cluster.count + local.count),
             ]));
         }
     }
@@ -107,7 +107,7 @@ pub fn backends(args: &Args) -> Result<()> {
     for backend in backends {
         let port = actual.names.get(&backend.entry.service);
         if args.wants(port) {
-            let usable = in_use.contains_key(&(backend.family, backend.number));
+            let usable = in_use.contains(&(backend.family, backend.number));
             table.row(names(port).into_iter().chain([
                 backend.entry.address.to_string(),
                 port.map_or("?", |p| read::protocol(p.protocol.number())).to_owned(),
@@ -122,14 +122,20 @@ pub fn backends(args: &Args) -> Result<()> {
 }
 
 /// The backends that slots lead to.
-fn slots_by_family(actual: &Actual) -> HashMap<(IpFamily, u32), u32> {
-    let mut found = HashMap::new();
+fn slots_by_family(actual: &Actual) -> HashSet<(IpFamily, u32)> {
+    let mut found = HashSet::new();
     for service in &actual.services {
         let family = IpFamily::of(service.frontend.vip);
-        let Lead { cluster, local, .. } = service.lead;
-        for slot in cluster.first..cluster.first + cluster.count + local.count {
-            if let Some(number) = actual.slots.get(&slot) {
-                found.insert((family, *number), slot);
+        for choice in [service.lead.cluster, service.lead.local] {
+            let slot = |index: u32| actual.slots.get(index as usize).copied();
+            for index in 0..choice.count {
+                let position = if choice.table == Range::NO_TABLE {
+                    Some(index)
+                } else {
+                    slot(choice.table.saturating_add(index))
+                };
+                let number = position.and_then(|p| slot(choice.members.saturating_add(p)));
+                found.extend(number.map(|number| (family, number)));
             }
         }
     }
@@ -196,7 +202,7 @@ pub fn flows(args: &Args) -> Result<()> {
                 format!("{}s", seconds(flow.expires)),
                 match labels.get(&flow.service) {
                     Some(label) => label.clone(),
-                    None if flow.service == 0 => "(leaves the cluster)".to_owned(),
+                    None if !flow.has_backend => "(leaves the cluster)".to_owned(),
                     None => "(deleted)".to_owned(),
                 },
                 flow.seen_as.to_string(),

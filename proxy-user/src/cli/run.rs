@@ -9,13 +9,14 @@ use anyhow::{Context, Result};
 use clap::ValueEnum;
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use ipnet::IpNet;
+use proxy_common::settings::{Lifetimes, ticks};
 use proxy_common::tables::Algorithm;
 use serde_json::{Value, json};
 use tracing_subscriber::EnvFilter;
 
 use super::Place;
 use crate::desired::node_ports::NodePortAddresses;
-use crate::kernel::{Options, SocketLb, TcMode, probe};
+use crate::kernel::{Options, Sizes, SocketLb, TcMode, probe};
 use crate::model::from_k8s::parse_range;
 use crate::netlink::{Pattern, Role, Rule};
 use crate::run::{Settings, run};
@@ -124,15 +125,57 @@ pub struct Args {
     #[arg(long, value_name = "ROLE=PATTERN", value_delimiter = ',')]
     interfaces: Vec<Rule>,
 
-    /// How many flow records each address family's table holds, two per flow; counts when the
-    /// table is made
-    #[arg(long, value_name = "NUMBER", default_value_t = 524_288)]
-    max_flows: u32,
+    /// How much the tables hold, and so how much kernel memory they take; counts when they are made
+    #[arg(long, value_enum, default_value = "default")]
+    table_size: TableSize,
+
+    /// How many records of live flows each address family's table holds, two per flow; counts when the
+    /// table is made. Default: as --table-size says
+    #[arg(long, value_name = "NUMBER")]
+    max_flows: Option<u32>,
+
+    /// The same for flows that are not live: not answered, answered once, ended. The oldest make way, so
+    /// these serve any number for a while. Default: as --table-size says
+    #[arg(long, value_name = "NUMBER")]
+    max_embryos: Option<u32>,
+
+    /// How long a TCP connection may be idle
+    #[arg(long, value_name = "TIME", default_value = "24h", value_parser = lifetime)]
+    conntrack_tcp_timeout_established: u32,
+
+    /// How long a TCP connection may be idle after one side has closed it
+    #[arg(long, value_name = "TIME", default_value = "1h", value_parser = lifetime)]
+    conntrack_tcp_timeout_close_wait: u32,
+
+    /// How long a TCP flow lives whose client has not shown that it hears the backend
+    #[arg(long, value_name = "TIME", default_value = "60s", value_parser = lifetime)]
+    tcp_timeout_syn: u32,
+
+    /// How long a masqueraded TCP flow's source port is held after its end, unless there is no other: as
+    /// long as the backend has it in `TIME_WAIT`
+    #[arg(long, value_name = "TIME", default_value = "60s", value_parser = lifetime)]
+    tcp_timeout_port: u32,
+
+    /// How long a UDP flow lives that is no stream: the client has not sent again after an answer
+    #[arg(long, value_name = "TIME", default_value = "30s", value_parser = lifetime)]
+    conntrack_udp_timeout: u32,
+
+    /// How long a UDP stream may be idle
+    #[arg(long, value_name = "TIME", default_value = "180s", value_parser = lifetime)]
+    conntrack_udp_timeout_stream: u32,
+
+    /// The source ports that masqueraded flows get if their client's own is not free
+    #[arg(long, value_name = "FIRST-LAST", default_value = "32768-65535", value_parser = ports)]
+    masquerade_ports: (u16, u16),
 
     /// Log every packet that is refused or dropped, with its link
     #[arg(long)]
     trace: bool,
 }
+
+/// Tables of fewer records are of no use, and for more the kernel does not find memory in one piece.
+const MIN_RECORDS: u32 = 2;
+const MAX_RECORDS: u32 = 1 << 26;
 
 #[derive(Clone, Copy, Debug, clap::ValueEnum)]
 enum Xdp {
@@ -140,6 +183,17 @@ enum Xdp {
     Auto,
     Native,
     Generic,
+}
+
+/// How much the tables hold.
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+enum TableSize {
+    /// A thousand Service ports, 16,000 live flows of each family: 17 MB
+    Small,
+    /// 30,000 Service ports of ten endpoints, 130,000 live flows of each family: 174 MB
+    Default,
+    /// 100,000 Service ports of ten endpoints, 500,000 live flows of each family: 395 MB
+    Large,
 }
 
 /// kube-proxy's modes (KP-84 to 86).
@@ -182,6 +236,7 @@ impl Args {
             BTreeSet::new()
         };
         let interfaces = self.interfaces();
+        let sizes = self.sizes()?;
         let node = node_name(self.hostname_override.clone())?;
         let config = self.config(&node);
         let cgroup_root = match self.cgroup_root {
@@ -205,7 +260,16 @@ impl Args {
                 cgroup_root,
                 socket_lb: self.socket_lb,
                 tc: self.tc,
-                max_flows: self.max_flows,
+                sizes,
+                lifetimes: Lifetimes {
+                    syn: self.tcp_timeout_syn,
+                    tcp: self.conntrack_tcp_timeout_established,
+                    half_closed: self.conntrack_tcp_timeout_close_wait,
+                    hold: self.tcp_timeout_port,
+                    udp: self.conntrack_udp_timeout,
+                    udp_stream: self.conntrack_udp_timeout_stream,
+                },
+                masquerade_ports: self.masquerade_ports,
                 trace: self.trace,
                 local_by_cidr: self.detect_local_mode == DetectLocalMode::ClusterCidr,
                 masquerade_all: self.masquerade_all,
@@ -224,6 +288,24 @@ impl Args {
 }
 
 impl Args {
+    /// How much the tables hold.
+    fn sizes(&self) -> Result<Sizes> {
+        let sizes = match self.table_size {
+            TableSize::Small => Sizes::SMALL,
+            TableSize::Default => Sizes::DEFAULT,
+            TableSize::Large => Sizes::LARGE,
+        };
+        let flows = self.max_flows.unwrap_or(sizes.flows);
+        let embryos = self.max_embryos.unwrap_or(sizes.embryos);
+        for (flag, records) in [("--max-flows", flows), ("--max-embryos", embryos)] {
+            anyhow::ensure!(
+                (MIN_RECORDS..=MAX_RECORDS).contains(&records),
+                "{flag}={records}: a table holds {MIN_RECORDS} to {MAX_RECORDS} records, two for each flow"
+            );
+        }
+        Ok(Sizes { flows, embryos, ..sizes })
+    }
+
     /// What /configz tells: kube-proxy's fields as far as they mean something here, and our own.
     fn config(&self, node: &str) -> Value {
         let name = |value: &dyn Fn() -> Option<PossibleValue>| {
@@ -256,7 +338,9 @@ impl Args {
                 "masqueradeAll": self.masquerade_all,
                 "masqueradePods": self.masquerade_pods,
                 "masqueradeExcept": list(&self.masquerade_except),
+                "tableSize": name(&|| self.table_size.to_possible_value()),
                 "maxFlows": self.max_flows,
+                "maxEmbryos": self.max_embryos,
             },
         })
     }
@@ -275,6 +359,29 @@ impl Args {
         let pods = pods.map(|links| Rule { role: Role::Pod, links });
         self.interfaces.iter().cloned().chain(pods).collect()
     }
+}
+
+/// A time as Go and kube-proxy write it, in ticks.
+fn lifetime(text: &str) -> Result<u32, String> {
+    const LONGEST: u64 = 366 * 24 * 3600;
+    let wrong = || "expected a time from a second to a year, as in 90s, 1h30m or 24h".to_owned();
+    let time: jiff::SignedDuration = text.parse().map_err(|_| wrong())?;
+    let seconds = u64::try_from(time.as_secs()).ok().filter(|s| (1..=LONGEST).contains(s));
+    seconds.map(ticks).ok_or_else(wrong)
+}
+
+/// A range of ports that takes some flows.
+fn ports(text: &str) -> Result<(u16, u16), String> {
+    const FEWEST: u16 = 64;
+    let (first, last) = text.split_once('-').unwrap_or((text, text));
+    let port = |text: &str| text.trim().parse::<u16>().ok().filter(|port| *port > 0);
+    let range = port(first).zip(port(last)).ok_or("expected two ports, as in 32768-65535")?;
+    if range.1.checked_sub(range.0).is_none_or(|more| more < FEWEST - 1) {
+        return Err(format!(
+            "leaves too few ports, at least {FEWEST} are needed: the first must be the smaller one"
+        ));
+    }
+    Ok(range)
 }
 
 fn algorithms() -> impl TypedValueParser<Value = Algorithm> {

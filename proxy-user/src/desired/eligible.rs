@@ -1,10 +1,9 @@
 //! Which endpoints a Service port has, and which of them take new flows.
 
-use std::collections::BTreeMap;
 use std::net::SocketAddr;
 
 use super::{Backend, PortId};
-use crate::model::{Cluster, Endpoint, Node, Slice};
+use crate::model::{Cluster, Endpoint, EndpointPort, Node, Slice};
 
 /// The endpoints of a Service port, out of all slices of its Service (KP-9, 13, 15), sorted.
 ///
@@ -12,20 +11,20 @@ use crate::model::{Cluster, Endpoint, Node, Slice};
 /// while they terminate (KP-49, 62). The same is decided for this node's endpoints alone (KP-63), where
 /// hints do not count (KP-67).
 pub fn backends(cluster: &Cluster, node: &Node, id: &PortId) -> Vec<Backend> {
-    let endpoints = merged(cluster, id);
-    let is_local = |endpoint: &Endpoint| endpoint.node.as_deref() == Some(&node.name);
-    let any_ready = endpoints.values().any(|endpoint| endpoint.ready);
-    let local_ready = endpoints.values().any(|e| e.ready && is_local(e));
-    let topology = Topology::of(&endpoints.values().copied(), node);
+    let merged = merged(cluster, id);
+    let endpoints = merged.iter().map(|(_, endpoint)| *endpoint);
+    let any_ready = endpoints.clone().any(|endpoint| endpoint.ready);
+    let local_ready = endpoints.clone().any(|endpoint| endpoint.ready && endpoint.local);
+    let topology = Topology::of(&endpoints, node);
     let serves = |endpoint: &Endpoint, any_ready: bool| {
         if any_ready { endpoint.ready } else { endpoint.serving && endpoint.terminating }
     };
-    let backends = endpoints.into_iter().map(|(address, endpoint)| Backend {
-        address,
+    let backends = merged.iter().map(|(address, endpoint)| Backend {
+        address: *address,
         usable: serves(endpoint, any_ready) && (!any_ready || topology.takes(endpoint, node)),
-        usable_local: is_local(endpoint) && serves(endpoint, local_ready),
+        usable_local: endpoint.local && serves(endpoint, local_ready),
         serving: endpoint.serving || endpoint.ready,
-        local: is_local(endpoint),
+        local: endpoint.local,
         weight: endpoint.weight,
     });
     let mut backends: Vec<Backend> = backends.collect();
@@ -64,11 +63,11 @@ impl Topology {
             ready.clone().all(|endpoint| !hints(endpoint).is_empty())
                 && ready.any(|endpoint| hints(endpoint).iter().any(|name| name == here))
         };
-        if decides(|endpoint| &endpoint.nodes, &node.name) {
+        if decides(Endpoint::nodes, &node.name) {
             return Self::Node;
         }
         match &node.zone {
-            Some(zone) if decides(|endpoint| &endpoint.zones, zone) => Self::Zone,
+            Some(zone) if decides(Endpoint::zones, zone) => Self::Zone,
             _ => Self::Cluster,
         }
     }
@@ -76,34 +75,55 @@ impl Topology {
     fn takes(self, endpoint: &Endpoint, node: &Node) -> bool {
         match self {
             Self::Cluster => true,
-            Self::Zone => endpoint.zones.iter().any(|zone| Some(zone) == node.zone.as_ref()),
-            Self::Node => endpoint.nodes.contains(&node.name),
+            Self::Zone => endpoint.zones().iter().any(|zone| Some(zone) == node.zone.as_ref()),
+            Self::Node => endpoint.nodes().contains(&node.name),
         }
     }
 }
 
-/// The endpoints of a Service port, each address once.
-fn merged<'a>(cluster: &'a Cluster, id: &'a PortId) -> BTreeMap<SocketAddr, &'a Endpoint> {
-    let mut merged: BTreeMap<SocketAddr, &Endpoint> = BTreeMap::new();
-    for slice in cluster.slices(&id.service).filter(|slice| slice.family == id.family) {
-        for (address, endpoint) in endpoints(slice, id) {
-            let known = merged.get(&address);
-            if known.is_none_or(|known| replaces(endpoint, known)) {
-                merged.insert(address, endpoint);
+/// The endpoints of a Service port, each address once, sorted.
+fn merged<'a>(cluster: &'a Cluster, id: &PortId) -> Vec<(SocketAddr, &'a Endpoint)> {
+    let mut merged: Vec<(SocketAddr, &Endpoint)> = Vec::new();
+    cluster.for_each_endpoint(
+        &id.service,
+        |slice| ports(slice, id),
+        |ports, endpoint| {
+            for port in ports {
+                merge(&mut merged, SocketAddr::new(endpoint.address, *port), endpoint);
             }
-        }
-    }
+        },
+    );
     merged
 }
 
-/// The slice's endpoints for the port of that name and protocol (KP-9).
-fn endpoints<'a>(
-    slice: &'a Slice,
-    id: &'a PortId,
-) -> impl Iterator<Item = (SocketAddr, &'a Endpoint)> {
-    let matching = slice.ports.iter().filter(|p| p.name == id.port && p.protocol == id.protocol);
-    matching
-        .flat_map(|port| slice.endpoints.iter().map(|e| (SocketAddr::new(e.address, port.port), e)))
+/// Puts an endpoint in its place among the others. They come in the order of their addresses, so that it is at
+/// the end, or near to it.
+fn merge<'a>(
+    merged: &mut Vec<(SocketAddr, &'a Endpoint)>,
+    address: SocketAddr,
+    endpoint: &'a Endpoint,
+) {
+    if merged.last().is_none_or(|(last, _)| *last < address) {
+        merged.push((address, endpoint));
+        return;
+    }
+    let before = merged.iter().rposition(|(known, _)| *known <= address);
+    match before.map(|at| &mut merged[at]) {
+        Some((known, first)) if *known == address => {
+            if replaces(endpoint, first) {
+                *first = endpoint;
+            }
+        }
+        _ => merged.insert(before.map_or(0, |at| at + 1), (address, endpoint)),
+    }
+}
+
+/// The endpoints' ports for the Service's port of that name, protocol and family (KP-9).
+fn ports(slice: &Slice, id: &PortId) -> Vec<u16> {
+    let is_it = |port: &&EndpointPort| {
+        slice.family == id.family && port.name == id.port && port.protocol == id.protocol
+    };
+    slice.ports.iter().filter(is_it).map(|port| port.port).collect()
 }
 
 /// Which of two endpoints at one address counts: one that goes away never replaces one that stays

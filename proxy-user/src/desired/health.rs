@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 
-use crate::model::{Cluster, IpFamily, Node, ObjectName};
+use crate::model::{Cluster, IpFamily, ObjectName};
 
 /// The answer for one Service.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -17,12 +17,12 @@ pub struct HealthCheck {
 }
 
 /// What to answer for a Service; nothing if nobody is to ask.
-pub fn health_check(cluster: &Cluster, node: &Node, name: &ObjectName) -> Option<HealthCheck> {
+pub fn health_check(cluster: &Cluster, name: &ObjectName) -> Option<HealthCheck> {
     let port = cluster.service(name)?.health_check_port?;
     let local = [IpFamily::V4, IpFamily::V6].map(|family| {
         let slices = cluster.slices(name).filter(|slice| slice.family == family);
         let endpoints = slices.flat_map(|slice| &slice.endpoints);
-        let here = endpoints.filter(|e| e.ready && e.node.as_deref() == Some(&node.name));
+        let here = endpoints.filter(|e| e.ready && e.local);
         here.map(|endpoint| endpoint.address).collect::<BTreeSet<IpAddr>>().len()
     });
     Some(HealthCheck { service: name.clone(), port, local })

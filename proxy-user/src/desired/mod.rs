@@ -13,6 +13,7 @@ pub mod node_ports;
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::hash::{Hash, Hasher};
 use std::net::{IpAddr, SocketAddr};
 
 use ipnet::IpNet;
@@ -82,7 +83,7 @@ pub struct Access {
 }
 
 /// An endpoint of a Service port.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 #[allow(clippy::struct_excessive_bools, reason = "independent facts, each with a name")]
 pub struct Backend {
     /// Its address and port.
@@ -99,8 +100,22 @@ pub struct Backend {
     pub weight: u16,
 }
 
+/// In few words: there may be a hundred thousand.
+impl Hash for Backend {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        let Self { address, usable, usable_local, serving, local, weight } = *self;
+        match address.ip() {
+            IpAddr::V4(ip) => state.write_u32(ip.to_bits()),
+            IpAddr::V6(ip) => state.write_u128(ip.to_bits()),
+        }
+        let facts = [usable, usable_local, serving, local].map(u8::from);
+        let numbers = u32::from(address.port()) << 16 | u32::from(weight);
+        state.write_u64(u64::from(numbers) << 32 | u64::from(u32::from_ne_bytes(facts)));
+    }
+}
+
 /// What the kernel should hold for a Service port.
-#[derive(Clone, PartialEq, Eq, Debug, Default)]
+#[derive(Clone, PartialEq, Eq, Hash, Debug, Default)]
 pub struct Port {
     /// When its Service was created.
     pub created: String,

@@ -1,8 +1,9 @@
 //! The pinned maps, by name and shape, as `proxy_common::tables` lays them out.
 
 use proxy_common::tables::{
-    AffinityKey, AffinityValue, Backend, Config, Exit, FlowKey, FlowValue, FragmentKey,
-    FragmentValue, Name, PeerKey, PeerValue, ServiceKey, ServiceValue, SourceRange, Work,
+    AffinityKey, AffinityValue, Backend, Config, EmbryoValue, Exit, FlowKey, FlowValue,
+    FragmentKey, FragmentValue, Name, PeerKey, PeerValue, ServiceKey, ServiceValue, Slots,
+    SourceRange, Traffic, Way, Work,
 };
 use proxy_common::{Family, V4, V6};
 
@@ -21,59 +22,39 @@ const fn shape<K, V>(name: &'static str) -> Shape {
     Shape { name, key: size_of::<K>(), value: size_of::<V>() }
 }
 
-const fn family<F: Family>(names: [&'static str; 11]) -> [Shape; 11] {
-    [
-        shape::<ServiceKey<F>, ServiceValue>(names[0]),
-        shape::<u32, Backend<F>>(names[1]),
-        shape::<FlowKey<F>, FlowValue<F>>(names[2]),
-        shape::<FlowKey<F>, FlowValue<F>>(names[3]),
-        shape::<FragmentKey<F>, FragmentValue>(names[4]),
-        shape::<PeerKey<F>, PeerValue<F>>(names[5]),
-        shape::<AffinityKey<F>, AffinityValue>(names[6]),
-        shape::<SourceRange<F>, u32>(names[7]),
-        shape::<u32, Work<F>>(names[8]),
-        shape::<u32, u32>(names[9]),
-        shape::<u32, Exit<F>>(names[10]),
-    ]
+macro_rules! family {
+    ($family:ty, $suffix:literal) => {
+        [
+            shape::<ServiceKey<$family>, ServiceValue>(concat!("services_", $suffix)),
+            shape::<u32, Backend<$family>>(concat!("backends_", $suffix)),
+            shape::<u32, Way<$family>>(concat!("ways_", $suffix)),
+            shape::<FlowKey<$family>, FlowValue<$family>>(concat!("flows_", $suffix)),
+            shape::<FlowKey<$family>, EmbryoValue<$family>>(concat!("embryos_", $suffix)),
+            shape::<FragmentKey<$family>, FragmentValue>(concat!("fragments_", $suffix)),
+            shape::<PeerKey<$family>, PeerValue<$family>>(concat!("peers_", $suffix)),
+            shape::<AffinityKey<$family>, AffinityValue>(concat!("affinity_", $suffix)),
+            shape::<SourceRange<$family>, u32>(concat!("ranges_", $suffix)),
+            shape::<u32, Work<$family>>(concat!("scratch_", $suffix)),
+            shape::<u32, u32>(concat!("loads_", $suffix)),
+            shape::<u32, Exit<$family>>(concat!("exits_", $suffix)),
+            shape::<u32, u64>(concat!("exhausted_", $suffix)),
+        ]
+    };
 }
 
-const FAMILY_V4: [Shape; 11] = family::<V4>([
-    "services_v4",
-    "backends_v4",
-    "flows_v4",
-    "embryos_v4",
-    "fragments_v4",
-    "peers_v4",
-    "affinity_v4",
-    "ranges_v4",
-    "scratch_v4",
-    "loads_v4",
-    "exits_v4",
-]);
-const FAMILY_V6: [Shape; 11] = family::<V6>([
-    "services_v6",
-    "backends_v6",
-    "flows_v6",
-    "embryos_v6",
-    "fragments_v6",
-    "peers_v6",
-    "affinity_v6",
-    "ranges_v6",
-    "scratch_v6",
-    "loads_v6",
-    "exits_v6",
-]);
-const COMMON: [Shape; 5] = [
+const COMMON: [Shape; 7] = [
     shape::<u32, Config>("config"),
     shape::<u32, Name>("names"),
     shape::<u32, u64>("outcomes"),
-    shape::<u32, u64>("slots"),
+    shape::<u32, Slots>("slots"),
     shape::<u32, u32>("turns"),
+    shape::<u32, u32>("port_turns"),
+    shape::<u32, Traffic>("traffic"),
 ];
 
 /// All pinned maps.
 pub fn shapes() -> impl Iterator<Item = Shape> {
-    COMMON.into_iter().chain(FAMILY_V4).chain(FAMILY_V6)
+    COMMON.into_iter().chain(family!(V4, "v4")).chain(family!(V6, "v6"))
 }
 
 /// A family's map, such as `flows_v4`.

@@ -9,11 +9,12 @@ use aya::programs::Program;
 use aya::{Ebpf, EbpfLoader};
 use ipnet::IpNet;
 use proxy_common::abi::ABI;
-use proxy_common::settings::{Range4, Range6, Settings};
+use proxy_common::settings::{PORT_STRIDE, Range4, Range6, Settings};
 use proxy_common::tables::Config;
 
 use super::contract::shapes;
-use super::{Options, SocketLb, probe, tc};
+use super::probe::{self, OwnNamespace};
+use super::{Options, Sizes, SocketLb, tails};
 
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/portal-ebpf.o"));
 
@@ -43,21 +44,33 @@ pub fn load(options: &Options, maps: &Path) -> Result<Ebpf> {
     // At zero the verifier removes all that logs.
     let log_level = if options.trace { LEVEL_INFO } else { 0 };
     loader.override_global("AYA_LOG_LEVEL", &log_level, true);
+    let mut other_sizes = Vec::new();
     for (name, path) in &paths {
         loader.map_pin_path(name, path);
+        let asked = size_of(name, options);
         let size = match MapInfo::from_pin(path) {
             Ok(info) => Some(info.max_entries()),
-            Err(_) => name.starts_with("flows_").then_some(options.max_flows),
+            Err(_) => asked,
         };
+        if asked.is_some() && size != asked {
+            other_sizes.push(*name);
+        }
         if let Some(size) = size {
             loader.map_max_entries(name, size);
         }
     }
-    let mut ebpf = loader.load(OBJECT).map_err(shortened).context(
-        "the kernel does not take Portal's eBPF object (it needs Linux 5.10 or later with BTF)",
-    )?;
-    write_config(&mut ebpf, seed)?;
-    for (name, program) in ebpf.programs_mut().filter(|(name, _)| !tc::is_loaded_late(name)) {
+    if !other_sizes.is_empty() {
+        tracing::warn!(
+            "the maps that are there keep their sizes, which are others than asked for ({}); after `portal \
+             cleanup`, which ends all connections through Services, they are made anew",
+            other_sizes.join(", ")
+        );
+    }
+    let mut ebpf = loader.load(OBJECT).map_err(|error| refused(error, options))?;
+    let config = Config { abi: ABI, seed, lifetimes: settings.lifetimes };
+    let map = ebpf.map_mut("config").context("the object has no map config")?;
+    Array::try_from(map)?.set(0, config, 0).context("cannot write map config")?;
+    for (name, program) in ebpf.programs_mut().filter(|(name, _)| !tails::is_of_tunnels(name)) {
         load_program(program).map_err(shortened).with_context(|| format!("program {name}"))?;
     }
     Ok(ebpf)
@@ -105,9 +118,55 @@ fn other_contract(path: &Path, what: &str) -> String {
     )
 }
 
-fn write_config(ebpf: &mut Ebpf, seed: u32) -> Result<()> {
-    let map = ebpf.map_mut("config").context("the object has no map config")?;
-    Array::try_from(map)?.set(0, Config { abi: ABI, seed }, 0).context("cannot write map config")
+/// Why the kernel does not take the object: for want of memory, or because it is too old.
+fn refused(error: aya::EbpfError, options: &Options) -> anyhow::Error {
+    let is_enomem = |cause: &(dyn std::error::Error + 'static)| {
+        let error = cause.downcast_ref::<std::io::Error>();
+        error.is_some_and(|error| error.raw_os_error() == Some(libc::ENOMEM))
+    };
+    let causes =
+        std::iter::successors(Some(&error as &(dyn std::error::Error + 'static)), |cause| {
+            cause.source()
+        });
+    let has_no_memory = causes.into_iter().any(is_enomem);
+    let error = shortened(error);
+    if has_no_memory {
+        let needed = options.sizes.megabytes();
+        return error.context(format!(
+            "there is not enough memory for the maps, which take about {needed} MB and count for this \
+             process's memory limit: raise the limit above {} MB, or take less: --table-size=small, \
+             --max-flows, --max-embryos",
+            needed + 64
+        ));
+    }
+    error.context(
+        "the kernel does not take Portal's eBPF object (it needs Linux 5.10 or later with BTF)",
+    )
+}
+
+/// How many elements a map gets that is made anew, if it is not what the object says. LRU tables grow
+/// with the number of CPUs, each of which keeps some of their elements for itself.
+fn size_of(name: &str, options: &Options) -> Option<u32> {
+    const PER_CPU: u32 = 1024;
+    let cpus = possible_cpus();
+    let Sizes { tables, flows, embryos, others } = options.sizes;
+    let table = name.rsplit_once("_v").map_or(name, |(table, _)| table);
+    match table {
+        "services" | "names" | "turns" | "traffic" => Some(tables.services),
+        // Two in each element.
+        "slots" => Some(tables.slots / 2),
+        "backends" | "loads" => Some(tables.backends),
+        "ranges" => Some(tables.ranges),
+        "flows" => Some(flows),
+        "embryos" => Some(embryos.max(cpus * PER_CPU)),
+        "fragments" => Some((others / 8).max(cpus * PER_CPU)),
+        "peers" | "affinity" => Some(others.max(cpus * PER_CPU)),
+        _ => None,
+    }
+}
+
+fn possible_cpus() -> u32 {
+    aya::util::nr_cpus().ok().and_then(|count| u32::try_from(count).ok()).unwrap_or(1)
 }
 
 /// A seed that clients can't guess, so that they can't choose their backend.
@@ -122,54 +181,42 @@ fn fresh_seed() -> u32 {
 }
 
 fn settings(options: &Options, seed: u32) -> Settings {
-    let cookie = probe::netns_cookie();
-    if let (SocketLb::Host, Err(error)) = (options.socket_lb, &cookie) {
-        tracing::warn!(
-            "this kernel does not name network namespaces ({error}; 5.14 does): the sockets of all of \
-             them are translated, as with --socket-lb=all"
-        );
-    }
-    let all_sockets = options.socket_lb == SocketLb::All || cookie.is_err();
-    let (first_port, port_count) = masquerade_ports(probe::ephemeral_ports());
+    let (netns, cookie) = match probe::own_namespace() {
+        OwnNamespace::Cookie(cookie) => (Settings::BY_COOKIE, cookie),
+        OwnNamespace::Initial => (Settings::INITIAL, 0),
+        OwnNamespace::Unknown(error) => {
+            if options.socket_lb == SocketLb::Host {
+                tracing::warn!(
+                    "this kernel does not name network namespaces ({error}; 5.14 does), and this one is \
+                     not the machine's first: the sockets of all of them are translated, as with \
+                     --socket-lb=all"
+                );
+            }
+            (Settings::UNKNOWN, 0)
+        }
+    };
+    let all_sockets = options.socket_lb == SocketLb::All || netns == Settings::UNKNOWN;
+    let (first, last) = options.masquerade_ports;
+    let ports = u32::from(last) - u32::from(first) + 1;
     Settings {
-        first_port,
-        port_count,
+        first_port: first.into(),
+        port_count: if ports.is_multiple_of(PORT_STRIDE) { ports - 1 } else { ports },
+        lifetimes: options.lifetimes,
         seed,
         coarse_clock: probe::coarse_clock().into(),
         socket_errno: probe::socket_errno().into(),
-        netns_cookie: bytemuck::cast(cookie.unwrap_or_default()),
+        ipv6_sums: probe::ipv6_sums().into(),
+        netns,
+        netns_cookie: bytemuck::cast(cookie),
         all_sockets: all_sockets.into(),
+        cpus: possible_cpus(),
         vip_ping: options.vip_ping.into(),
         local_by_cidr: options.local_by_cidr.into(),
         masquerade_all: options.masquerade_all.into(),
         masquerade_pods: options.masquerade_pods.into(),
         pods4: options.cluster_cidrs.iter().find_map(range4).unwrap_or(Settings::DEFAULT.pods4),
         pods6: options.cluster_cidrs.iter().find_map(range6).unwrap_or(Settings::DEFAULT.pods6),
-        ..Settings::DEFAULT
     }
-}
-
-/// First and number of the source ports that masqueraded flows get: above the host's ephemeral ports,
-/// or else below them and the `NodePorts`. Sockets of the host's own must not have the same.
-fn masquerade_ports((low, high): (u16, u16)) -> (u32, u32) {
-    const FEWEST: u32 = 1024;
-    const LAST: u32 = 65_534;
-    const NODE_PORTS: u32 = 30_000;
-    let Settings { first_port, .. } = Settings::DEFAULT;
-    let above = first_port.max(u32::from(high) + 1);
-    if above + FEWEST <= LAST {
-        return (above, LAST - above + 1);
-    }
-    let end = u32::from(low).min(NODE_PORTS);
-    if end >= 2 * FEWEST {
-        let first = end.saturating_sub(8 * FEWEST).max(FEWEST);
-        return (first, end - first);
-    }
-    tracing::warn!(
-        "ip_local_port_range leaves no ports for masqueraded flows: {first_port} and above are used, \
-         which may meet the host's own. Keep its end below {first_port}"
-    );
-    (first_port, LAST - first_port + 1)
 }
 
 fn range4(range: &IpNet) -> Option<Range4> {
@@ -193,18 +240,4 @@ pub(super) fn shortened(error: impl std::error::Error) -> anyhow::Error {
     let lines: Vec<&str> = text.lines().collect();
     let end = lines.len().saturating_sub(LOG_LINES);
     anyhow::anyhow!("{}", lines[end..].join("\n"))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::masquerade_ports;
-
-    #[test]
-    fn masqueraded_flows_keep_out_of_the_hosts_ephemeral_ports() {
-        assert_eq!(masquerade_ports((32_768, 60_999)), (61_000, 4_535));
-        assert_eq!(masquerade_ports((32_768, 62_999)), (63_000, 2_535));
-        assert_eq!(masquerade_ports((32_768, 65_535)), (21_808, 8_192));
-        assert_eq!(masquerade_ports((4_000, 65_535)), (1_024, 2_976));
-        assert_eq!(masquerade_ports((1_024, 65_535)), (61_000, 4_535));
-    }
 }

@@ -1,39 +1,55 @@
 //! A memory-mapped array map: written by plain stores, without a system call.
+//!
+//! It is mapped window by window, where it is read or written: what is mapped counts as the agent's
+//! memory, and most of a table is never used.
 
+use std::cell::OnceCell;
 use std::io;
 use std::marker::PhantomData;
 use std::num::NonZeroUsize;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::ptr::NonNull;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use bytemuck::Pod;
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 
 /// The kernel's array elements are this many bytes apart, or a multiple of it.
 const STRIDE: usize = 8;
-const PAGE: usize = 4096;
+/// How many elements a window has: so many that each begins with a page, of up to 64 KiB.
+const WINDOW: u32 = 8192;
 
 /// An array map in memory.
 pub struct Mapped<T> {
-    start: NonNull<u8>,
-    bytes: usize,
+    map: OwnedFd,
     length: u32,
+    windows: Box<[OnceCell<Window>]>,
     element: PhantomData<T>,
 }
 
+/// Elements that follow each other, in memory.
+struct Window {
+    start: NonNull<u8>,
+    bytes: usize,
+}
+
+impl Drop for Window {
+    fn drop(&mut self) {
+        // SAFETY: our own mapping, which nothing uses any more. Unmapping it can't fail.
+        let _ = unsafe { munmap(self.start.cast(), self.bytes) };
+    }
+}
+
 impl<T: Pod> Mapped<T> {
-    /// Maps an array map of `length` elements made with `BPF_F_MMAPABLE`.
+    /// An array map of `length` elements made with `BPF_F_MMAPABLE`.
     ///
     /// # Errors
-    /// If the kernel refuses.
+    /// If there are no more file descriptors.
     pub fn new(map: impl AsFd, length: u32) -> io::Result<Self> {
-        let bytes = (length as usize * Self::stride()).next_multiple_of(PAGE);
-        let size = NonZeroUsize::new(bytes).ok_or_else(|| io::Error::other("an empty map"))?;
-        let access = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
-        // SAFETY: a fresh mapping at an address of the kernel's choice; the kernel checks its size
-        // against the map's.
-        let start = unsafe { mmap(None, size, access, MapFlags::MAP_SHARED, map, 0) }?;
-        Ok(Self { start: start.cast(), bytes, length, element: PhantomData })
+        const { assert!(size_of::<T>().is_multiple_of(4), "elements are written word by word") };
+        let map = map.as_fd().try_clone_to_owned()?;
+        let windows = (0..length.div_ceil(WINDOW)).map(|_| OnceCell::new()).collect();
+        Ok(Self { map, length, windows, element: PhantomData })
     }
 
     const fn stride() -> usize {
@@ -45,39 +61,104 @@ impl<T: Pod> Mapped<T> {
         self.length
     }
 
-    fn element(&self, index: u32) -> *mut T {
+    /// Maps a window.
+    fn map(&self, number: u32) -> io::Result<Window> {
+        let elements = WINDOW.min(self.length - number * WINDOW);
+        let bytes = elements as usize * Self::stride();
+        let size = NonZeroUsize::new(bytes).expect("a window has elements");
+        let offset = u64::from(number * WINDOW) * Self::stride() as u64;
+        let offset = offset.try_into().map_err(io::Error::other)?;
+        let access = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+        // SAFETY: a fresh mapping at an address of the kernel's choice; the kernel checks its size
+        // against the map's.
+        let start = unsafe { mmap(None, size, access, MapFlags::MAP_SHARED, &self.map, offset) }?;
+        Ok(Window { start: start.cast(), bytes })
+    }
+
+    /// The window of an element, mapped from now on.
+    fn window(&self, index: u32) -> io::Result<&Window> {
         assert!(index < self.length, "element {index} of {}", self.length);
-        // SAFETY: within the mapping, by the assertion; elements are aligned to 8.
-        unsafe { self.start.as_ptr().add(index as usize * Self::stride()).cast() }
+        let number = index / WINDOW;
+        let window = &self.windows[number as usize];
+        if let Some(window) = window.get() {
+            return Ok(window);
+        }
+        let mapped = self.map(number)?;
+        Ok(window.get_or_init(|| mapped))
+    }
+
+    /// The words of an element of a window.
+    fn words(window: &Window, index: u32) -> &[AtomicU32] {
+        let start = (index % WINDOW) as usize * Self::stride();
+        debug_assert!(start + size_of::<T>() <= window.bytes, "within the window");
+        // SAFETY: within the mapping, which lives as long as the window; elements are aligned to 8. It is
+        // shared memory, hence atomics, which every reader may meet.
+        unsafe {
+            let first = window.start.as_ptr().add(start).cast();
+            std::slice::from_raw_parts(first, size_of::<T>() / 4)
+        }
+    }
+
+    fn read(window: &Window, index: u32) -> T {
+        let mut value = T::zeroed();
+        let words = bytemuck::bytes_of_mut(&mut value).chunks_exact_mut(4);
+        for (bytes, word) in words.zip(Self::words(window, index)) {
+            bytes.copy_from_slice(&word.load(Ordering::Relaxed).to_ne_bytes());
+        }
+        value
     }
 
     /// Reads an element.
     ///
-    /// # Panics
-    /// If there is no such element.
-    pub fn get(&self, index: u32) -> T {
-        // SAFETY: `element` is within the mapping; any bytes are a valid Pod value. Volatile, since
-        // it is shared memory.
-        unsafe { self.element(index).read_volatile() }
-    }
-
-    /// Writes an element.
+    /// # Errors
+    /// If it can't be mapped: there is no memory.
     ///
     /// # Panics
     /// If there is no such element.
-    pub fn set(&self, index: u32, value: T) {
-        // SAFETY: as for reading. Programs that read meanwhile are not led here yet, or find the same
-        // bytes but for a flag.
-        unsafe { self.element(index).write_volatile(value) }
+    pub fn get(&self, index: u32) -> io::Result<T> {
+        Ok(Self::read(self.window(index)?, index))
+    }
+
+    /// Writes an element: each word of it that is another one than before, in one store. Whoever reads
+    /// meanwhile finds each word as it was or as it is.
+    ///
+    /// # Errors
+    /// If it can't be mapped: there is no memory.
+    ///
+    /// # Panics
+    /// If there is no such element.
+    pub fn set(&self, index: u32, value: T) -> io::Result<()> {
+        let words = bytemuck::bytes_of(&value).chunks_exact(4);
+        for (bytes, word) in words.zip(Self::words(self.window(index)?, index)) {
+            let new = u32::from_ne_bytes(bytes.try_into().expect("chunks of four"));
+            if word.load(Ordering::Relaxed) != new {
+                word.store(new, Ordering::Relaxed);
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads all elements from the first up to, not including, `end`. None of them is mapped for that any
+    /// longer.
+    ///
+    /// # Errors
+    /// If one can't be mapped.
+    pub fn read_to(&self, end: u32, mut each: impl FnMut(u32, T)) -> io::Result<()> {
+        let end = end.min(self.length);
+        for number in 0..end.div_ceil(WINDOW) {
+            let passing = match self.windows[number as usize].get() {
+                Some(_) => None,
+                None => Some(self.map(number)?),
+            };
+            let window = passing.as_ref().or_else(|| self.windows[number as usize].get());
+            let window = window.expect("it is mapped one way or the other");
+            for index in number * WINDOW..end.min((number + 1) * WINDOW) {
+                each(index, Self::read(window, index));
+            }
+        }
+        Ok(())
     }
 }
 
-impl<T> Drop for Mapped<T> {
-    fn drop(&mut self) {
-        // SAFETY: our own mapping, which nothing uses any more. Unmapping it can't fail.
-        let _ = unsafe { munmap(self.start.cast(), self.bytes) };
-    }
-}
-
-// SAFETY: the mapping is shared memory that belongs to no thread; writes go through one owner.
+// SAFETY: the mappings are shared memory that belongs to no thread; writes go through one owner.
 unsafe impl<T: Send> Send for Mapped<T> {}

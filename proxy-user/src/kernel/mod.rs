@@ -17,11 +17,14 @@ pub mod read;
 mod sockets;
 mod sweep;
 mod sys;
+mod tails;
 mod tc;
+mod ways;
 mod writer;
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::fs;
+use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
@@ -31,6 +34,7 @@ use aya_log::EbpfLogger;
 use ipnet::IpNet;
 use nix::fcntl::{Flock, FlockArg};
 use proxy_common::Outcome;
+use proxy_common::settings::Lifetimes;
 
 use crate::netlink::{Exits, Role};
 use crate::plan::{Capacity, Op, Planner};
@@ -39,7 +43,8 @@ pub use contract::{Shape, name_of, shapes};
 use links::PinnedLinks;
 pub use load::has_object;
 pub use sockets::SocketLb;
-pub use sweep::Swept;
+pub use sweep::{Sweep, Swept};
+use tails::Tails;
 pub use tc::TcMode;
 use writer::Writer;
 
@@ -55,8 +60,12 @@ pub struct Options {
     pub socket_lb: SocketLb,
     /// How programs are attached to network links.
     pub tc: TcMode,
-    /// How many flows each family's table holds; fixed when the maps are made.
-    pub max_flows: u32,
+    /// How much the tables hold; fixed when the maps are made.
+    pub sizes: Sizes,
+    /// How long flows live.
+    pub lifetimes: Lifetimes,
+    /// The first and the last source port that may take the place of a client's.
+    pub masquerade_ports: (u16, u16),
     /// Whether refused and dropped packets are logged.
     pub trace: bool,
     /// Whether pods' flows to `ClusterIPs` are masqueraded too.
@@ -71,15 +80,56 @@ pub struct Options {
     pub cluster_cidrs: Vec<IpNet>,
 }
 
+/// How much the tables hold.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Sizes {
+    /// What Services take.
+    pub tables: Capacity,
+    /// Records of live flows, of each family.
+    pub flows: u32,
+    /// Records of other flows, of each family, at least.
+    pub embryos: u32,
+    /// Clients with affinity, and addresses that sockets asked for, of each family, at least.
+    pub others: u32,
+}
+
+impl Sizes {
+    /// For most nodes.
+    pub const DEFAULT: Self =
+        Self { tables: Capacity::DEFAULT, flows: 262_144, embryos: 262_144, others: 65_536 };
+    /// For very large clusters.
+    pub const LARGE: Self =
+        Self { tables: Capacity::LARGE, flows: 1_048_576, embryos: 524_288, others: 65_536 };
+    /// For small nodes.
+    pub const SMALL: Self =
+        Self { tables: Capacity::SMALL, flows: 32_768, embryos: 32_768, others: 8_192 };
+
+    /// The kernel memory that the maps take before there is any Service or flow, in megabytes: arrays, the
+    /// elements of LRU tables and the buckets of hashes are made at once.
+    pub fn megabytes(&self) -> u64 {
+        let Self { tables, flows, embryos, others } = *self;
+        let bytes = |count: u32, each: u64| u64::from(count) * each;
+        let arrays = bytes(tables.slots, 4)
+            + bytes(tables.backends, 24 + 40 + 2 * 8)
+            + bytes(tables.services, 8 + 16);
+        // Elements of both families, with the kernel's header of 48 bytes, and 16 for each bucket.
+        let lru = bytes(embryos, 120 + 168 + 2 * 16) + bytes(others, 80 + 96 + 72 + 104 + 4 * 16);
+        let buckets = bytes(flows, 2 * 16) + bytes(tables.services, 3 * 16);
+        (arrays + lru + buckets) / 1_000_000
+    }
+}
+
 /// The installed datapath.
 pub struct Datapath {
     ebpf: Ebpf,
+    tails: Tails,
     links: PinnedLinks,
     writer: Writer,
     tc: TcMode,
     /// The network links that this agent has attached to.
     attached: HashSet<u32>,
     maps: PathBuf,
+    max_flows: usize,
     /// Held while this agent runs.
     _lock: Flock<OwnedFd>,
 }
@@ -108,17 +158,31 @@ impl Datapath {
         let mut links = PinnedLinks::new(links_folder(&options.bpffs_root))?;
         let mut writer = Writer::open(&maps)?;
         let tc = tc::resolve(options.tc, &ebpf)?;
-        let (planner, repairs) = Planner::recover(writer.capacity(), &writer.actual()?);
-        repairs.iter().try_for_each(|op| writer.apply(op))?;
+        let tails = Tails::install(&mut ebpf, &links_folder(&options.bpffs_root))?;
+        let planner = recover(&mut writer)?;
         // Last, so that nothing is attached if anything fails.
         let before = links.names();
         if let Err(error) = sockets::attach(&mut ebpf, &mut links, options) {
             let fresh = links.names().into_iter().filter(|name| !before.contains(name));
             fresh.for_each(|name| links.remove(&name));
+            tails.remove();
             return Err(error);
         }
         let attached = HashSet::new();
-        Ok((Self { ebpf, links, writer, tc, attached, maps, _lock: lock }, planner))
+        let max_flows = writer::open(&maps, "flows_v4")?.info()?.max_entries() as usize;
+        Ok((
+            Self { ebpf, tails, links, writer, tc, attached, maps, max_flows, _lock: lock },
+            planner,
+        ))
+    }
+
+    /// Reads back what the maps hold, after the kernel has refused a write. Returns the planner for it. Only
+    /// when nothing that was given up meanwhile can have a reader any more.
+    ///
+    /// # Errors
+    /// If the maps can't be read, or what makes no sense in them can't be removed.
+    pub fn recover(&mut self) -> Result<Planner> {
+        recover(&mut self.writer)
     }
 
     /// What the programs log; of use with [`Options::trace`], and once.
@@ -160,6 +224,9 @@ impl Datapath {
     /// # Errors
     /// If the kernel refuses, most often because the link has just gone.
     pub fn attach(&mut self, ifindex: u32, name: &str, role: Role) -> Result<()> {
+        if role == Role::Tunnel {
+            self.tails.add_tunnels(&mut self.ebpf)?;
+        }
         tc::attach(&mut self.ebpf, &mut self.links, self.tc, ifindex, name, role)?;
         self.attached.insert(ifindex);
         Ok(())
@@ -173,8 +240,13 @@ impl Datapath {
 
     /// Detaches what an earlier agent has left on links that are none of ours any more, and all that it
     /// attached in another way than this one does.
-    pub fn detach_others(&mut self) {
-        tc::detach_others(&mut self.links, self.tc, &self.attached);
+    /// On links in `failed` an earlier agent's programs stay, since this one's could not take their place.
+    pub fn detach_others(&mut self, failed: &HashSet<u32>) {
+        let kept = self.attached.union(failed).copied().collect();
+        tc::detach_others(&mut self.links, self.tc, &kept);
+        if failed.is_empty() {
+            self.tails.remove_others();
+        }
     }
 
     /// How often an outcome was.
@@ -186,13 +258,28 @@ impl Datapath {
         Ok(read::outcomes(root)?.get(&outcome).copied().unwrap_or_default())
     }
 
-    /// Removes flows that have ended from the tables.
-    ///
-    /// # Errors
-    /// If a table can't be read.
-    pub fn sweep(&self) -> Result<Swept> {
-        sweep::sweep(&self.maps, &self.writer)
+    /// How many records each family's table of live flows holds.
+    pub fn max_flows(&self) -> usize {
+        self.max_flows
     }
+
+    /// A sweep, which removes flows that have ended from the table of live ones.
+    pub fn sweep(&self) -> Sweep {
+        Sweep { maps: self.maps.clone(), counted: self.writer.counted() }
+    }
+
+    /// Which backends got no source port for how many flows since they were asked for last, by the numbers of
+    /// their Service ports.
+    pub fn take_exhausted(&mut self) -> BTreeMap<(u32, SocketAddr), u64> {
+        self.writer.take_exhausted()
+    }
+}
+
+/// The planner for what the maps hold, from which goes what makes no sense.
+fn recover(writer: &mut Writer) -> Result<Planner> {
+    let (planner, repairs) = Planner::recover(writer.capacity(), &writer.take_over()?);
+    repairs.iter().try_for_each(|op| writer.apply(op))?;
+    Ok(planner)
 }
 
 /// Refuses a second agent with the same pins.

@@ -12,6 +12,7 @@ use aya_obj::generated::bpf_func_id;
 use nix::sys::statfs::{FsType, fstatfs};
 
 use super::Options;
+use super::sys::{Instruction, run_classifier};
 
 const BPF_FS_MAGIC: i64 = 0xcafe_4a11;
 const CGROUP2_MAGIC: i64 = 0x6367_7270;
@@ -77,17 +78,6 @@ pub fn cgroup2_mount() -> Result<PathBuf> {
     }
 }
 
-/// The first and the last port that the host gives to sockets that ask for none.
-pub fn ephemeral_ports() -> (u16, u16) {
-    let text = fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range").unwrap_or_default();
-    let mut ports = text.split_whitespace().filter_map(|port| port.parse().ok());
-    match (ports.next(), ports.next()) {
-        (Some(low), Some(high)) => (low, high),
-        // Linux' own default.
-        _ => (32_768, 60_999),
-    }
-}
-
 /// Whether tc programs may use `bpf_ktime_get_coarse_ns` (5.11).
 pub fn coarse_clock() -> bool {
     let helper = bpf_func_id::BPF_FUNC_ktime_get_coarse_ns;
@@ -100,11 +90,51 @@ pub fn socket_errno() -> bool {
     is_helper_supported(ProgramType::CgroupSockAddr, helper).unwrap_or(false)
 }
 
+/// Whether `bpf_l4_csum_replace` knows `BPF_F_IPV6` (6.16, and some stable kernels before): tried on a packet.
+pub fn ipv6_sums() -> bool {
+    const L4_CSUM_REPLACE: i32 = 11;
+    const PSEUDO_HDR_AND_IPV6: i32 = 1 << 4 | 1 << 7;
+    const MOVE: u8 = 0xb7;
+    let set =
+        |register, immediate| Instruction { code: MOVE, registers: register, offset: 0, immediate };
+    let program = [
+        // The packet is in the first register. Offset, from, to, flags:
+        set(2, 16),
+        set(3, 0),
+        set(4, 1),
+        set(5, PSEUDO_HDR_AND_IPV6),
+        Instruction { code: 0x85, registers: 0, offset: 0, immediate: L4_CSUM_REPLACE },
+        Instruction { code: 0x95, registers: 0, offset: 0, immediate: 0 },
+    ];
+    run_classifier(&program).is_ok_and(|result| result == 0)
+}
+
+/// How socket hooks know the node's own sockets, which the calling thread's namespace has: by its cookie
+/// (`SO_NETNS_COOKIE`, 5.14), or because it is the machine's first one.
+pub fn own_namespace() -> OwnNamespace {
+    match netns_cookie() {
+        Ok(cookie) => OwnNamespace::Cookie(cookie),
+        // Settings of all namespaces show in the first one only.
+        Err(_) if Path::new("/proc/sys/net/core/dev_weight").exists() => OwnNamespace::Initial,
+        Err(error) => OwnNamespace::Unknown(error),
+    }
+}
+
+/// How a network namespace is known in the kernel.
+pub enum OwnNamespace {
+    /// By its cookie.
+    Cookie(u64),
+    /// It is the first one.
+    Initial,
+    /// Not at all.
+    Unknown(std::io::Error),
+}
+
 /// The cookie of our network namespace (5.14), by which socket hooks know the node's own sockets.
 ///
 /// # Errors
 /// If the kernel does not tell.
-pub fn netns_cookie() -> std::io::Result<u64> {
+fn netns_cookie() -> std::io::Result<u64> {
     const SO_NETNS_COOKIE: libc::c_int = 71;
     let socket = std::net::UdpSocket::bind(("127.0.0.1", 0))
         .or_else(|_| std::net::UdpSocket::bind(("::1", 0)))?;

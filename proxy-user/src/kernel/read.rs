@@ -1,14 +1,15 @@
 //! Reads the pinned maps: for an agent that takes over, and for listings, which need no agent.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use aya::maps::{Map, MapData, PerCpuArray};
+use aya::maps::{Array, Map, MapData, PerCpuArray};
 use ipnet::IpNet;
 use proxy_common::tables::{
-    Backend, FlowKey, FlowValue, Name, RangeData, ServiceKey, ServiceValue,
+    Backend, Choice, Config, EmbryoValue, Facts, FlowKey, FlowValue, Name, Origin, Range,
+    RangeData, ServiceKey, ServiceValue, State,
 };
 use proxy_common::{Addr4, Addr6, Family, Outcome, V4, V6, proto};
 
@@ -54,15 +55,40 @@ pub(super) fn read_actual(writer: &Writer) -> Result<Actual> {
     }
     read_family(&writer.v4, IpFamily::V4, &mut actual)?;
     read_family(&writer.v6, IpFamily::V6, &mut actual)?;
-    for service in &actual.services {
-        let Lead { cluster, local, .. } = service.lead;
-        let end = cluster.first.saturating_add(cluster.count).saturating_add(local.count);
-        for slot in cluster.first..end.min(writer.slots.length()) {
-            let number = u32::try_from(writer.slots.get(slot)).unwrap_or(u32::MAX);
-            actual.slots.insert(slot, number);
-        }
-    }
+    actual.slots = read_slots(writer, &actual.services)?;
     Ok(actual)
+}
+
+/// What is in the slots, up to the last one that a frontend leads to.
+fn read_slots(writer: &Writer, services: &[ActualService]) -> Result<Vec<u32>> {
+    let choices = || services.iter().flat_map(|service| [service.lead.cluster, service.lead.local]);
+    // Tables first, which say how many members there are.
+    let tables = choices().filter(|choice| choice.table != Range::NO_TABLE);
+    let end = tables.map(|choice| choice.table.saturating_add(choice.count)).max();
+    let mut slots = slots_to(writer, end.unwrap_or_default())?;
+    let members = |choice: Choice| {
+        let first = choice.table as usize;
+        let table = slots.get(first..first.saturating_add(choice.count as usize));
+        let most = table.into_iter().flatten().max();
+        if choice.table == Range::NO_TABLE {
+            choice.count
+        } else {
+            most.map_or(0, |position| position.saturating_add(1))
+        }
+    };
+    let end = choices().map(|choice| choice.members.saturating_add(members(choice))).max();
+    let end = end.unwrap_or_default() as usize;
+    if end > slots.len() {
+        slots = slots_to(writer, u32::try_from(end)?)?;
+    }
+    Ok(slots)
+}
+
+fn slots_to(writer: &Writer, end: u32) -> Result<Vec<u32>> {
+    let mut slots = Vec::new();
+    let each = |_, pair: [u32; 2]| slots.extend(pair);
+    writer.slots.read_to(end.div_ceil(2), each).context("cannot read the slots")?;
+    Ok(slots)
 }
 
 fn read_family<F: Family>(
@@ -89,14 +115,12 @@ fn read_family<F: Family>(
             actual.ranges.push((u32::from_be_bytes(data.service), range));
         }
     }
-    for number in 0..tables.backends.length() {
-        let backend = tables.backends.get(number);
+    let each = |number, backend: Backend<F>| {
         if backend.generation != 0 {
-            let entry = entry_of(&backend);
-            actual.backends.push(ActualBackend { family, number, entry });
+            actual.backends.push(ActualBackend { family, number, entry: entry_of(&backend) });
         }
-    }
-    Ok(())
+    };
+    tables.backends.read_to(u32::MAX, each).context("cannot read the backends")
 }
 
 fn lead(value: &ServiceValue) -> Lead {
@@ -112,6 +136,7 @@ fn entry_of<F: Family>(backend: &Backend<F>) -> BackendEntry {
         local: backend.flags & Backend::<F>::LOCAL != 0,
         usable: backend.flags & Backend::<F>::IN_CLUSTER != 0,
         usable_local: backend.flags & Backend::<F>::IN_LOCAL != 0,
+        counted: backend.flags & Backend::<F>::COUNTED != 0,
         weight: backend.weight,
         service: backend.service,
     }
@@ -171,53 +196,82 @@ pub struct Flow {
     pub state: &'static str,
     /// Ticks until it ends, if nothing more comes in this direction.
     pub expires: u32,
-    /// The Service port's number.
+    /// Whether it leads to a Service's backend.
+    pub has_backend: bool,
+    /// The Service port's number; 0 if it has none, or its backend is gone.
     pub service: u32,
 }
 
-/// All flows in the pinned maps under `bpffs_root`, embryos included.
+/// All flows in the pinned maps under `bpffs_root`, live or not.
 ///
 /// # Errors
 /// If there are no such maps; says how to come by them.
 pub fn flows(bpffs_root: &Path) -> Result<Vec<Flow>> {
     let mut flows = Vec::new();
-    let now = now();
-    for table in ["flows", "embryos"] {
-        read_flows::<V4>(bpffs_root, table, now, &mut flows)?;
-        read_flows::<V6>(bpffs_root, table, now, &mut flows)?;
-    }
+    read_flows::<V4>(bpffs_root, &mut flows)?;
+    read_flows::<V6>(bpffs_root, &mut flows)?;
     Ok(flows)
 }
 
-fn read_flows<F: Family>(
-    bpffs_root: &Path,
-    table: &str,
-    now: u32,
-    flows: &mut Vec<Flow>,
-) -> Result<()> {
-    let path = maps_folder(bpffs_root).join(name_of::<F>(table));
-    let map = MapData::from_pin(&path).with_context(|| no_maps(bpffs_root))?;
+/// What the agent told the programs that use the maps of a folder.
+pub(super) fn config(maps: &Path) -> Result<Config> {
+    let map = Map::Array(MapData::from_pin(maps.join("config"))?);
+    Ok(Array::<_, Config>::try_from(map)?.get(&0, 0)?)
+}
+
+fn read_flows<F: Family>(bpffs_root: &Path, flows: &mut Vec<Flow>) -> Result<()> {
+    let maps = maps_folder(bpffs_root);
+    let lifetimes = config(&maps).with_context(|| no_maps(bpffs_root))?.lifetimes;
+    let backends = super::writer::open_mapped::<Backend<F>>(&maps, &name_of::<F>("backends"))?;
+    let now = now();
+    let service = |origin: Origin| {
+        let is_there = origin.backend < backends.length();
+        let row = is_there.then(|| backends.get(origin.backend).ok()).flatten();
+        row.filter(|row| row.generation == origin.generation).map_or(0, |row| row.service)
+    };
+    let mut list = |key: &FlowKey<F>, other: &FlowKey<F>, facts: Facts| {
+        if !facts.origin.is(Origin::REPLY) && !facts.is_in(State::Foreign) {
+            let lifetime = *lifetimes.of(key.proto, facts.state);
+            let expires = facts.seen.wrapping_add(lifetime).saturating_sub(now);
+            let service = service(facts.origin);
+            flows.push(Flow { expires, service, ..flow(key, other, facts) });
+        }
+    };
+    let mut live: HashSet<Vec<u8>> = HashSet::new();
+    let for_table = |table: &str| {
+        let path = maps.join(name_of::<F>(table));
+        let map = MapData::from_pin(&path).with_context(|| no_maps(bpffs_root))?;
+        Ok::<_, anyhow::Error>((path, map))
+    };
+    let (path, map) = for_table("flows")?;
     for_each(map.fd(), |key: &FlowKey<F>, value: &FlowValue<F>| {
-        if value.flags & FlowValue::<F>::IS_REPLY == 0 {
-            flows.push(flow(key, value, now));
+        live.insert(bytemuck::bytes_of(key).to_vec());
+        list(key, &value.other, value.facts());
+    })
+    .with_context(|| format!("cannot read {}", path.display()))?;
+    // What a live flow has left there is its shadow.
+    let (path, map) = for_table("embryos")?;
+    for_each(map.fd(), |key: &FlowKey<F>, value: &EmbryoValue<F>| {
+        if !live.contains(bytemuck::bytes_of(key)) {
+            list(key, &value.other, value.facts());
         }
     })
     .with_context(|| format!("cannot read {}", path.display()))
 }
 
-fn flow<F: Family>(key: &FlowKey<F>, value: &FlowValue<F>, now: u32) -> Flow {
+fn flow<F: Family>(key: &FlowKey<F>, other: &FlowKey<F>, facts: Facts) -> Flow {
     let address =
         |address: F::Addr, port: proxy_common::Port| SocketAddr::new(address.into(), port.number());
-    let other = &value.other;
     Flow {
         proto: key.proto,
         client: address(key.src, key.sport),
         frontend: address(key.dst, key.dport),
         backend: address(other.src, other.sport),
         seen_as: address(other.dst, other.dport),
-        state: proxy_common::tables::State::label(value.state),
-        expires: value.seen.wrapping_add(value.timeout).saturating_sub(now),
-        service: value.service,
+        state: facts.state.label(),
+        has_backend: facts.origin.backend != Origin::NO_BACKEND,
+        expires: 0,
+        service: 0,
     }
 }
 

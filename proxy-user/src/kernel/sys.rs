@@ -7,9 +7,12 @@ use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
+const BPF_PROG_LOAD: libc::c_int = 5;
 const BPF_OBJ_PIN: libc::c_int = 6;
 const BPF_OBJ_GET: libc::c_int = 7;
+const BPF_PROG_TEST_RUN: libc::c_int = 10;
 const BPF_OBJ_GET_INFO_BY_FD: libc::c_int = 15;
+const BPF_MAP_LOOKUP_AND_DELETE_ELEM: libc::c_int = 21;
 const BPF_MAP_LOOKUP_BATCH: libc::c_int = 24;
 const BPF_LINK_CREATE: libc::c_int = 28;
 const BPF_LINK_UPDATE: libc::c_int = 29;
@@ -181,8 +184,9 @@ struct BatchAttributes {
     more_flags: u64,
 }
 
-/// Elements read in one go.
+/// Elements read in one go, and in one go at most: as many as a bucket of the hash may have.
 const BATCH: u32 = 1024;
+const LARGEST_BATCH: u32 = 65_536;
 
 /// Reads a hash map in batches (kernel 5.6) and hands each element to `each`. Elements that are
 /// inserted or removed meanwhile may or may not be among them.
@@ -190,8 +194,9 @@ pub fn for_each<K: bytemuck::Pod, V: bytemuck::Pod>(
     map: impl AsFd,
     mut each: impl FnMut(&K, &V),
 ) -> io::Result<()> {
-    let mut keys: Vec<K> = vec![K::zeroed(); BATCH as usize];
-    let mut values: Vec<V> = vec![V::zeroed(); BATCH as usize];
+    let mut size = BATCH;
+    let mut keys: Vec<K> = vec![K::zeroed(); size as usize];
+    let mut values: Vec<V> = vec![V::zeroed(); size as usize];
     let (mut token, mut next) = (0_u32, 0_u32);
     let mut first = true;
     loop {
@@ -200,7 +205,7 @@ pub fn for_each<K: bytemuck::Pod, V: bytemuck::Pod>(
             out_token: (&raw mut next) as u64,
             keys: keys.as_mut_ptr() as u64,
             values: values.as_mut_ptr() as u64,
-            count: BATCH,
+            count: size,
             map: raw(&map),
             flags: 0,
             more_flags: 0,
@@ -210,6 +215,12 @@ pub fn for_each<K: bytemuck::Pod, V: bytemuck::Pod>(
             Ok(_) => false,
             // The last batch, which counts all the same.
             Err(error) if error.raw_os_error() == Some(libc::ENOENT) => true,
+            Err(error) if error.raw_os_error() == Some(libc::ENOSPC) && size < LARGEST_BATCH => {
+                size *= 2;
+                keys.resize(size as usize, K::zeroed());
+                values.resize(size as usize, V::zeroed());
+                continue;
+            }
             Err(error) => return Err(error),
         };
         let count = attributes.count as usize;
@@ -219,4 +230,95 @@ pub fn for_each<K: bytemuck::Pod, V: bytemuck::Pod>(
         }
         (token, first) = (next, false);
     }
+}
+
+#[repr(C)]
+struct ElementAttributes {
+    map: u32,
+    pad: u32,
+    key: u64,
+    value: u64,
+    flags: u64,
+}
+
+/// Takes an element out of a hash map: what was there when it went. `None` if there is none. Before Linux
+/// 5.14 the kernel refuses with EINVAL or ENOTSUPP.
+pub fn take<K: bytemuck::Pod, V: bytemuck::Pod>(map: impl AsFd, key: &K) -> io::Result<Option<V>> {
+    let mut value = V::zeroed();
+    let mut attributes = ElementAttributes {
+        map: raw(&map),
+        pad: 0,
+        key: std::ptr::from_ref(key) as u64,
+        value: (&raw mut value) as u64,
+        flags: 0,
+    };
+    match bpf(BPF_MAP_LOOKUP_AND_DELETE_ELEM, &mut attributes) {
+        Ok(_) => Ok(Some(value)),
+        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// One instruction of a small program: its code, its registers, and a number.
+#[repr(C)]
+pub struct Instruction {
+    /// What it does.
+    pub code: u8,
+    /// Where to, in the lower half, and where from.
+    pub registers: u8,
+    /// An offset.
+    pub offset: i16,
+    /// A number.
+    pub immediate: i32,
+}
+
+#[repr(C)]
+#[derive(Default)]
+struct LoadAttributes {
+    kind: u32,
+    count: u32,
+    instructions: u64,
+    license: u64,
+    log_level: u32,
+    log_size: u32,
+    log: u64,
+    version: u32,
+    flags: u32,
+}
+
+#[repr(C)]
+#[derive(Default)]
+struct RunAttributes {
+    program: u32,
+    result: u32,
+    length_in: u32,
+    length_out: u32,
+    data_in: u64,
+    data_out: u64,
+    repeat: u32,
+    duration: u32,
+}
+
+/// Runs a small tc program once on a packet of zeros, and returns what it returns.
+pub fn run_classifier(instructions: &[Instruction]) -> io::Result<u32> {
+    const SCHED_CLS: u32 = 3;
+    let count = u32::try_from(instructions.len()).map_err(io::Error::other)?;
+    let mut load = LoadAttributes {
+        kind: SCHED_CLS,
+        count,
+        instructions: instructions.as_ptr() as u64,
+        license: c"Dual MIT/GPL".as_ptr() as u64,
+        ..LoadAttributes::default()
+    };
+    let program = bpf(BPF_PROG_LOAD, &mut load).map(owned)?;
+    let packet = [0_u8; 64];
+    let mut run = RunAttributes {
+        program: raw(&program),
+        length_in: u32::try_from(packet.len()).expect("it is short"),
+        data_in: packet.as_ptr() as u64,
+        repeat: 1,
+        ..RunAttributes::default()
+    };
+    bpf(BPF_PROG_TEST_RUN, &mut run)?;
+    Ok(run.result)
 }

@@ -36,15 +36,10 @@ const HOOKS: [(TcAttachType, &str, u32); 2] = [
 /// The programs of a link, in the order of [`HOOKS`].
 const fn programs(role: Role) -> [&'static str; 2] {
     match role {
-        Role::Uplink => ["portal_egress", "portal_uplink"],
+        Role::Uplink => ["portal_upegress", "portal_uplink"],
         Role::Tunnel => ["portal_l3egress", "portal_l3uplink"],
         Role::Pod | Role::Ignore => ["portal_egress", "portal_ingress"],
     }
-}
-
-/// Whether a program is loaded when it is first needed: few nodes have tunnels.
-pub fn is_loaded_late(program: &str) -> bool {
-    programs(Role::Tunnel).contains(&program)
 }
 
 /// Our place among clsact filters: fixed, so that a later agent finds its filters again, and first,

@@ -1,17 +1,22 @@
 //! The one writer of Services: planned writes become stores and system calls, in their order.
 
-use std::collections::HashSet;
-use std::net::IpAddr;
+use std::collections::{BTreeMap, HashSet};
+use std::io;
+use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{Ordering, fence};
+use std::time::Instant;
 
 use anyhow::{Context, Result};
 use aya::maps::lpm_trie::{Key, LpmTrie};
 use aya::maps::{HashMap, Map, MapData};
-use proxy_common::tables::{self, Name, Range, RangeData, ServiceKey, ServiceValue};
+use proxy_common::tables::{self, Choice, Name, RangeData, ServiceKey, ServiceValue};
 use proxy_common::{Family, Port, V4, V6};
 
 use super::mapped::Mapped;
 use super::read::{FromIp, read_actual};
+use super::sweep::Counted;
+use super::ways::Ways;
 use crate::desired::{Frontend, PortId};
 use crate::model::IpFamily;
 use crate::netlink::Exits;
@@ -24,7 +29,11 @@ pub struct FamilyTables<F: Family> {
     pub ranges: LpmTrie<MapData, RangeData<F>, u32>,
     pub backends: Mapped<tables::Backend<F>>,
     pub loads: Mapped<u32>,
+    ways: Ways<F>,
     exits: HashMap<MapData, u32, tables::Exit<F>>,
+    exhausted: HashMap<MapData, u32, u64>,
+    /// Backends whose flows are counted, with their generations.
+    counted: std::collections::HashMap<u32, u16>,
 }
 
 /// All tables that the agent writes.
@@ -32,30 +41,38 @@ pub struct Writer {
     pub v4: FamilyTables<V4>,
     pub v6: FamilyTables<V6>,
     pub names: HashMap<MapData, u32, Name>,
-    pub slots: Mapped<u64>,
+    pub slots: Mapped<[u32; 2]>,
     services: u32,
     ranges: u32,
     /// The ways that lead to backends.
     routes: std::collections::HashMap<IpAddr, Route>,
 }
 
-fn open(maps: &Path, name: &str) -> Result<MapData> {
+pub(super) fn open(maps: &Path, name: &str) -> Result<MapData> {
     let path: PathBuf = maps.join(name);
     MapData::from_pin(&path).with_context(|| format!("cannot open the map {}", path.display()))
 }
 
-fn open_mapped<T: bytemuck::Pod>(maps: &Path, name: &str) -> Result<Mapped<T>> {
+pub(super) fn open_mapped<T: bytemuck::Pod>(maps: &Path, name: &str) -> Result<Mapped<T>> {
     let map = open(maps, name)?;
     let length = map.info()?.max_entries();
     Mapped::new(map.fd(), length).with_context(|| format!("cannot map {name} into memory"))
 }
 
-impl<F: Family> FamilyTables<F> {
+impl<F: Family> FamilyTables<F>
+where
+    F::Addr: FromIp,
+{
     fn open(maps: &Path) -> Result<Self> {
         let services = open(maps, &super::name_of::<F>("services"))?;
         let ranges = open(maps, &super::name_of::<F>("ranges"))?;
         let exits = open(maps, &super::name_of::<F>("exits"))?;
+        let exhausted = open(maps, &super::name_of::<F>("exhausted"))?;
+        let ways = Ways::new(open_mapped(maps, &super::name_of::<F>("ways"))?);
         Ok(Self {
+            ways,
+            exhausted: HashMap::try_from(Map::HashMap(exhausted))?,
+            counted: std::collections::HashMap::new(),
             exits: HashMap::try_from(Map::HashMap(exits))?,
             services: HashMap::try_from(Map::HashMap(services))?,
             ranges: LpmTrie::try_from(Map::LpmTrie(ranges))?,
@@ -64,36 +81,76 @@ impl<F: Family> FamilyTables<F> {
         })
     }
 
-    fn write_backend(&self, number: u32, entry: BackendEntry, route: Option<&Route>)
-    where
-        F::Addr: FromIp,
-    {
-        let Some(addr) = F::Addr::from_ip(entry.address.ip()) else { return };
-        if self.backends.get(number).generation != entry.generation {
-            self.loads.set(number, 0);
+    /// Takes over which ways the backends have that an earlier agent has written, and whose flows are counted.
+    fn adopt_rows(&mut self) -> Result<()> {
+        let mut found = Vec::new();
+        self.counted.clear();
+        let both = tables::Backend::<F>::COUNTED | tables::Backend::<F>::SERVING;
+        let counted = &mut self.counted;
+        let note = |number, row: tables::Backend<F>| {
+            if row.generation != 0 {
+                found.push(row.way);
+            }
+            if row.flags & both == both {
+                counted.insert(number, row.generation);
+            }
+        };
+        self.backends.read_to(u32::MAX, note)?;
+        self.ways.clear();
+        found.into_iter().try_for_each(|way| self.ways.adopt(way)).context("cannot read the ways")
+    }
+
+    fn write_backend(
+        &mut self,
+        number: u32,
+        entry: BackendEntry,
+        route: Option<&Route>,
+    ) -> io::Result<()> {
+        let Some(addr) = F::Addr::from_ip(entry.address.ip()) else { return Ok(()) };
+        let before = self.backends.get(number)?;
+        if before.generation != entry.generation {
+            self.loads.set(number, 0)?;
         }
-        let (source, link, mtu) = way::<F>(route);
+        if entry.counted && entry.serving {
+            self.counted.insert(number, entry.generation);
+        } else {
+            self.counted.remove(&number);
+        }
+        let now = Instant::now();
+        let way = self.ways.take(now, route)?;
+        // What is behind the number must be there first.
+        fence(Ordering::Release);
         self.backends.set(
             number,
             tables::Backend {
                 addr,
-                source,
                 port: Port::new(entry.address.port()),
                 generation: entry.generation,
                 flags: flags::<F>(entry),
                 service: entry.service,
-                link,
+                way,
                 weight: entry.weight,
-                mtu,
+                pad: 0,
             },
-        );
+        )?;
+        self.ways.leave(now, before.way)
+    }
+
+    /// Which backends got no source port for how many flows, and forgets it.
+    fn take_exhausted(&mut self) -> Vec<((u32, SocketAddr), u64)> {
+        let counts: Vec<(u32, u64)> = self.exhausted.iter().filter_map(Result::ok).collect();
+        let backend = |(number, count): (u32, u64)| {
+            let _ = self.exhausted.remove(&number);
+            let is_there = number < self.backends.length();
+            let row = is_there.then(|| self.backends.get(number).ok()).flatten()?;
+            let address = SocketAddr::new(row.addr.into(), row.port.number());
+            Some(((row.service, address), count))
+        };
+        counts.into_iter().filter_map(backend).collect()
     }
 
     /// Makes the table of exits hold these and no others.
-    fn set_exits(&mut self, wanted: impl Iterator<Item = (u32, IpAddr)>) -> Result<()>
-    where
-        F::Addr: FromIp,
-    {
+    fn set_exits(&mut self, wanted: impl Iterator<Item = (u32, IpAddr)>) -> Result<()> {
         let mut gone: HashSet<u32> = self.exits.keys().filter_map(Result::ok).collect();
         for (link, address) in wanted {
             gone.remove(&link);
@@ -111,7 +168,8 @@ impl<F: Family> FamilyTables<F> {
 
     fn put(&mut self, key: ServiceKey<F>, lead: Lead) -> Result<()> {
         let Lead { id, cluster, local, affinity, flags } = lead;
-        let value = ServiceValue { tag: key.tag(), id, cluster, local, affinity, flags };
+        let mut value = ServiceValue { tag: 0, id, cluster, local, affinity, flags };
+        value.tag = value.tag_of(&key);
         self.services.insert(key, value, 0).context("cannot write a Service")
     }
 
@@ -134,17 +192,8 @@ fn flags<F: Family>(entry: BackendEntry) -> u32 {
         (entry.local, tables::Backend::<F>::LOCAL),
         (entry.usable, tables::Backend::<F>::IN_CLUSTER),
         (entry.usable_local, tables::Backend::<F>::IN_LOCAL),
+        (entry.counted, tables::Backend::<F>::COUNTED),
     ])
-}
-
-/// A route as a backend has it.
-fn way<F: Family>(route: Option<&Route>) -> (F::Addr, u32, u16)
-where
-    F::Addr: FromIp,
-{
-    let known =
-        route.and_then(|route| Some((F::Addr::from_ip(route.source)?, route.link, route.mtu)));
-    known.unwrap_or_else(|| (bytemuck::Zeroable::zeroed(), 0, 0))
 }
 
 /// Runs an expression with the tables of an address's family and the address in them.
@@ -184,7 +233,7 @@ impl Writer {
     pub fn capacity(&self) -> Capacity {
         Capacity {
             services: self.services,
-            slots: self.slots.length(),
+            slots: self.slots.length() * 2,
             backends: self.v4.backends.length().min(self.v6.backends.length()),
             ranges: self.ranges,
         }
@@ -193,6 +242,13 @@ impl Writer {
     /// What the tables hold.
     pub fn actual(&self) -> Result<Actual> {
         read_actual(self)
+    }
+
+    /// Takes over what an earlier agent has written, and says what that is.
+    pub fn take_over(&mut self) -> Result<Actual> {
+        self.v4.adopt_rows()?;
+        self.v6.adopt_rows()?;
+        self.actual()
     }
 
     /// Takes in which ways lead to backends, where that has changed: for those written from now on.
@@ -217,8 +273,17 @@ impl Writer {
     /// Carries out one write.
     pub fn apply(&mut self, op: &Op) -> Result<()> {
         match op {
-            Op::Backend { family, number, backend } => self.backend(*family, *number, *backend),
-            Op::Slot { index, number } => self.slots.set(*index, u64::from(*number)),
+            Op::Backend { family, number, backend } => {
+                return self.backend(*family, *number, *backend).context("cannot write a backend");
+            }
+            Op::Slots { first, numbers } => {
+                // Some are in use already; the backends that they name were written before.
+                fence(Ordering::Release);
+                return (*first..)
+                    .zip(numbers)
+                    .try_for_each(|(index, number)| self.set_slot(index, *number))
+                    .context("cannot write slots");
+            }
             Op::Name { id, port } => {
                 self.names.insert(id, name_of(port), 0).context("cannot write a name")?;
             }
@@ -255,7 +320,23 @@ impl Writer {
         Ok(())
     }
 
-    fn backend(&self, family: IpFamily, number: u32, backend: BackendEntry) {
+    fn set_slot(&self, index: u32, number: u32) -> io::Result<()> {
+        let mut pair = self.slots.get(index / 2)?;
+        pair[index as usize % 2] = number;
+        self.slots.set(index / 2, pair)
+    }
+
+    /// The backends whose flows are counted.
+    pub fn counted(&self) -> Counted {
+        [self.v4.counted.clone(), self.v6.counted.clone()]
+    }
+
+    /// Which backends got no source port for how many flows since they were asked for last.
+    pub fn take_exhausted(&mut self) -> BTreeMap<(u32, SocketAddr), u64> {
+        self.v4.take_exhausted().into_iter().chain(self.v6.take_exhausted()).collect()
+    }
+
+    fn backend(&mut self, family: IpFamily, number: u32, backend: BackendEntry) -> io::Result<()> {
         let route = self.routes.get(&backend.address.ip());
         match family {
             IpFamily::V4 => self.v4.write_backend(number, backend, route),
@@ -264,14 +345,14 @@ impl Writer {
     }
 
     fn mark(&mut self, address: IpAddr, flags: u32) -> Result<()> {
-        let none = Range::default();
+        let none = Choice::default();
         let lead = Lead { id: 0, cluster: none, local: none, affinity: 0, flags };
         with_family!(self, address, |tables, address| tables.put(ServiceKey::mark(address), lead))
     }
 
     fn lead(&mut self, frontend: Frontend, lead: Lead) -> Result<()> {
         // What the programs find behind the frontend must be there first.
-        std::sync::atomic::fence(std::sync::atomic::Ordering::Release);
+        fence(Ordering::Release);
         let Frontend { vip, port, protocol } = frontend;
         with_family!(self, vip, |tables, address| tables
             .put(ServiceKey::new(address, Port::new(port), protocol.number()), lead))

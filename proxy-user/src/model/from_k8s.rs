@@ -9,7 +9,8 @@ use proxy_common::tables::Algorithm;
 
 pub use super::pods::pod;
 use super::{
-    Endpoint, EndpointPort, IpFamily, Node, ObjectName, Protocol, Service, ServicePort, Slice,
+    Endpoint, EndpointPort, Hints, IpFamily, Node, ObjectName, Protocol, Service, ServicePort,
+    Slice,
 };
 use crate::watch::raw;
 
@@ -226,8 +227,9 @@ pub(super) fn protocol(name: Option<&str>, problems: &mut Vec<Problem>) -> Optio
     }
 }
 
-/// The slice that the object describes; `None` if it is none to use (KP-6 to 8).
-pub fn slice(raw: &raw::EndpointSlice, problems: &mut Vec<Problem>) -> Option<Slice> {
+/// The slice that the object describes, as the node of that name sees it; `None` if it is none to use (KP-6
+/// to 8).
+pub fn slice(raw: &raw::EndpointSlice, node: &str, problems: &mut Vec<Problem>) -> Option<Slice> {
     let labels = &raw.metadata.labels;
     if labels.contains_key(HEADLESS) {
         return None;
@@ -246,7 +248,7 @@ pub fn slice(raw: &raw::EndpointSlice, problems: &mut Vec<Problem>) -> Option<Sl
     };
     let weights = weights(&raw.metadata, problems);
     let endpoints = raw.endpoints.iter().filter_map(|raw| {
-        let endpoint = endpoint(raw, family, problems)?;
+        let endpoint = endpoint(raw, family, node, problems)?;
         let weight = weights.get(&endpoint.address).copied().unwrap_or(1);
         Some(Endpoint { weight, ..endpoint })
     });
@@ -273,6 +275,7 @@ fn slice_port(raw: &raw::EndpointPort, problems: &mut Vec<Problem>) -> Option<En
 fn endpoint(
     raw: &raw::Endpoint,
     family: IpFamily,
+    node: &str,
     problems: &mut Vec<Problem>,
 ) -> Option<Endpoint> {
     let text = raw.addresses.first()?;
@@ -287,11 +290,15 @@ fn endpoint(
         ready: conditions.ready.unwrap_or(true),
         serving: conditions.serving.unwrap_or(true),
         terminating: conditions.terminating.unwrap_or(false),
-        node: raw.node_name.clone(),
+        local: raw.node_name.as_deref() == Some(node),
         weight: 1,
-        zones: names(&raw.hints.for_zones),
-        nodes: names(&raw.hints.for_nodes),
+        hints: hints(&raw.hints),
     })
+}
+
+fn hints(raw: &raw::Hints) -> Option<Box<Hints>> {
+    let (zones, nodes) = (names(&raw.for_zones), names(&raw.for_nodes));
+    (!zones.is_empty() || !nodes.is_empty()).then(|| Box::new(Hints { zones, nodes }))
 }
 
 fn names(hints: &[raw::Hint]) -> Vec<String> {

@@ -5,6 +5,7 @@
 
 pub mod from_k8s;
 mod pods;
+mod slices;
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -13,6 +14,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use ipnet::IpNet;
 use proxy_common::proto;
 use proxy_common::tables::Algorithm;
+
+use slices::Slices;
 
 /// An object's namespace and name.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
@@ -163,6 +166,7 @@ pub struct Slice {
 
 /// An endpoint, its conditions resolved (KP-11).
 #[derive(Clone, PartialEq, Eq, Debug)]
+#[allow(clippy::struct_excessive_bools, reason = "independent facts, each with a name")]
 pub struct Endpoint {
     /// Its address.
     pub address: IpAddr,
@@ -172,13 +176,32 @@ pub struct Endpoint {
     pub serving: bool,
     /// Is going away.
     pub terminating: bool,
-    /// The node that it runs on, if known.
-    pub node: Option<String>,
+    /// Runs on this node (KP-12).
+    pub local: bool,
     /// Its share of new flows, beside those of others; 0: none.
     pub weight: u16,
+    /// For whom it is meant, if that was said.
+    pub hints: Option<Box<Hints>>,
+}
+
+impl Endpoint {
     /// The zones that it is meant for (KP-65).
-    pub zones: Vec<String>,
+    pub fn zones(&self) -> &[String] {
+        self.hints.as_ref().map_or(&[], |hints| &hints.zones)
+    }
+
     /// The nodes that it is meant for (KP-66).
+    pub fn nodes(&self) -> &[String] {
+        self.hints.as_ref().map_or(&[], |hints| &hints.nodes)
+    }
+}
+
+/// For whom an endpoint is meant.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Hints {
+    /// The zones.
+    pub zones: Vec<String>,
+    /// The nodes.
     pub nodes: Vec<String>,
 }
 
@@ -221,8 +244,8 @@ pub enum Owner {
 #[derive(Clone, Default, Debug)]
 pub struct Cluster {
     services: BTreeMap<ObjectName, Service>,
-    /// By Service, then by the slice's name (KP-13).
-    slices: BTreeMap<ObjectName, BTreeMap<String, Slice>>,
+    /// By Service.
+    slices: BTreeMap<ObjectName, Slices>,
     /// The Service that each slice belongs to, for slices that change their label or are deleted.
     owners: BTreeMap<ObjectName, ObjectName>,
     /// The pods of this node that have ports of the node.
@@ -255,7 +278,7 @@ impl Cluster {
         if let (Some(owner), Some(slice)) = (owner, slice) {
             let slices = self.slices.entry(owner.clone()).or_default();
             if slices.get(&name.name) != Some(&slice) {
-                slices.insert(name.name.clone(), slice);
+                slices.set(&name.name, slice);
                 concerned.push(owner.clone());
             }
             self.owners.insert(name.clone(), owner);
@@ -280,7 +303,20 @@ impl Cluster {
 
     /// The slices of the Service of that name, in the order of their names.
     pub fn slices(&self, service: &ObjectName) -> impl Iterator<Item = &Slice> {
-        self.slices.get(service).into_iter().flat_map(BTreeMap::values)
+        self.slices.get(service).into_iter().flat_map(Slices::iter)
+    }
+
+    /// Hands all endpoints of the Service of that name to `each`, in the order of their addresses; those at one
+    /// address in the order of the names of their slices. With each comes what was made of its slice.
+    pub fn for_each_endpoint<'a, T>(
+        &'a self,
+        service: &ObjectName,
+        of_slice: impl Fn(&Slice) -> T,
+        each: impl FnMut(&T, &'a Endpoint),
+    ) {
+        if let Some(slices) = self.slices.get(service) {
+            slices.for_each(of_slice, each);
+        }
     }
 
     /// How many Services there are.

@@ -39,18 +39,30 @@ impl Mark {
 /// Claims to frontends, where frontends lead, and the marks of addresses.
 #[derive(Default)]
 pub struct Frontends {
-    claims: HashMap<Frontend, BTreeSet<Claim>>,
+    /// In the order in which they count.
+    claims: HashMap<Frontend, Vec<Claim>>,
     leads: HashMap<Frontend, (PortId, Lead)>,
     marks: HashMap<IpAddr, Mark>,
+    /// How many frontends and marks each family's table holds.
+    used: HashMap<IpFamily, usize>,
+    /// How many it may.
+    room: usize,
 }
 
 impl Frontends {
+    /// None yet, for tables that hold so many frontends and marks of each family.
+    pub fn new(room: usize) -> Self {
+        Self { room, ..Self::default() }
+    }
+
     /// Adds a claim, or renews it: a Service that was created anew has another time.
     pub fn claim(&mut self, frontend: Frontend, port: &PortId, created: &str) {
         let claims = self.claims.entry(frontend).or_default();
         claims.retain(|(.., claimant)| claimant != port);
         let is_doubtful = port.is_host_port() && !frontend.vip.is_unspecified();
-        claims.insert((is_doubtful, created.to_owned(), port.clone()));
+        let claim = (is_doubtful, created.to_owned(), port.clone());
+        let place = claims.partition_point(|other| *other < claim);
+        claims.insert(place, claim);
     }
 
     /// Takes a claim back.
@@ -73,23 +85,42 @@ impl Frontends {
         Some(&self.claims.get(&frontend)?.first()?.2)
     }
 
-    /// Whether the family's table, which holds `room` entries, takes so many more frontends, each with
-    /// a mark. On the safe side: those that are there already are counted twice.
-    pub fn has_room(&self, family: IpFamily, frontends: usize, room: usize) -> bool {
-        // Far from the bound no one need count.
-        if 2 * (self.leads.len() + self.marks.len() + frontends) <= room {
-            return true;
+    /// How many frontends and marks the family's table holds.
+    pub fn used(&self, family: IpFamily) -> usize {
+        self.used.get(&family).copied().unwrap_or_default()
+    }
+
+    fn count_entry(&mut self, address: IpAddr, change: impl FnOnce(usize) -> usize) {
+        let used = self.used.entry(IpFamily::of(address)).or_default();
+        *used = change(*used);
+    }
+
+    /// Those of a Service port's frontends that the family's table has no room for, each with the mark of
+    /// its address. What is there already needs none.
+    pub fn without_room<'a>(
+        &self,
+        family: IpFamily,
+        frontends: impl Iterator<Item = &'a Frontend>,
+    ) -> Vec<Frontend> {
+        let mut room = self.room.saturating_sub(self.used(family));
+        let mut refused = Vec::new();
+        for frontend in frontends.filter(|frontend| !self.leads.contains_key(frontend)) {
+            let is_marked = |mark: &Mark| mark.written.is_some();
+            let needed = if self.marks.get(&frontend.vip).is_some_and(is_marked) { 1 } else { 2 };
+            match room.checked_sub(needed) {
+                Some(left) => room = left,
+                None => refused.push(*frontend),
+            }
         }
-        let of_family = |address: &IpAddr| IpFamily::of(*address) == family;
-        let leads = self.leads.keys().filter(|frontend| of_family(&frontend.vip)).count();
-        let marks = self.marks.keys().filter(|address| of_family(address)).count();
-        leads + marks + 2 * frontends <= room
+        refused
     }
 
     /// Notes that the maps hold a frontend of a Service port whose age is not known.
     pub fn adopt(&mut self, frontend: Frontend, port: &PortId, lead: Lead) {
         self.claim(frontend, port, "");
-        self.leads.insert(frontend, (port.clone(), lead));
+        if self.leads.insert(frontend, (port.clone(), lead)).is_none() {
+            self.count_entry(frontend.vip, |used| used + 1);
+        }
         self.count(frontend, None, Some(lead));
     }
 
@@ -98,7 +129,9 @@ impl Frontends {
     pub fn adopt_mark(&mut self, address: IpAddr, flags: u32) {
         let mark = self.marks.entry(address).or_default();
         mark.node = flags & !ServiceValue::REFUSES;
-        mark.written = Some(flags);
+        if mark.written.replace(flags).is_none() {
+            self.count_entry(address, |used| used + 1);
+        }
     }
 
     /// Writes all marks that are not as they should be.
@@ -127,22 +160,28 @@ impl Frontends {
             None => return,
         }
         self.count(frontend, before, after.as_ref().map(|(_, lead)| *lead));
-        match after {
-            Some(after) => self.leads.insert(frontend, after),
-            None => self.leads.remove(&frontend),
-        };
+        if let Some(after) = after {
+            if self.leads.insert(frontend, after).is_none() {
+                self.count_entry(frontend.vip, |used| used + 1);
+            }
+        } else {
+            self.leads.remove(&frontend);
+            self.count_entry(frontend.vip, |used| used - 1);
+        }
         self.write_mark(frontend.vip, ops);
     }
 
     /// Says what the node's own addresses are for.
     pub fn set_node(&mut self, addresses: &BTreeMap<IpAddr, u32>, ops: &mut Vec<Op>) {
-        for (address, mark) in &mut self.marks {
-            mark.node = addresses.get(address).copied().unwrap_or_default();
+        let mut changed: BTreeSet<IpAddr> = addresses.keys().copied().collect();
+        for (address, mark) in self.marks.iter_mut().filter(|(_, mark)| mark.node != 0) {
+            mark.node = 0;
+            changed.insert(*address);
         }
         for (address, flags) in addresses {
             self.marks.entry(*address).or_default().node = *flags;
         }
-        self.repair_marks(ops);
+        changed.into_iter().for_each(|address| self.write_mark(address, ops));
     }
 
     /// Counts what a frontend was and is at its address. A `NodePort` is at none, and a pod's port makes
@@ -166,15 +205,17 @@ impl Frontends {
     fn write_mark(&mut self, address: IpAddr, ops: &mut Vec<Op>) {
         let Some(mark) = self.marks.get_mut(&address) else { return };
         let wanted = mark.wanted();
-        if mark.written != wanted {
-            mark.written = wanted;
+        let before = std::mem::replace(&mut mark.written, wanted);
+        if wanted.is_none() {
+            self.marks.remove(&address);
+        }
+        if before != wanted {
             ops.push(match wanted {
                 Some(flags) => Op::Mark { address, flags },
                 None => Op::Unmark { address },
             });
-        }
-        if wanted.is_none() {
-            self.marks.remove(&address);
+            let (gone, come) = (usize::from(before.is_some()), usize::from(wanted.is_some()));
+            self.count_entry(address, |used| used + come - gone);
         }
     }
 }

@@ -8,86 +8,120 @@
 
 mod allocate;
 mod frontends;
+mod held;
 mod op;
 mod recover;
+mod slots;
 mod spread;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
-use std::hash::{DefaultHasher, Hash, Hasher};
-use std::net::{IpAddr, SocketAddr};
+use std::hash::{BuildHasher, Hash};
+use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
+use foldhash::quality::FixedState;
 use ipnet::IpNet;
-use proxy_common::settings::ticks;
-use proxy_common::tables::{Range, ServiceValue};
 
+pub(crate) use self::allocate::Numbers;
 pub(crate) use self::op::flags_of;
 pub use self::op::{BackendEntry, Capacity, Change, Lead, Op, Refusal};
 pub use self::recover::{Actual, ActualBackend, ActualService};
-use crate::desired::{Access, Backend, Frontend, Port, PortId};
+use crate::desired::{Frontend, Port, PortId};
 use crate::model::IpFamily;
-use allocate::{Numbers, Runs};
 use frontends::Frontends;
-use spread::{sparse, spread};
+use held::{Held, Leaving};
+use slots::Slots;
 
 /// How long a number or a slot stays out of use after its last reader could have seen it. A packet
 /// takes microseconds; a second is beyond doubt.
 const GRACE: Duration = Duration::from_secs(1);
 
-/// A Service port as the kernel holds it.
-#[derive(Clone, Debug)]
-struct Held {
-    id: u32,
-    wanted: Port,
-    /// Its slots: the cluster's backends, then this node's.
-    range: Range,
-    /// How many of them are the cluster's.
-    cluster: u32,
-    /// What they were filled with: [`Filling::mark`].
-    filling: u64,
-    /// It was taken over and not planned since: nothing of it is sure.
-    adopted: bool,
-    /// Runs of slots that frontends led to when it was taken over, beside its own.
-    strays: Vec<Range>,
-    /// The source ranges that the maps hold.
-    ranges: BTreeSet<IpNet>,
-    /// Backend numbers by address, with the flags that were written.
-    numbers: HashMap<SocketAddr, (u32, BackendEntry)>,
+/// How many Service ports at most get tables of another length with one plan.
+const AT_ONCE: usize = 256;
+
+/// A hash that tells one thing that was planned from another; never 0.
+fn digest(what: &impl Hash) -> u64 {
+    FixedState::default().hash_one(what).max(1)
+}
+
+/// A value for each family.
+type PerFamily<T> = HashMap<IpFamily, T>;
+
+fn per_family<T>(value: impl Fn() -> T) -> PerFamily<T> {
+    [IpFamily::V4, IpFamily::V6].map(|family| (family, value())).into()
 }
 
 /// What the kernel holds, and what is free.
 pub struct Planner {
     held: HashMap<PortId, Held>,
+    names: HashMap<u32, PortId>,
     frontends: Frontends,
-    /// How many frontends and marks a family's table holds.
-    entries: usize,
     ids: Numbers,
-    runs: Runs,
-    backends: HashMap<IpFamily, Numbers>,
+    slots: Slots,
+    backends: PerFamily<Numbers>,
     /// How many more source ranges a family's table takes.
-    ranges: HashMap<IpFamily, usize>,
+    ranges: PerFamily<usize>,
     /// The ranges that pods are not masqueraded for, as the maps hold them.
     exceptions: BTreeSet<IpNet>,
+    /// Service ports whose tables are not as long as they may be now, or longer.
+    unequal: BTreeSet<PortId>,
+    capacity: Capacity,
+}
+
+/// A Service port whose change was taken in.
+struct Entry {
+    /// What it gives up when its frontends lead elsewhere.
+    leaving: Leaving,
+    /// What tells this plan from others; 0 if not all of it could be done.
+    mark: u64,
+}
+
+/// How much of each table is in use.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Use {
+    /// The table's name.
+    pub table: &'static str,
+    /// How many of its elements are in use.
+    pub used: usize,
+    /// How many it has.
+    pub size: usize,
 }
 
 impl Planner {
     /// A planner for empty tables.
     pub fn new(capacity: Capacity) -> Self {
-        let backends = [IpFamily::V4, IpFamily::V6]
-            .map(|family| (family, Numbers::new(0, capacity.backends)))
-            .into();
+        // A sixteenth is for the node's own addresses.
+        let entries = (capacity.services - capacity.services / 16) as usize;
         Self {
             held: HashMap::new(),
-            frontends: Frontends::default(),
-            // A sixteenth is for the node's own addresses.
-            entries: (capacity.services - capacity.services / 16) as usize,
-            ranges: [IpFamily::V4, IpFamily::V6].map(|f| (f, capacity.ranges as usize)).into(),
-            exceptions: BTreeSet::new(),
+            names: HashMap::new(),
+            frontends: Frontends::new(entries),
             // Id 0 is "no Service": marks have it.
             ids: Numbers::new(1, capacity.services),
-            runs: Runs::new(capacity.slots),
-            backends,
+            slots: Slots::new(capacity.slots),
+            backends: per_family(|| Numbers::new(0, capacity.backends)),
+            ranges: per_family(|| capacity.ranges as usize),
+            exceptions: BTreeSet::new(),
+            unequal: BTreeSet::new(),
+            capacity,
         }
+    }
+
+    /// How much of each table is in use.
+    pub fn usage(&self) -> Vec<Use> {
+        let Capacity { services, backends, ranges, .. } = self.capacity;
+        let of = |table, used, size: u32| Use { table, used, size: size as usize };
+        let (v4, v6) = (IpFamily::V4, IpFamily::V6);
+        vec![
+            of("services_v4", self.frontends.used(v4), services),
+            of("services_v6", self.frontends.used(v6), services),
+            of("names", self.ids.used(), services),
+            of("slots", self.slots.used() as usize, self.slots.capacity()),
+            of("backends_v4", self.backends[&v4].used(), backends),
+            of("backends_v6", self.backends[&v6].used(), backends),
+            of("ranges_v4", ranges as usize - self.ranges[&v4], ranges),
+            of("ranges_v6", ranges as usize - self.ranges[&v6], ranges),
+        ]
     }
 
     /// Plans the marks of the node's own addresses, with the flags of each.
@@ -123,9 +157,14 @@ impl Planner {
         self.held.keys()
     }
 
+    /// The Service port of a number.
+    pub fn name_of(&self, id: u32) -> Option<&PortId> {
+        self.names.get(&id)
+    }
+
     /// The addresses of all backends on other nodes that the kernel holds.
     pub fn remote_backends(&self) -> HashSet<IpAddr> {
-        let all = self.held.values().flat_map(|held| held.numbers.values());
+        let all = self.held.values().flat_map(|held| &held.backends);
         all.filter(|(_, entry)| !entry.local).map(|(_, entry)| entry.address.ip()).collect()
     }
 
@@ -133,7 +172,7 @@ impl Planner {
     pub fn rewrite(&self, is_concerned: impl Fn(IpAddr) -> bool) -> Vec<Op> {
         let mut ops = Vec::new();
         for (port, held) in &self.held {
-            let concerned = held.numbers.values().filter(|(_, e)| is_concerned(e.address.ip()));
+            let concerned = held.backends.iter().filter(|(_, e)| is_concerned(e.address.ip()));
             ops.extend(concerned.map(|(number, entry)| Op::Backend {
                 family: port.family,
                 number: *number,
@@ -141,6 +180,11 @@ impl Planner {
             }));
         }
         ops
+    }
+
+    /// Whether tables are still to be brought to another length, by plans to come.
+    pub fn is_settled(&self) -> bool {
+        self.unequal.is_empty()
     }
 
     /// Plans changes of Service ports, each to what is wanted; `None` removes one. `now` orders the reuse
@@ -159,14 +203,20 @@ impl Planner {
         let mut entered = Vec::new();
         for (port, wanted) in changes {
             let Some(wanted) = wanted else { continue };
-            match self.enter(now, port, wanted, &mut ops) {
-                Ok(true) => entered.push((port, wanted)),
-                Ok(false) => {}
-                Err(refusal) => refusals.push(*refusal),
+            if let Some(entry) = self.enter(port, wanted, &mut ops, refusals) {
+                entered.push((port, wanted, entry));
             }
         }
-        for (port, wanted) in &entered {
-            self.leave(now, port, wanted, &mut ops);
+        // Before anyone takes room: all that is to come is known.
+        let has_moved = self.slots.choose_level();
+        for (port, _, entry) in &mut entered {
+            self.fill(now, port, entry, &mut ops, refusals);
+        }
+        for (port, wanted, entry) in &entered {
+            self.lead(port, wanted, entry, &mut ops, refusals);
+        }
+        for (port, wanted, entry) in entered {
+            self.leave(now, port, wanted, entry.leaving, &mut ops);
         }
         for (port, _) in changes.iter().filter(|(_, wanted)| wanted.is_none()) {
             self.remove(now, port, &mut ops);
@@ -174,106 +224,129 @@ impl Planner {
         for (_, wanted) in changes {
             self.tell_taken(wanted.as_ref(), refusals);
         }
+        let has_moved = self.slots.choose_level() || has_moved;
+        self.equalise(now, has_moved, &mut ops);
         ops
     }
 
     /// Gives back what has been out of use for long enough.
     fn reclaim(&mut self, now: Instant) {
         self.ids.reclaim(now);
-        self.runs.reclaim(now);
+        self.slots.reclaim(now);
         for numbers in self.backends.values_mut() {
             numbers.reclaim(now);
         }
     }
 
-    /// Brings a Service port to what is wanted, but for what it gives up. False if nothing changes.
+    /// Brings tables to the length that there is room for, some with each plan.
+    fn equalise(&mut self, now: Instant, has_moved: bool, ops: &mut Vec<Op>) {
+        if has_moved {
+            let is_other =
+                |held: &&Held| held.parts().any(|part| self.slots.is_of_other_level(part));
+            let others = self.held.iter().filter(|(_, held)| is_other(held));
+            self.unequal = others.map(|(port, _)| port.clone()).collect();
+        }
+        for _ in 0..AT_ONCE.min(self.unequal.len()) {
+            let Some(port) = self.unequal.pop_first() else { return };
+            let Some(held) = self.held.get_mut(&port) else { continue };
+            held.fill(now, &mut self.slots, ops);
+            let has_room = !held.parts().any(|part| self.slots.is_of_other_level(part));
+            // Whatever has moved: what it had before is given back.
+            let frontends: Vec<Frontend> = held.frontends.keys().copied().collect();
+            frontends.into_iter().for_each(|frontend| self.settle(frontend, ops));
+            if !has_room {
+                // There is none before others have made some.
+                self.unequal.insert(port);
+                return;
+            }
+        }
+    }
+
+    /// Takes in what is wanted of a Service port, but for where its frontends lead and what it gives up. `None` if
+    /// nothing changes, or there is no number for a new one.
     fn enter(
         &mut self,
-        now: Instant,
         port: &PortId,
         wanted: &Port,
         ops: &mut Vec<Op>,
-    ) -> Result<bool, Box<Refusal>> {
-        if self.held.get(port).is_some_and(|held| !held.adopted && held.wanted == *wanted) {
-            return Ok(false);
+        refusals: &mut Vec<Refusal>,
+    ) -> Option<Entry> {
+        let mark = digest(wanted);
+        if self.held.get(port).is_some_and(|held| held.planned == mark) {
+            return None;
         }
-        if !self.frontends.has_room(port.family, wanted.frontends.len(), self.entries) {
-            return Err(Box::new(Refusal::Full { port: port.clone(), table: "services" }));
-        }
-        let mut held = match self.held.remove(port) {
-            Some(held) => held,
-            None => self.admit(port, ops)?,
+        let mut is_whole = true;
+        let mut full = |table| {
+            is_whole = false;
+            refusals.push(Refusal::Full { port: port.clone(), table });
         };
-        let result = self.put_backends(now, port, &mut held, wanted, ops);
-        if result.is_ok() {
-            held.wanted.frontends.extend(wanted.frontends.clone());
-            held.wanted.affinity = wanted.affinity;
-            held.wanted.algorithm = wanted.algorithm;
+        let Some(mut held) = self.held.remove(port).or_else(|| self.admit(port, ops)) else {
+            full("services");
+            return None;
+        };
+        let numbers = self.backends.get_mut(&port.family).expect("both families are there");
+        let (leaving, all) = held.take_backends(port.family, numbers, wanted, ops);
+        if !all {
+            full("backends");
         }
+        let room = self.ranges.get_mut(&port.family).expect("both families are there");
+        if !held.allow(room, wanted, ops) {
+            full("source ranges");
+        }
+        held.want(wanted);
+        held.note(&mut self.slots);
         self.held.insert(port.clone(), held);
-        result?;
-        for frontend in wanted.frontends.keys() {
+        Some(Entry { leaving, mark: if is_whole { mark } else { 0 } })
+    }
+
+    /// Fills slots for a Service port that was taken in.
+    fn fill(
+        &mut self,
+        now: Instant,
+        port: &PortId,
+        entry: &mut Entry,
+        ops: &mut Vec<Op>,
+        refusals: &mut Vec<Refusal>,
+    ) {
+        let held = self.held.get_mut(port).expect("it was taken in");
+        if !held.fill(now, &mut self.slots, ops) {
+            entry.mark = 0;
+            refusals.push(Refusal::Full { port: port.clone(), table: "slots" });
+        }
+        if held.parts().any(|part| self.slots.is_of_other_level(part)) {
+            self.unequal.insert(port.clone());
+        }
+    }
+
+    /// Leads the frontends of a Service port to what was filled for it.
+    fn lead(
+        &mut self,
+        port: &PortId,
+        wanted: &Port,
+        entry: &Entry,
+        ops: &mut Vec<Op>,
+        refusals: &mut Vec<Refusal>,
+    ) {
+        let refused = self.frontends.without_room(port.family, wanted.frontends.keys());
+        let held = self.held.get_mut(port).expect("it was taken in");
+        held.lead_to(wanted, &refused);
+        held.planned = entry.mark;
+        if !refused.is_empty() {
+            held.planned = 0;
+            refusals.push(Refusal::Full { port: port.clone(), table: "services" });
+        }
+        for frontend in wanted.frontends.keys().filter(|frontend| !refused.contains(frontend)) {
             self.frontends.claim(*frontend, port, &wanted.created);
             self.settle(*frontend, ops);
         }
-        Ok(true)
     }
 
-    /// A new Service port: a number and a name.
-    fn admit(&mut self, port: &PortId, ops: &mut Vec<Op>) -> Result<Held, Box<Refusal>> {
-        let full = || Box::new(Refusal::Full { port: port.clone(), table: "services" });
-        let id = self.ids.take().ok_or_else(full)?;
+    /// A new Service port: a number and a name. `None` if there is no number.
+    fn admit(&mut self, port: &PortId, ops: &mut Vec<Op>) -> Option<Held> {
+        let id = self.ids.take()?;
         ops.push(Op::Name { id, port: port.clone() });
-        Ok(Held {
-            id,
-            wanted: Port::default(),
-            range: Range::default(),
-            cluster: 0,
-            filling: Filling::default().mark(),
-            adopted: false,
-            strays: Vec::new(),
-            ranges: BTreeSet::new(),
-            numbers: HashMap::new(),
-        })
-    }
-
-    /// Writes new and changed backends, then, if the usable ones are others than before, a fresh run of
-    /// slots. Nothing leads there yet.
-    fn put_backends(
-        &mut self,
-        now: Instant,
-        port: &PortId,
-        held: &mut Held,
-        wanted: &Port,
-        ops: &mut Vec<Op>,
-    ) -> Result<(), Box<Refusal>> {
-        let full = |table| Box::new(Refusal::Full { port: port.clone(), table });
-        let numbers = self.backends.get_mut(&port.family).expect("both families are there");
-        let missing =
-            wanted.backends.iter().filter(|b| !held.numbers.contains_key(&b.address)).count();
-        if numbers.free() < missing {
-            return Err(full("backends"));
-        }
-        let fresh =
-            wanted.source_ranges.iter().filter(|range| !held.ranges.contains(range)).count();
-        let room = self.ranges.get_mut(&port.family).expect("both families are there");
-        if *room < fresh {
-            return Err(full("source ranges"));
-        }
-        let (filling, run) =
-            find_room(&mut self.runs, held, wanted).ok_or_else(|| full("slots"))?;
-        *room -= fresh;
-        held.number_backends(port.family, numbers, wanted, ops);
-        if let Some(run) = run {
-            self.runs.retire(now + GRACE, held.range);
-            held.fill_slots(run, &filling, ops);
-        }
-        for range in &wanted.source_ranges {
-            if held.ranges.insert(*range) {
-                ops.push(Op::Allow { id: held.id, range: *range });
-            }
-        }
-        Ok(())
+        self.names.insert(id, port.clone());
+        Some(Held::new(id))
     }
 
     /// Says who claims the frontends of a Service port in vain: itself, or one that had them before.
@@ -296,201 +369,38 @@ impl Planner {
     }
 
     /// After the switch: frontends and backends that are not wanted any more are given up.
-    fn leave(&mut self, now: Instant, port: &PortId, wanted: &Port, ops: &mut Vec<Op>) {
+    fn leave(
+        &mut self,
+        now: Instant,
+        port: &PortId,
+        wanted: &Port,
+        leaving: Leaving,
+        ops: &mut Vec<Op>,
+    ) {
         let held = self.held.get_mut(port).expect("it is held");
-        let had = std::mem::replace(&mut held.wanted, wanted.clone()).frontends;
-        for frontend in had.keys().filter(|frontend| !wanted.frontends.contains_key(frontend)) {
-            self.frontends.release(*frontend, port);
-            self.settle(*frontend, ops);
+        for frontend in held.give_up(wanted) {
+            self.frontends.release(frontend, port);
+            self.settle(frontend, ops);
         }
-        let held = self.held.get_mut(port).expect("it is held");
         let numbers = self.backends.get_mut(&port.family).expect("both families are there");
-        let staying: BTreeSet<SocketAddr> = wanted.backends.iter().map(|b| b.address).collect();
-        let mut gone: Vec<SocketAddr> =
-            held.numbers.keys().filter(|address| !staying.contains(address)).copied().collect();
-        gone.sort_unstable();
-        for address in gone {
-            let (number, entry) = held.numbers.remove(&address).expect("just found");
+        for (number, entry) in leaving {
             ops.push(Op::Backend { family: port.family, number, backend: entry.withdrawn() });
             numbers.retire(now + GRACE, number);
         }
-        held.adopted = false;
-        held.strays.drain(..).for_each(|run| self.runs.retire(now + GRACE, run));
-        let id = held.id;
-        let closed = held.ranges.extract_if(.., |range| !wanted.source_ranges.contains(range));
+        let held = self.held.get_mut(port).expect("it is held");
+        held.strays.drain(..).for_each(|part| self.slots.remove(now, &part));
         let room = self.ranges.get_mut(&port.family).expect("both families are there");
-        ops.extend(closed.map(|range| {
-            *room += 1;
-            Op::Forbid { id, range }
-        }));
+        held.forbid(room, wanted, ops);
     }
 
     fn remove(&mut self, now: Instant, port: &PortId, ops: &mut Vec<Op>) {
-        if !self.held.contains_key(port) {
-            return;
-        }
-        self.leave(now, port, &Port::default(), ops);
+        let Some(held) = self.held.get_mut(port) else { return };
+        let leaving = std::mem::take(&mut held.backends);
+        self.leave(now, port, &Port::default(), leaving, ops);
         let held = self.held.remove(port).expect("it is held");
-        self.runs.retire(now + GRACE, held.range);
+        held.parts().for_each(|part| self.slots.remove(now, part));
         ops.push(Op::Unname { id: held.id });
+        self.names.remove(&held.id);
         self.ids.retire(now + GRACE, held.id);
-    }
-}
-
-/// What a Service port's slots are to hold, and a fresh run for that if it is not what they hold.
-/// `None` if there is no room.
-fn find_room(runs: &mut Runs, held: &Held, wanted: &Port) -> Option<(Filling, Option<Range>)> {
-    let filling = Filling::of(wanted, |backends| spread(wanted.algorithm, backends));
-    if !held.needs_slots(&filling) {
-        return Some((filling, None));
-    }
-    if let Some(run) = runs.take(filling.len()) {
-        return Some((filling, Some(run)));
-    }
-    // Served in a plain way is better than not at all.
-    let filling = Filling::of(wanted, sparse);
-    if !held.needs_slots(&filling) {
-        return Some((filling, None));
-    }
-    let run = runs.take(filling.len())?;
-    Some((filling, Some(run)))
-}
-
-impl Held {
-    /// Whether other backends are to be in the slots than are.
-    fn needs_slots(&self, filling: &Filling) -> bool {
-        self.filling != filling.mark()
-            || filling.slots().any(|address| !self.numbers.contains_key(address))
-    }
-
-    /// Gives each backend its number, and writes it if it is new or has changed.
-    fn number_backends(
-        &mut self,
-        family: IpFamily,
-        numbers: &mut Numbers,
-        wanted: &Port,
-        ops: &mut Vec<Op>,
-    ) {
-        for backend in &wanted.backends {
-            let (number, generation) = match self.numbers.get(&backend.address) {
-                Some((number, entry)) => (*number, entry.generation),
-                None => numbers.take_with_generation().expect("enough are free"),
-            };
-            let backend = entry(backend, generation, self.id);
-            if self.numbers.insert(backend.address, (number, backend)) != Some((number, backend)) {
-                ops.push(Op::Backend { family, number, backend });
-            }
-        }
-    }
-
-    /// Fills a run with the backends that are to be in the slots.
-    fn fill_slots(&mut self, run: Range, filling: &Filling, ops: &mut Vec<Op>) {
-        for (index, address) in (run.first..).zip(filling.slots()) {
-            ops.push(Op::Slot { index, number: self.numbers[address].0 });
-        }
-        self.range = run;
-        self.filling = filling.mark();
-        self.cluster = u32::try_from(filling.cluster.len()).expect("no more than all");
-    }
-
-    /// Where one of its frontends leads.
-    fn lead(&self, frontend: Frontend) -> Lead {
-        let Range { first, count } = self.range;
-        let access = self.wanted.frontends.get(&frontend).copied().unwrap_or_default();
-        let local = count - self.cluster;
-        let local_first = if local == 0 { 0 } else { first + self.cluster };
-        Lead {
-            id: self.id,
-            cluster: Range { first, count: self.cluster },
-            local: Range { first: local_first, count: local },
-            affinity: ticks(self.wanted.affinity.into()),
-            flags: flags(access) | self.wanted.algorithm.flags(),
-        }
-    }
-}
-
-/// One thing that a frontend's flags say of its access: where it is kept, and its flag.
-type Field = fn(&mut Access) -> (&mut bool, u32);
-
-/// All of them.
-const ACCESS: [Field; 6] = [
-    |access| (&mut access.refuses, ServiceValue::REFUSES),
-    |access| (&mut access.local_for_all, ServiceValue::LOCAL_FOR_ALL),
-    |access| (&mut access.local_for_outside, ServiceValue::LOCAL_FOR_OUTSIDE),
-    |access| (&mut access.source_ranges, ServiceValue::SOURCE_RANGES),
-    |access| (&mut access.node_allowed, ServiceValue::NODE_ALLOWED),
-    |access| (&mut access.host_port, ServiceValue::HOST_PORT),
-];
-
-fn flags(mut access: Access) -> u32 {
-    flags_of(&ACCESS.map(|field| {
-        let (set, flag) = field(&mut access);
-        (*set, flag)
-    }))
-}
-
-/// The access that flags stand for.
-fn access(flags: u32) -> Access {
-    let mut access = Access::default();
-    for field in ACCESS {
-        let (set, flag) = field(&mut access);
-        *set = flags & flag != 0;
-    }
-    access
-}
-
-fn entry(backend: &Backend, generation: u16, service: u32) -> BackendEntry {
-    BackendEntry {
-        address: backend.address,
-        generation,
-        serving: backend.serving,
-        local: backend.local,
-        usable: backend.usable,
-        usable_local: backend.usable_local,
-        weight: backend.weight,
-        service,
-    }
-}
-
-/// The backends in a Service port's slots, slot by slot.
-#[derive(Default, Hash)]
-struct Filling {
-    /// The whole cluster's.
-    cluster: Vec<SocketAddr>,
-    /// This node's, if one of the frontends asks for them.
-    local: Vec<SocketAddr>,
-}
-
-impl Filling {
-    /// The filling for a Service port, as `spread` has backends share slots.
-    fn of(port: &Port, spread: impl Fn(&[(SocketAddr, u16)]) -> Vec<usize>) -> Self {
-        let fill = |is_usable: fn(&Backend) -> bool| {
-            let usable = port.backends.iter().filter(|backend| is_usable(backend));
-            let backends: Vec<(SocketAddr, u16)> = usable.map(|b| (b.address, b.weight)).collect();
-            let slots = spread(&backends).into_iter();
-            slots.map(|position| backends[position].0).collect()
-        };
-        let asks_for_local = |access: &Access| access.local_for_all || access.local_for_outside;
-        let local = if port.frontends.values().any(asks_for_local) {
-            fill(|backend| backend.usable_local)
-        } else {
-            Vec::new()
-        };
-        Self { cluster: fill(|backend| backend.usable), local }
-    }
-
-    fn len(&self) -> u32 {
-        u32::try_from(self.cluster.len() + self.local.len()).unwrap_or(u32::MAX)
-    }
-
-    fn slots(&self) -> impl Iterator<Item = &SocketAddr> {
-        self.cluster.iter().chain(&self.local)
-    }
-
-    /// A number that tells fillings apart, instead of all those addresses.
-    fn mark(&self) -> u64 {
-        let mut hasher = DefaultHasher::new();
-        self.hash(&mut hasher);
-        hasher.finish()
     }
 }

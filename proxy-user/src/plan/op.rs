@@ -3,7 +3,7 @@
 use std::net::{IpAddr, SocketAddr};
 
 use ipnet::IpNet;
-use proxy_common::tables::Range;
+use proxy_common::tables::Choice;
 
 use crate::desired::{Frontend, Port, PortId};
 use crate::model::IpFamily;
@@ -20,12 +20,12 @@ pub enum Op {
         /// What to write.
         backend: BackendEntry,
     },
-    /// Writes a slot.
-    Slot {
-        /// The slot.
-        index: u32,
-        /// The backend's number.
-        number: u32,
+    /// Writes slots that follow each other.
+    Slots {
+        /// The first slot.
+        first: u32,
+        /// What is written: positions, or backends' numbers.
+        numbers: Vec<u32>,
     },
     /// Names a Service port.
     Name {
@@ -85,10 +85,10 @@ pub enum Op {
 pub struct Lead {
     /// The Service port's number.
     pub id: u32,
-    /// The slots of the whole cluster's backends.
-    pub cluster: Range,
-    /// The slots of this node's backends.
-    pub local: Range,
+    /// The whole cluster's backends.
+    pub cluster: Choice,
+    /// This node's backends.
+    pub local: Choice,
     /// For how many ticks a client stays with its backend.
     pub affinity: u32,
     /// Flags of [`ServiceValue`].
@@ -111,6 +111,8 @@ pub struct BackendEntry {
     pub usable: bool,
     /// Takes new flows that stay on this node.
     pub usable_local: bool,
+    /// Its flows are counted: least-conn chooses by their number.
+    pub counted: bool,
     /// Its share of new flows, beside those of others.
     pub weight: u16,
     /// The Service port's number.
@@ -132,7 +134,7 @@ impl BackendEntry {
 /// What can't be done, in words for the operator.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Refusal {
-    /// A table is full: the Service port keeps what it had.
+    /// A table is full: what was to be added is not, what was to go has gone.
     Full {
         /// The Service port.
         port: PortId,
@@ -154,7 +156,7 @@ pub enum Refusal {
 pub type Change = (PortId, Option<Port>);
 
 /// How much each table holds.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Capacity {
     /// Service ports; and, of each family, frontends with the marks of their addresses.
     pub services: u32,
@@ -164,6 +166,18 @@ pub struct Capacity {
     pub backends: u32,
     /// Source ranges of each family.
     pub ranges: u32,
+}
+
+impl Capacity {
+    /// For 30,000 Service ports of ten endpoints.
+    pub const DEFAULT: Self =
+        Self { services: 131_072, slots: 4_194_304, backends: 327_680, ranges: 65_536 };
+    /// For 100,000.
+    pub const LARGE: Self =
+        Self { services: 262_144, slots: 14_680_064, backends: 1_114_112, ranges: 65_536 };
+    /// For a few hundred.
+    pub const SMALL: Self =
+        Self { services: 8_192, slots: 131_072, backends: 16_384, ranges: 4_096 };
 }
 
 /// The flags of the facts that hold.

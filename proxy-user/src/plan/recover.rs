@@ -1,14 +1,14 @@
 //! What the maps of an earlier agent hold, taken over: same ids, same backend numbers, so that live
 //! flows keep their meaning.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::net::{IpAddr, SocketAddr};
+use std::collections::{BTreeSet, HashMap};
+use std::net::IpAddr;
 
 use ipnet::IpNet;
-use proxy_common::tables::{Algorithm, Range};
 
-use super::{BackendEntry, Capacity, Filling, Held, Lead, Op, Planner, access};
-use crate::desired::{Frontend, Port, PortId};
+use super::held::{Held, access};
+use super::{BackendEntry, Capacity, Lead, Op, Planner};
+use crate::desired::{Frontend, PortId};
 use crate::model::IpFamily;
 
 /// A frontend as the maps hold it.
@@ -44,14 +44,8 @@ pub struct Actual {
     pub names: HashMap<u32, PortId>,
     /// All backends that were ever written.
     pub backends: Vec<ActualBackend>,
-    /// The backend numbers in the slots that frontends lead to.
-    pub slots: HashMap<u32, u32>,
-}
-
-/// The actual tables by number, for look-ups.
-struct Index<'a> {
-    actual: &'a Actual,
-    addresses: HashMap<(IpFamily, u32), SocketAddr>,
+    /// What is in the slots, up to the last one that a frontend leads to.
+    pub slots: Vec<u32>,
 }
 
 impl Planner {
@@ -60,17 +54,16 @@ impl Planner {
     pub fn recover(capacity: Capacity, actual: &Actual) -> (Self, Vec<Op>) {
         let mut planner = Self::new(capacity);
         let mut ops = Vec::new();
-        let addresses =
-            actual.backends.iter().map(|b| ((b.family, b.number), b.entry.address)).collect();
-        let index = Index { actual, addresses };
         for service in &actual.services {
-            if !planner.adopt(service, &index) {
+            if !planner.adopt(service, actual) {
                 ops.push(Op::Remove { frontend: service.frontend });
             }
         }
         let owners: HashMap<u32, PortId> =
             planner.held.iter().map(|(port, held)| (held.id, port.clone())).collect();
-        for backend in &actual.backends {
+        let mut backends: Vec<&ActualBackend> = actual.backends.iter().collect();
+        backends.sort_unstable_by_key(|backend| backend.entry.address);
+        for backend in backends {
             planner.adopt_backend(backend, owners.get(&backend.entry.service), &mut ops);
         }
         for (id, range) in &actual.ranges {
@@ -100,29 +93,32 @@ impl Planner {
 
     /// Takes a frontend over, and its Service port if this is its first. False if it contradicts
     /// what was taken over before.
-    fn adopt(&mut self, service: &ActualService, index: &Index<'_>) -> bool {
+    fn adopt(&mut self, service: &ActualService, actual: &Actual) -> bool {
         let ActualService { frontend, lead } = *service;
-        let Some(port) = index.actual.names.get(&lead.id) else { return false };
+        let Some(port) = actual.names.get(&lead.id) else { return false };
         let port = PortId { family: IpFamily::of(frontend.vip), ..port.clone() };
-        let Some(range) = whole(&lead) else { return false };
-        if let Some(held) = self.held.get_mut(&port) {
-            if held.id != lead.id {
-                return false;
-            }
-            // A change was cut off between two frontends: the next plan leads both alike.
-            if held.range != range && !held.strays.contains(&range) {
-                if !self.runs.adopt(range) {
+        match self.held.get(&port) {
+            Some(held) if held.id != lead.id => return false,
+            Some(_) => {}
+            None => {
+                if !self.ids.adopt(lead.id, 0) {
                     return false;
                 }
-                held.strays.push(range);
+                self.names.insert(lead.id, port.clone());
+                self.held.insert(port.clone(), Held::adopted(lead));
             }
-            held.wanted.frontends.insert(frontend, access(lead.flags));
-        } else {
-            if !self.ids.adopt(lead.id, 0) || !self.runs.adopt(range) {
-                return false;
-            }
-            self.held.insert(port.clone(), adopted(service, range, index));
         }
+        let held = self.held.get_mut(&port).expect("it is held");
+        for (is_local, choice) in [(false, lead.cluster), (true, lead.local)] {
+            if held.leads_to(choice) {
+                continue;
+            }
+            let has_members = held.has_members(choice);
+            let taken = self.slots.adopt(choice, &actual.slots, has_members);
+            let Some(taken) = taken else { return false };
+            held.adopt(is_local, taken);
+        }
+        held.frontends.insert(frontend, access(lead.flags));
         self.frontends.adopt(frontend, &port, lead);
         true
     }
@@ -137,50 +133,15 @@ impl Planner {
         let numbers = self.backends.get_mut(&family).expect("both families are there");
         let owner = owner.filter(|port| entry.serving && port.family == family);
         if let Some(held) = owner.and_then(|port| self.held.get_mut(port))
-            && !held.numbers.contains_key(&entry.address)
+            && held.backends.last().is_none_or(|(_, last)| last.address != entry.address)
+            && numbers.adopt(number, entry.generation)
         {
-            numbers.adopt(number, entry.generation);
-            held.numbers.insert(entry.address, (number, entry));
+            held.backends.push((number, entry));
             return;
         }
         numbers.remember(number, entry.generation);
         if entry.serving {
             ops.push(Op::Backend { family, number, backend: entry.withdrawn() });
         }
-    }
-}
-
-/// All of a frontend's slots, the cluster's and this node's; `None` if these do not follow those.
-fn whole(lead: &Lead) -> Option<Range> {
-    let Range { first, count } = lead.cluster;
-    let follows = lead.local.count == 0 || lead.local.first == first.wrapping_add(count);
-    follows.then(|| Range { first, count: count.saturating_add(lead.local.count) })
-}
-
-/// A Service port as its first frontend tells of it. What is in its slots is compared with what is
-/// wanted by the first plan.
-fn adopted(service: &ActualService, range: Range, index: &Index<'_>) -> Held {
-    let family = IpFamily::of(service.frontend.vip);
-    let addresses = |range: Range| -> Vec<SocketAddr> {
-        let slots = range.first..range.first.saturating_add(range.count);
-        let numbers = slots.filter_map(|slot| index.actual.slots.get(&slot));
-        numbers.filter_map(|number| index.addresses.get(&(family, *number))).copied().collect()
-    };
-    let Lead { id, cluster, local, flags, .. } = service.lead;
-    let algorithm = Algorithm::ALL.into_iter().find(|algorithm| algorithm.is_in(flags));
-    Held {
-        id,
-        wanted: Port {
-            frontends: BTreeMap::from([(service.frontend, access(flags))]),
-            algorithm: algorithm.unwrap_or_default(),
-            ..Port::default()
-        },
-        range,
-        cluster: cluster.count,
-        filling: Filling { cluster: addresses(cluster), local: addresses(local) }.mark(),
-        adopted: true,
-        strays: Vec::new(),
-        ranges: BTreeSet::new(),
-        numbers: HashMap::new(),
     }
 }

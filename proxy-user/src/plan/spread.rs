@@ -1,5 +1,5 @@
-//! How backends share a run of slots: Maglev's table, where a number stands for a backend as far as
-//! possible also after others come and go; or each as often as its weight says.
+//! How backends share the numbers that new flows draw: Maglev's table, where a number stands for a backend as
+//! far as possible also after others come and go; or each as often as its weight says.
 
 use std::hash::Hasher;
 use std::net::{IpAddr, SocketAddr};
@@ -9,36 +9,70 @@ use proxy_common::tables::Algorithm;
 
 /// Lengths of Maglev's table: primes, and few, since in a table of another length every number stands
 /// for another backend.
-const LENGTHS: [usize; 6] = [61, 251, 1021, 4093, 16_381, 65_521];
-/// Slots per backend in Maglev's table: shares then differ by an eighth at most.
-const SLOTS_PER_BACKEND: usize = 8;
-/// Slots of the smallest weight in Maglev's table.
+const LENGTHS: [usize; 11] = [31, 61, 127, 251, 509, 1021, 2039, 4093, 8191, 16_381, 32_749];
+/// Of more backends than this there is no Maglev's table, which would take longer to make than a change may: each
+/// has the same share without one, or what its weight says.
+const MOST: usize = 4_093;
+/// Weights may ask for so many times the slots that as many backends without weights would get: the
+/// table is for all.
+const MORE_FOR_WEIGHTS: usize = 4;
+/// Slots of the smallest weight in Maglev's table, as far as that allows.
 const SLOTS_PER_WEIGHT: usize = 4;
-/// Weights ask for no longer run than this, unless there are more backends.
-const LONGEST: usize = 4093;
 
-/// The backend in each slot, by its position in `backends`, which are sorted. The same on every node.
-pub fn spread(algorithm: Algorithm, backends: &[(SocketAddr, u16)]) -> Vec<usize> {
-    let weights: Vec<usize> =
-        backends.iter().map(|(_, weight)| usize::from(*weight).max(1)).collect();
-    if backends.len() < 2 {
-        return (0..backends.len()).collect();
+/// How many slots for each backend there are in a table, at most: the more room, the more even are the
+/// shares of Maglev's. With one there is no table.
+pub const SHARES: [usize; 4] = [8, 4, 2, 1];
+
+/// A backend with its weight.
+pub type Weighted = (SocketAddr, u16);
+
+/// The position in each slot of a table, with about `share` slots for each backend. The same on every node.
+/// `backends` are sorted. `None` if every backend has one slot, in their order, so that no table is needed.
+pub fn spread(algorithm: Algorithm, backends: &[Weighted], share: usize) -> Option<Vec<u32>> {
+    let size = length(algorithm, backends, share);
+    if size == 0 {
+        return None;
     }
-    match algorithm {
-        Algorithm::Maglev | Algorithm::SourceHash => maglev(backends, &weights),
-        Algorithm::Random | Algorithm::RoundRobin | Algorithm::LeastConn => interleaved(&weights),
-    }
+    let weights = weights(backends);
+    let table = if is_by_hash(algorithm) && share > 1 && backends.len() <= MOST {
+        maglev(backends, &units(&weights, size), size)
+    } else {
+        interleaved(&units(&weights, size))
+    };
+    Some(table.into_iter().map(|position| u32::try_from(position).expect("it is small")).collect())
 }
 
-/// As [`spread`], with no more slots than there are backends: for when there is no room.
-pub fn sparse(backends: &[(SocketAddr, u16)]) -> Vec<usize> {
-    (0..backends.len()).collect()
+/// How long that table is, at most; 0 if there is none.
+pub fn length(algorithm: Algorithm, backends: &[Weighted], share: usize) -> usize {
+    let count = backends.len();
+    let equal = backends.windows(2).all(|pair| pair[0].1 == pair[1].1);
+    let is_maglev = is_by_hash(algorithm) && share > 1 && count <= MOST;
+    if count < 2 || equal && !is_maglev {
+        return 0;
+    }
+    let weights = weights(backends);
+    let most = MORE_FOR_WEIGHTS * if is_maglev { share } else { 1 } * count;
+    if !is_maglev {
+        return lowest_terms(&weights).into_iter().sum::<usize>().min(most.max(count));
+    }
+    let smallest = weights.iter().min().expect("there are backends");
+    let for_smallest = SLOTS_PER_WEIGHT * weights.iter().sum::<usize>() / smallest;
+    let wanted = if equal { share * count } else { for_smallest.min(most).max(share * count) };
+    let longest = LENGTHS[LENGTHS.len() - 1];
+    LENGTHS.into_iter().find(|length| *length >= wanted).unwrap_or(longest)
+}
+
+const fn is_by_hash(algorithm: Algorithm) -> bool {
+    matches!(algorithm, Algorithm::Maglev | Algorithm::SourceHash)
+}
+
+fn weights(backends: &[Weighted]) -> Vec<usize> {
+    backends.iter().map(|(_, weight)| usize::from(*weight).max(1)).collect()
 }
 
 /// Maglev's table (Eisenbud et al., NSDI 2016, section 3.4): each backend takes the next free slot of a
 /// permutation of its own in turn; one of half the highest weight every other time.
-fn maglev(backends: &[(SocketAddr, u16)], weights: &[usize]) -> Vec<usize> {
-    let size = length(weights);
+fn maglev(backends: &[Weighted], weights: &[usize], size: usize) -> Vec<usize> {
     let highest = *weights.iter().max().expect("there are backends");
     let mut permutations: Vec<Permutation> =
         backends.iter().map(|(address, _)| Permutation::new(*address, size)).collect();
@@ -61,14 +95,6 @@ fn maglev(backends: &[(SocketAddr, u16)], weights: &[usize]) -> Vec<usize> {
             }
         }
     }
-}
-
-fn length(weights: &[usize]) -> usize {
-    let (total, smallest) = (weights.iter().sum::<usize>(), weights.iter().min());
-    let for_smallest = SLOTS_PER_WEIGHT * total / smallest.expect("there are backends");
-    let wanted = for_smallest.min(LONGEST).max(SLOTS_PER_BACKEND * weights.len());
-    let longest = LENGTHS[LENGTHS.len() - 1];
-    LENGTHS.into_iter().find(|length| *length >= wanted).unwrap_or(longest)
 }
 
 /// All slots, in an order of a backend's own.
@@ -95,7 +121,8 @@ impl Iterator for Permutation {
     }
 }
 
-/// A hash that is the same on every machine and in every version.
+/// A hash that is the same on every machine and in every version. Of the address alone: the ports of one
+/// Service differ in their target port, and share a table all the same.
 fn stable_hash(backend: SocketAddr, salt: u8) -> u64 {
     let address = match backend.ip() {
         IpAddr::V4(ip) => ip.to_ipv6_mapped().octets(),
@@ -103,16 +130,14 @@ fn stable_hash(backend: SocketAddr, salt: u8) -> u64 {
     };
     let mut hasher = FnvHasher::default();
     hasher.write(&address);
-    hasher.write(&backend.port().to_be_bytes());
     hasher.write(&[salt]);
     // FNV's last bytes reach its high bits late.
     let hash = hasher.finish();
     (hash ^ (hash >> 29)).wrapping_mul(0xbf58_476d_1ce4_e5b9)
 }
 
-/// Each backend as often as its weight says, as far from itself as possible.
-fn interleaved(weights: &[usize]) -> Vec<usize> {
-    let units = units(weights);
+/// Each backend so many times, as far from itself as possible.
+fn interleaved(units: &[usize]) -> Vec<usize> {
     let mut places: Vec<(usize, usize)> = Vec::new();
     for (backend, units) in units.iter().enumerate() {
         // In the middle of each of its equal parts of the whole.
@@ -122,15 +147,21 @@ fn interleaved(weights: &[usize]) -> Vec<usize> {
     places.into_iter().map(|(_, backend)| backend).collect()
 }
 
-/// The weights in lowest terms, and not more slots than a table may have.
-fn units(weights: &[usize]) -> Vec<usize> {
-    let divisor = weights.iter().copied().fold(0, greatest_common_divisor);
-    let total: usize = weights.iter().map(|weight| weight / divisor).sum();
-    let longest = LONGEST.max(weights.len());
-    if total <= longest {
-        return weights.iter().map(|weight| weight / divisor).collect();
+/// How many slots each weight gets of `size`: in lowest terms if those fit, and at least one each.
+fn units(weights: &[usize], size: usize) -> Vec<usize> {
+    let lowest = lowest_terms(weights);
+    let total: usize = lowest.iter().sum();
+    if total <= size {
+        return lowest;
     }
-    weights.iter().map(|weight| (weight / divisor * longest / total).max(1)).collect()
+    // One for each, and the rest as the weights say.
+    let rest = size - weights.len();
+    lowest.iter().map(|weight| 1 + weight * rest / total).collect()
+}
+
+fn lowest_terms(weights: &[usize]) -> Vec<usize> {
+    let divisor = weights.iter().copied().fold(0, greatest_common_divisor);
+    weights.iter().map(|weight| weight / divisor).collect()
 }
 
 fn greatest_common_divisor(a: usize, b: usize) -> usize {
@@ -142,24 +173,47 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    fn backends(weights: &[u16]) -> Vec<(SocketAddr, u16)> {
-        let address = |host: u16| {
-            SocketAddr::from(([10, 0, host.to_be_bytes()[0], host.to_be_bytes()[1]], 8080))
-        };
+    fn backends(weights: &[u16]) -> Vec<Weighted> {
+        let address = |host: u32| SocketAddr::from(((0x0a00_0000 + host).to_be_bytes(), 8080));
         (1..).zip(weights).map(|(host, weight)| (address(host), *weight)).collect()
     }
 
+    fn table(algorithm: Algorithm, backends: &[Weighted], share: usize) -> Vec<usize> {
+        match spread(algorithm, backends, share) {
+            Some(table) => table.into_iter().map(|position| position as usize).collect(),
+            None => (0..backends.len()).collect(),
+        }
+    }
+
     fn shares(table: &[usize], count: usize) -> Vec<usize> {
-        (0..count).map(|backend| table.iter().filter(|slot| **slot == backend).count()).collect()
+        let mut shares = vec![0; count];
+        table.iter().for_each(|position| shares[*position] += 1);
+        shares
     }
 
     #[test]
-    fn maglev_spreads_evenly() {
-        for count in [2, 3, 10, 100, 1000] {
-            let table = spread(Algorithm::Maglev, &backends(&vec![1; count]));
-            let shares = shares(&table, count);
-            let (least, most) = (shares.iter().min().unwrap(), shares.iter().max().unwrap());
-            assert!(most - least <= 1, "{count} backends: {least} to {most} slots");
+    fn lengths_are_prime() {
+        for length in LENGTHS {
+            let root = length.isqrt();
+            assert!((2..=root).all(|divisor| length % divisor != 0), "{length}");
+        }
+    }
+
+    #[test]
+    fn backends_without_weights_have_equal_shares_with_any_room() {
+        for count in [2, 3, 10, 100, 1000, 4093, 4094, 100_000] {
+            for share in SHARES {
+                let all = backends(&vec![1; count]);
+                let shares = shares(&table(Algorithm::Maglev, &all, share), count);
+                let (least, most) = (shares.iter().min().unwrap(), shares.iter().max().unwrap());
+                assert!(
+                    *least > 0 && most - least <= 1,
+                    "{count} backends: {least} to {most} slots"
+                );
+                if (8..=MOST).contains(&count) && share > 1 {
+                    assert!(*least >= share, "{count} backends: {least} of {share}");
+                }
+            }
         }
     }
 
@@ -167,20 +221,32 @@ mod tests {
     fn maglev_disturbs_few_flows_when_a_backend_goes() {
         for count in 3..=130 {
             // With one more the table has another length (docs/decisions/0012).
-            if [8, 32, 128].contains(&count) {
+            if [4, 8, 16, 32, 64, 128].contains(&count) {
                 continue;
             }
             let all = backends(&vec![1; count]);
-            let before = spread(Algorithm::Maglev, &all);
+            let before = table(Algorithm::Maglev, &all, 8);
             for gone in [0, count / 2, count - 1] {
                 let mut rest = all.clone();
                 rest.remove(gone);
-                let after = spread(Algorithm::Maglev, &rest);
+                let after = table(Algorithm::Maglev, &rest, 8);
                 assert_eq!(before.len(), after.len(), "{count} backends");
                 let slots = before.iter().zip(&after);
                 let moved = slots.filter(|(was, is)| **was != gone && all[**was] != rest[**is]);
                 let percent = 100 * moved.count() / before.len();
-                assert!(percent <= 12, "{count} backends without {gone}: {percent} % moved");
+                assert!(percent <= 15, "{count} backends without {gone}: {percent} % moved");
+            }
+        }
+    }
+
+    #[test]
+    fn no_weight_takes_the_table() {
+        for algorithm in Algorithm::ALL {
+            for (weights, most) in [(vec![1000, 1], 64), (vec![1000, 999, 1], 127)] {
+                assert!(length(algorithm, &backends(&weights), 8) <= 2 * most, "{algorithm:?}");
+                let heavy = shares(&table(algorithm, &backends(&weights), 8), weights.len());
+                assert!(heavy.iter().all(|share| *share > 0));
+                assert!(heavy[0] >= 4 * heavy[weights.len() - 1], "{algorithm:?}: {heavy:?}");
             }
         }
     }
@@ -191,11 +257,24 @@ mod tests {
             let all = backends(&weights);
             let total: u16 = weights.iter().sum();
             for algorithm in Algorithm::ALL {
-                let table = spread(algorithm, &all);
+                let table = table(algorithm, &all, 8);
                 for (share, weight) in shares(&table, all.len()).iter().zip(&weights) {
                     let wanted = table.len() * usize::from(*weight) / usize::from(total);
                     prop_assert!(share.abs_diff(wanted) <= 2, "{share} of {}, not {wanted}", table.len());
                 }
+            }
+        }
+
+        #[test]
+        fn weights_survive_with_little_room(weights in proptest::collection::vec(1..20_u16, 2..8)) {
+            let all = backends(&weights);
+            for algorithm in Algorithm::ALL {
+                let table = table(algorithm, &all, 1);
+                let shares = shares(&table, all.len());
+                let heaviest = (0..weights.len()).max_by_key(|at| weights[*at]).unwrap();
+                let lightest = (0..weights.len()).min_by_key(|at| weights[*at]).unwrap();
+                prop_assert!(shares[lightest] > 0);
+                prop_assert!(weights[heaviest] < 2 * weights[lightest] || shares[heaviest] > shares[lightest]);
             }
         }
     }

@@ -78,9 +78,19 @@ impl Cluster {
         pod
     }
 
-    /// Adds a pod that serves TCP and UDP.
+    /// Adds a pod that serves TCP and UDP, and waits until its node's agent has attached to its link.
     pub fn server(&self, node: usize, name: &str) -> Pod {
-        let pod = self.pod(node, name);
+        let pod = self.serve_pod(node, name);
+        let place = &self.world.nodes[node];
+        eventually("the agent attaches to the pod's link", || {
+            place.is_attached(&pod).then_some(())
+        });
+        pod
+    }
+
+    /// Adds a pod that serves TCP and UDP.
+    pub fn serve_pod(&self, node: usize, name: &str) -> Pod {
+        let pod = self.world.pod(node, name);
         for v6 in [false, true] {
             server::tcp(&pod.namespace, name, pod.address(v6), TARGET);
             server::udp(&pod.namespace, name, pod.address(v6), TARGET);

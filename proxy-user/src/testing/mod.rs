@@ -22,6 +22,14 @@ use std::time::{Duration, Instant};
 
 /// How long a condition may take to come true before a test gives up. Only a failure takes so long.
 pub const PATIENCE: Duration = Duration::from_secs(20);
+/// The same on a machine that is emulated.
+const SLOW_PATIENCE: Duration = Duration::from_mins(2);
+
+/// How long a condition may take on this machine.
+pub fn patience() -> Duration {
+    if std::env::var_os("PORTAL_TEST_SLOW").is_some() { SLOW_PATIENCE } else { PATIENCE }
+}
+
 /// How often a condition is looked at.
 const POLL: Duration = Duration::from_millis(5);
 
@@ -30,7 +38,7 @@ const POLL: Duration = Duration::from_millis(5);
 /// # Panics
 /// If it does not in time; `what` is in the message.
 pub fn eventually<T>(what: &str, mut condition: impl FnMut() -> Option<T>) -> T {
-    let end = Instant::now() + PATIENCE;
+    let end = Instant::now() + patience();
     loop {
         if let Some(value) = condition() {
             return value;

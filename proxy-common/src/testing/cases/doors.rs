@@ -3,12 +3,10 @@
 use std::net::{IpAddr, SocketAddr};
 
 use super::{ACK, Becomes, Cast, MTU, SYN, Service, Step, packet, translated, uplink};
-use crate::addr::Port;
-use crate::settings::Settings;
+use crate::tables::ServiceValue;
 use crate::tables::Side::{Egress, Ingress};
-use crate::tables::{FlowKey, ServiceValue};
 use crate::testing::packets::Packet;
-use crate::{Family, Outcome, V4, V6, proto};
+use crate::{Outcome, proto};
 
 const NODE_PORT: u16 = 30_080;
 
@@ -30,23 +28,6 @@ fn serve(service: &Service) -> Step {
     Step::Services(vec![of(proto::TCP), of(proto::UDP)])
 }
 
-/// The source port that the node gives a flow which it masquerades, with the settings' default seed.
-fn source_port(packet: &Packet, proto: u8) -> u16 {
-    let hash = match (packet.src.ip(), packet.dst.ip()) {
-        (IpAddr::V4(src), IpAddr::V4(dst)) => hash::<V4>(src.into(), dst.into(), packet, proto),
-        (IpAddr::V6(src), IpAddr::V6(dst)) => hash::<V6>(src.into(), dst.into(), packet, proto),
-        _ => panic!("two families"),
-    };
-    let Settings { first_port, port_count, .. } = Settings::DEFAULT;
-    let offset = (u64::from(hash) * u64::from(port_count)) >> 32;
-    u16::try_from(u64::from(first_port) + offset).expect("a port")
-}
-
-fn hash<F: Family>(src: F::Addr, dst: F::Addr, packet: &Packet, proto: u8) -> u32 {
-    let (from, to) = (Port::new(packet.src.port()), Port::new(packet.dst.port()));
-    FlowKey::<F>::new((src, from), (dst, to), proto, Ingress).hash(Settings::DEFAULT.seed)
-}
-
 /// A request from outside and what the pod gets; an answer of the pod and what the client gets.
 struct Exchange {
     sent: Packet,
@@ -59,7 +40,7 @@ struct Exchange {
 fn exchange(cast: &Cast, there: u8, back: u8) -> Exchange {
     let (node_port, _) = cast.node_port();
     let sent = Packet::tcp(Ingress, cast.outsider, node_port, there);
-    let seen_as = SocketAddr::new(cast.node, source_port(&sent, proto::TCP));
+    let seen_as = SocketAddr::new(cast.node, sent.src.port());
     let arrived = Packet { src: seen_as, dst: cast.pod, hops: 63, ..sent.clone() };
     let answer = Packet::tcp(Ingress, cast.pod, seen_as, back);
     let returned = Packet { src: node_port, dst: cast.outsider, hops: 63, ..answer.clone() };
@@ -105,7 +86,7 @@ pub fn too_big(cast: &Cast) -> Vec<Step> {
         Packet::udp(Ingress, cast.outsider, node_port).with_payload(&bytes)
     };
     let fits = datagram(MTU.into());
-    let seen_as = SocketAddr::new(cast.node, source_port(&fits, proto::UDP));
+    let seen_as = SocketAddr::new(cast.node, fits.src.port());
     let arrived = Packet { src: seen_as, dst: cast.pod, hops: 63, ..fits.clone() };
     let long = datagram(usize::from(MTU) + 1);
     let head = if cast.vip.is_ipv4() { [3, 4] } else { [2, 0] };
@@ -130,7 +111,7 @@ pub fn local_pod(cast: &Cast) -> Vec<Step> {
     vec![
         serve(&service),
         uplink(translated(&there, Outcome::Opened, &arrived)),
-        translated(&back, Outcome::Established, &returned),
+        translated(&back, Outcome::Replied, &returned),
     ]
 }
 

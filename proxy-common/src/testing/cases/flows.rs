@@ -15,9 +15,11 @@ pub fn connection(cast: &Cast) -> Vec<Step> {
         cast.serve(&[cast.pod]),
         request(cast, SYN, Outcome::Opened),
         request(cast, SYN, Outcome::Forwarded),
-        reply(cast, SYN | ACK, Outcome::Established),
-        request(cast, ACK, Outcome::Forwarded),
+        reply(cast, SYN | ACK, Outcome::Replied),
+        request(cast, SYN, Outcome::Forwarded),
+        request(cast, ACK, Outcome::Established),
         reply(cast, ACK, Outcome::Replied),
+        request(cast, ACK, Outcome::Forwarded),
         request(cast, FIN | ACK, Outcome::Forwarded),
         reply(cast, ACK, Outcome::Replied),
         reply(cast, FIN | ACK, Outcome::Replied),
@@ -29,10 +31,11 @@ pub fn reset_connection(cast: &Cast) -> Vec<Step> {
     vec![
         cast.serve(&[cast.pod]),
         request(cast, SYN, Outcome::Opened),
-        reply(cast, SYN | ACK, Outcome::Established),
+        reply(cast, SYN | ACK, Outcome::Replied),
+        request(cast, ACK, Outcome::Established),
         request(cast, RST, Outcome::Forwarded),
         request(cast, SYN, Outcome::Opened),
-        reply(cast, SYN | ACK, Outcome::Established),
+        reply(cast, SYN | ACK, Outcome::Replied),
     ]
 }
 
@@ -41,7 +44,7 @@ pub fn port_reuse(cast: &Cast) -> Vec<Step> {
     steps.extend([
         cast.serve(&[cast.other_pod]),
         request(&Cast { pod: cast.other_pod, ..*cast }, SYN, Outcome::Opened),
-        reply(&Cast { pod: cast.other_pod, ..*cast }, SYN | ACK, Outcome::Established),
+        reply(&Cast { pod: cast.other_pod, ..*cast }, SYN | ACK, Outcome::Replied),
     ]);
     steps
 }
@@ -55,7 +58,9 @@ pub fn datagrams(cast: &Cast) -> Vec<Step> {
         cast.serve(&[cast.pod]),
         translated(&there, Outcome::Opened, &arrived),
         translated(&there, Outcome::Forwarded, &arrived),
-        translated(&back, Outcome::Established, &returned),
+        translated(&back, Outcome::Replied, &returned),
+        translated(&back, Outcome::Replied, &returned),
+        translated(&there, Outcome::Established, &arrived),
         translated(&back, Outcome::Replied, &returned),
         translated(&there, Outcome::Forwarded, &arrived),
     ]
@@ -84,8 +89,8 @@ pub fn sctp(cast: &Cast) -> Vec<Step> {
     vec![
         serve(cast.pod),
         arrives(there(20), Outcome::Opened),
-        returns(back(16), Outcome::Established),
-        arrives(there(0), Outcome::Forwarded),
+        returns(back(16), Outcome::Replied),
+        arrives(there(0), Outcome::Established),
         arrives(there(1).with_options(), Outcome::Forwarded),
         arrives(there(1300), Outcome::Forwarded),
         arrives(unsummed, Outcome::Forwarded),
@@ -97,7 +102,7 @@ pub fn sctp(cast: &Cast) -> Vec<Step> {
 
 /// The start of an answered flow by UDP: client to VIP to pod and back.
 pub fn answered(cast: &Cast) -> Vec<Step> {
-    datagrams(cast).into_iter().take(4).collect()
+    datagrams(cast).into_iter().take(6).collect()
 }
 
 pub fn unsummed(cast: &Cast) -> Vec<Step> {
@@ -107,7 +112,7 @@ pub fn unsummed(cast: &Cast) -> Vec<Step> {
     vec![
         cast.serve(&[cast.pod]),
         translated(&there, Outcome::Opened, &Packet { dst: cast.pod, ..there.clone() }),
-        translated(&back, Outcome::Established, &Packet { src: cast.vip, ..back.clone() }),
+        translated(&back, Outcome::Replied, &Packet { src: cast.vip, ..back.clone() }),
     ]
 }
 
@@ -117,7 +122,7 @@ pub fn options(cast: &Cast) -> Vec<Step> {
     vec![
         cast.serve(&[cast.pod]),
         translated(&there, Outcome::Opened, &Packet { dst: cast.pod, ..there.clone() }),
-        translated(&back, Outcome::Established, &Packet { src: cast.vip, ..back.clone() }),
+        translated(&back, Outcome::Replied, &Packet { src: cast.vip, ..back.clone() }),
     ]
 }
 
@@ -154,7 +159,7 @@ pub fn fragments(cast: &Cast) -> Vec<Step> {
         untouched,
         step(Ingress, &first, Outcome::Opened, &first_there),
         step(Ingress, &later, Outcome::Fragment, &later_there),
-        step(Egress, &answer, Outcome::Established, &answer_there),
+        step(Egress, &answer, Outcome::Replied, &answer_there),
         step(Egress, &rest, Outcome::Fragment, &rest_there),
         step(Ingress, &later, Outcome::Fragment, &later_there),
     ]
@@ -191,18 +196,18 @@ pub fn two_vips(cast: &Cast) -> Vec<Step> {
 }
 
 pub fn withdrawn(cast: &Cast) -> Vec<Step> {
-    let moved = Cast { pod: cast.other_pod, ..*cast };
     let there = Packet::udp(Ingress, cast.client, cast.vip);
     let mut steps = answered(cast);
     steps.extend([
         request(cast, SYN, Outcome::Opened),
-        reply(cast, SYN | ACK, Outcome::Established),
+        reply(cast, SYN | ACK, Outcome::Replied),
+        request(cast, ACK, Outcome::Established),
         cast.serve(&[cast.other_pod]),
         request(cast, ACK, Outcome::Forwarded),
         reply(cast, ACK, Outcome::Replied),
         translated(&there, Outcome::Opened, &Packet { dst: cast.other_pod, ..there.clone() }),
-        // A SYN on the old connection's port is a new connection.
-        request(&moved, SYN, Outcome::Opened),
+        // Anybody may send a SYN: it ends nothing that is being heard of.
+        request(cast, SYN, Outcome::Forwarded),
     ]);
     steps
 }
@@ -212,7 +217,7 @@ pub fn refused_by_backend(cast: &Cast) -> Vec<Step> {
         cast.serve(&[cast.pod]),
         request(cast, SYN, Outcome::Opened),
         reply(cast, RST | ACK, Outcome::Replied),
-        request(cast, SYN, Outcome::Forwarded),
+        request(cast, SYN, Outcome::Opened),
     ]
 }
 

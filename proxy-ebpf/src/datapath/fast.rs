@@ -1,0 +1,169 @@
+//! Every packet. A plain one in the middle of a live flow takes one look-up and is translated; a
+//! stranger's is left alone; all else is for the stories.
+//!
+//! What happens once a second, or seldom, is not done here: then the story does what this would have
+//! done, and the rest.
+
+use bytemuck::Zeroable;
+use proxy_common::tables::{FlowKey, Origin, Part, ServiceKey, ServiceValue, Side, State};
+use proxy_common::{Family, Outcome, proto};
+
+use super::{Client, Next, Story, Tables, live, refuse, rewrite};
+use crate::packet::{Frame, Plain, Wire, tcp};
+
+/// A packet that comes in from a client's link.
+#[inline(always)]
+pub fn ingress<F: Wire, P: Frame, T: Tables<F>>(frame: &mut P, tables: &T, client: Client) -> Next {
+    let mut key = FlowKey::zeroed();
+    let Some(plain) = F::plain(frame, Side::Ingress, &mut key) else {
+        return Next::Story(client.story());
+    };
+    if let Some(next) = established(frame, tables, plain, &key, client.story()) {
+        return next;
+    }
+    if is_anyones(tables, plain, &key, client) {
+        Next::Story(client.story())
+    } else {
+        Outcome::NotService.into()
+    }
+}
+
+/// A packet that goes out to a client's link.
+#[inline(always)]
+pub fn egress<F: Wire, P: Frame, T: Tables<F>>(frame: &mut P, tables: &T, client: Client) -> Next {
+    if frame.was_sent_on() {
+        return Outcome::NotService.into();
+    }
+    let mut key = FlowKey::zeroed();
+    let Some(plain) = F::plain(frame, Side::Egress, &mut key) else {
+        return Next::Story(Story::ToClient);
+    };
+    if let Some(next) = established(frame, tables, plain, &key, Story::ToClient) {
+        return next;
+    }
+    match pending(tables, plain, &key) {
+        Known::Translated => Next::Story(Story::ToClient),
+        // In the middle of a connection that nobody knows of nothing begins.
+        Known::No if begins(plain) && is_noted(tables, &key, client) => {
+            Next::Story(Story::ToClient)
+        }
+        Known::No | Known::Foreign => Outcome::NotService.into(),
+    }
+}
+
+/// Whether a packet may be the first of its flow.
+#[inline(always)]
+const fn begins(plain: Plain) -> bool {
+    plain.proto != proto::TCP || tcp::opens(plain.flags)
+}
+
+/// Whether what begins at egress is the node's own flow, which is noted, or may be a pod's that is to be
+/// masqueraded. What goes out to a pod of this node is neither: no place is there.
+#[inline(always)]
+fn is_noted<F: Family, T: Tables<F>>(tables: &T, key: &FlowKey<F>, client: Client) -> bool {
+    if client == Client::Pod {
+        return false;
+    }
+    let mark = tables.service(&ServiceKey::mark(key.src));
+    mark.is_some_and(|mark| mark.has(ServiceValue::NODE))
+        || tables.setting(|s| &s.masquerade_pods) != 0 && tables.is_pod(&key.src)
+}
+
+/// What is known of a flow that is not live.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Known {
+    /// Nothing.
+    No,
+    /// It is none of ours.
+    Foreign,
+    /// It is to be translated.
+    Translated,
+}
+
+/// Translates the packet, if it is in the middle of a live flow and nothing else is to be done. `None` if
+/// there is no such flow.
+#[inline(always)]
+fn established<F: Wire, P: Frame, T: Tables<F>>(
+    frame: &mut P,
+    tables: &T,
+    plain: Plain,
+    key: &FlowKey<F>,
+    story: Story,
+) -> Option<Next> {
+    let record = tables.flow(key)?;
+    let mut other = FlowKey::zeroed();
+    let Some(facts) = record.read(key, &mut other) else { return Some(Next::Story(story)) };
+    let is_plain = facts.is_in(State::Established)
+        && facts.seen == tables.now()
+        && plain.flags & (tcp::SYN | tcp::FIN | tcp::RST) == 0
+        && !record.is_count_large();
+    if !is_plain {
+        return Some(Next::Story(story));
+    }
+    let origin = facts.origin;
+    if plain.proto == proto::UDP && live::is_stale(origin, tables) {
+        return Some(Next::Story(story));
+    }
+    let (link, mtu) = live::way(origin, tables, other.src);
+    if origin.is(Origin::REDIRECT)
+        && (link == 0
+            || refuse::is_too_big::<F, P>(frame, P::NETWORK + F::HEADER, plain.proto, mtu))
+    {
+        return Some(Next::Story(story));
+    }
+    record.count(frame.length());
+    let l4 = P::NETWORK + F::HEADER;
+    if rewrite::translate(frame, l4, plain.proto, Part::Whole, key, &other).is_none() {
+        return Some(Outcome::NotWritable.into());
+    }
+    let outcome = if origin.is(Origin::REPLY) { Outcome::Replied } else { Outcome::Forwarded };
+    Some(Next::Done(rewrite::send::<F, P>(frame, origin, link, outcome)))
+}
+
+/// Whether a packet of no live flow may be for a Service, or the answer to a flow that is not live.
+#[inline(always)]
+fn is_anyones<F: Family, T: Tables<F>>(
+    tables: &T,
+    plain: Plain,
+    key: &FlowKey<F>,
+    client: Client,
+) -> bool {
+    let Some(mark) = tables.service(&ServiceKey::mark(key.dst)) else {
+        // Who asks a pod by its own address is noted, where pods are masqueraded.
+        return client == Client::Outside
+            && plain.proto != proto::TCP
+            && tables.setting(|s| &s.masquerade_pods) != 0;
+    };
+    if !mark.has(ServiceValue::NODE) {
+        return true;
+    }
+    match pending(tables, plain, key) {
+        Known::Translated => true,
+        Known::Foreign => false,
+        // Whether it is one that counts here, the story sees.
+        Known::No => {
+            tables.has_service(&ServiceKey::new(key.dst, key.dport, key.proto))
+                || tables.has_service(&ServiceKey::node_port(key.dport, key.proto))
+        }
+    }
+}
+
+/// What is known of the packet's flow among those that are not live. A foreign one is kept in mind as long
+/// as it goes on.
+#[inline(always)]
+fn pending<F: Family, T: Tables<F>>(tables: &T, plain: Plain, key: &FlowKey<F>) -> Known {
+    let Some(record) = tables.embryo(key) else { return Known::No };
+    let mut other = FlowKey::zeroed();
+    let Some((facts, _)) = record.read(key, &mut other) else { return Known::No };
+    if !facts.is_in(State::Foreign) {
+        return Known::Translated;
+    }
+    let now = tables.now();
+    if begins(plain) && facts.expired(live::lifetime(tables, plain.proto, facts.state), now) {
+        return Known::No;
+    }
+    if facts.seen != now {
+        record.common().touch(now);
+    }
+    Known::Foreign
+}

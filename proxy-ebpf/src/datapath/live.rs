@@ -1,0 +1,286 @@
+//! A live flow wins: its record says how the packet is translated, and the packet says how the flow is
+//! doing.
+
+use proxy_common::tables::{
+    Backend, Decision, Facts, FlowKey, FlowRecord, Memory, Origin, Packet, State,
+};
+use proxy_common::{Family, Outcome, proto};
+
+use super::Tables;
+use crate::packet::tcp;
+
+/// For how many ticks a connection whose backend was withdrawn must be silent before a SYN on its ports is taken
+/// for a new one: anybody can send one.
+const SILENCE: u32 = 4;
+
+/// The live flow that the packet belongs to, if it still holds. The other direction's key is then in
+/// `other`.
+#[inline(always)]
+pub fn find<F: Family, T: Tables<F>>(
+    tables: &T,
+    packet: &Packet,
+    (key, other): (&FlowKey<F>, &mut FlowKey<F>),
+    memory: &mut Memory<F>,
+    bytes: u32,
+) -> Option<Decision> {
+    let record = tables.flow(key)?;
+    let facts = record.read(key, other)?;
+    let now = tables.now();
+    if packet.proto == proto::TCP {
+        if tcp::opens(packet.flags) {
+            // A SYN keeps nothing alive. One that can't be a retransmission begins anew.
+            if is_over(tables, key, other, &mut memory.spare, facts, now) {
+                retire(tables, key, other, &mut memory.spare);
+                return None;
+            }
+        } else {
+            follow(tables, record, packet.flags, (key, other), memory, facts, (now, bytes));
+        }
+    } else {
+        // SCTP stays with its backend, as TCP does (KP-112).
+        let is_cut = packet.proto == proto::UDP && is_stale(facts.origin, tables);
+        if is_cut || is_idle(tables, key, other, &mut memory.spare, facts, now) {
+            retire(tables, key, other, &mut memory.spare);
+            return None;
+        }
+        refresh(tables, record, (key, other), memory, facts, (now, bytes));
+    }
+    let outcome =
+        if facts.origin.is(Origin::REPLY) { Outcome::Replied } else { Outcome::Forwarded };
+    Some(Decision::new(outcome, facts.origin))
+}
+
+/// The other direction's record of a live flow, as far as it leads back to `key`.
+#[inline(always)]
+pub fn half<F: Family, T: Tables<F>>(
+    tables: &T,
+    key: &FlowKey<F>,
+    other: &FlowKey<F>,
+    spare: &mut FlowKey<F>,
+) -> Option<Facts> {
+    let facts = tables.flow(other)?.read(other, spare)?;
+    (*spare == *key).then_some(facts)
+}
+
+/// The flow's backend, if its number has not been given to another one since.
+#[inline(always)]
+pub fn backend<F: Family, T: Tables<F>>(origin: Origin, tables: &T) -> Option<Backend<F>> {
+    let backend = tables.backend(origin.backend)?;
+    (backend.generation == origin.generation).then_some(backend)
+}
+
+/// Whether it is a client's flow whose backend has been withdrawn since it was chosen (KP-109 to 113).
+#[inline(always)]
+pub fn is_stale<F: Family, T: Tables<F>>(origin: Origin, tables: &T) -> bool {
+    if origin.is(Origin::REPLY) || origin.backend == Origin::NO_BACKEND {
+        return false;
+    }
+    match backend(origin, tables) {
+        Some(backend) => backend.flags & Backend::<F>::SERVING == 0,
+        None => true,
+    }
+}
+
+/// The link that a packet leaves by which is sent on past the host stack, and the longest packet that
+/// passes there, 0 if that is not known; toward `to`: what leads there now. No link if it is not sent on, or
+/// nothing is known of the way any more.
+#[inline(always)]
+pub fn way<F: Family, T: Tables<F>>(origin: Origin, tables: &T, to: F::Addr) -> (u32, u32) {
+    if !origin.is(Origin::REDIRECT) {
+        return (0, 0);
+    }
+    if origin.is(Origin::REPLY) {
+        return (origin.client_link, 0);
+    }
+    // A backend that was withdrawn keeps its row until the number is another's.
+    let backend = tables.backend(origin.backend).filter(|backend| backend.addr == to);
+    let way = backend.and_then(|backend| tables.way(backend.way));
+    way.map_or((0, 0), |way| (way.link, way.mtu.into()))
+}
+
+/// The other direction's part of what never changes.
+#[inline(always)]
+pub fn inverse<F: Family>(origin: Origin, key: &FlowKey<F>, other: &FlowKey<F>) -> Origin {
+    origin.inverse(key.side == other.side && !origin.is(Origin::TURN))
+}
+
+/// How many ticks a direction in that state may be idle.
+#[inline(always)]
+pub fn lifetime<F: Family, T: Tables<F>>(tables: &T, number: u8, state: State) -> u32 {
+    tables.setting(|s| s.lifetimes.of(number, state))
+}
+
+/// Whether both directions have been idle for longer than they may.
+#[inline(always)]
+fn is_idle<F: Family, T: Tables<F>>(
+    tables: &T,
+    key: &FlowKey<F>,
+    other: &FlowKey<F>,
+    spare: &mut FlowKey<F>,
+    facts: Facts,
+    now: u32,
+) -> bool {
+    let idle = |facts: Facts| facts.expired(lifetime(tables, key.proto, facts.state), now);
+    idle(facts) && half(tables, key, other, spare).is_none_or(idle)
+}
+
+/// Whether a SYN on the flow's key begins another one.
+#[inline(always)]
+fn is_over<F: Family, T: Tables<F>>(
+    tables: &T,
+    key: &FlowKey<F>,
+    other: &FlowKey<F>,
+    spare: &mut FlowKey<F>,
+    facts: Facts,
+    now: u32,
+) -> bool {
+    is_idle(tables, key, other, spare, facts, now)
+        || is_stale(facts.origin, tables) && is_silent(tables, key, other, spare, facts, now)
+}
+
+/// Whether nothing was heard of either direction for a while.
+#[inline(always)]
+fn is_silent<F: Family, T: Tables<F>>(
+    tables: &T,
+    key: &FlowKey<F>,
+    other: &FlowKey<F>,
+    spare: &mut FlowKey<F>,
+    facts: Facts,
+    now: u32,
+) -> bool {
+    let silent = |facts: Facts| facts.expired(SILENCE, now);
+    silent(facts) && half(tables, key, other, spare).is_none_or(silent)
+}
+
+/// Removes both records of a flow.
+#[inline(always)]
+fn retire<F: Family, T: Tables<F>>(
+    tables: &T,
+    key: &FlowKey<F>,
+    other: &FlowKey<F>,
+    spare: &mut FlowKey<F>,
+) {
+    if half(tables, key, other, spare).is_some() {
+        tables.remove(other);
+    }
+    tables.remove(key);
+}
+
+/// Follows a connection to its end, so that its records do not outlive it by hours.
+#[inline(always)]
+fn follow<F: Family, T: Tables<F>>(
+    tables: &T,
+    record: FlowRecord<'_, F>,
+    flags: u8,
+    (key, other): (&FlowKey<F>, &FlowKey<F>),
+    memory: &mut Memory<F>,
+    facts: Facts,
+    (now, bytes): (u32, u32),
+) {
+    let finished = flags & tcp::FIN != 0 || facts.is_in(State::Finished);
+    if finished {
+        record.set_state(State::Finished);
+    }
+    refresh(tables, record, (key, other), memory, facts, (now, bytes));
+    let ends = flags & tcp::RST != 0
+        || finished
+            && half(tables, key, other, &mut memory.spare)
+                .is_some_and(|half| half.is_in(State::Finished));
+    if ends {
+        end(tables, (key, other), memory, facts.origin, now);
+    }
+}
+
+/// Notes that the flow goes on; once a tick hands over what was counted, and makes the other
+/// direction's record anew if it was lost.
+#[inline(always)]
+fn refresh<F: Family, T: Tables<F>>(
+    tables: &T,
+    record: FlowRecord<'_, F>,
+    (key, other): (&FlowKey<F>, &FlowKey<F>),
+    memory: &mut Memory<F>,
+    facts: Facts,
+    (now, bytes): (u32, u32),
+) {
+    record.count(bytes);
+    if facts.seen == now && !record.is_count_large() {
+        return;
+    }
+    record.touch(now);
+    hand_over(tables, record, facts.origin);
+    let origin = facts.origin;
+    if half(tables, key, other, &mut memory.spare).is_none() {
+        memory.live.fill(other, key, inverse(origin, key, other), now);
+        let _ = tables.insert_flow(other, &memory.live);
+    }
+}
+
+/// Adds what a record has counted to its Service port's traffic.
+#[inline(always)]
+fn hand_over<F: Family, T: Tables<F>>(tables: &T, record: FlowRecord<'_, F>, origin: Origin) {
+    let (packets, bytes) = record.take_counts();
+    count(tables, origin, packets, bytes);
+}
+
+/// Adds to the traffic of the Service port that a flow is of.
+#[inline(always)]
+pub fn count<F: Family, T: Tables<F>>(tables: &T, origin: Origin, packets: u32, bytes: u32) {
+    if let Some(backend) = backend(origin, tables) {
+        tables.count_traffic(backend.service, packets, bytes);
+    }
+}
+
+/// A connection has ended, as far as can be seen: it is no live flow any more, but remembered. Should it
+/// go on, it comes back.
+#[inline(always)]
+fn end<F: Family, T: Tables<F>>(
+    tables: &T,
+    (key, other): (&FlowKey<F>, &FlowKey<F>),
+    memory: &mut Memory<F>,
+    origin: Origin,
+    now: u32,
+) {
+    for (own, theirs) in [(key, other), (other, key)] {
+        if let Some(record) = tables.flow(own)
+            && record.read(own, &mut memory.spare).is_some()
+            && memory.spare == *theirs
+        {
+            hand_over(tables, record, origin);
+        }
+    }
+    bury(tables, (key, other), memory, origin, now);
+    bury(tables, (other, key), memory, inverse(origin, key, other), now);
+    retire(tables, key, other, &mut memory.spare);
+    discount(tables, origin);
+}
+
+/// Keeps one direction's record of a flow that has ended.
+#[inline(always)]
+fn bury<F: Family, T: Tables<F>>(
+    tables: &T,
+    (key, other): (&FlowKey<F>, &FlowKey<F>),
+    memory: &mut Memory<F>,
+    origin: Origin,
+    now: u32,
+) {
+    if let Some(record) = tables.embryo(key)
+        && let Some((facts, _)) = record.read(key, &mut memory.spare)
+        && facts.origin == origin
+        && memory.spare == *other
+    {
+        record.end(now);
+        return;
+    }
+    memory.embryo.fill(key, other, origin, State::Closed, (now, 0));
+    tables.put_embryo(key, &memory.embryo);
+}
+
+/// A flow less, if its backend's are counted.
+#[inline(always)]
+pub fn discount<F: Family, T: Tables<F>>(tables: &T, origin: Origin) {
+    if let Some(backend) = backend(origin, tables)
+        && backend.flags & Backend::<F>::COUNTED != 0
+    {
+        tables.count_flow(origin.backend, false);
+    }
+}

@@ -1,0 +1,442 @@
+//! The running agent: what is heard becomes writes, at once, and links are attached as they come.
+
+use std::collections::{BTreeSet, HashMap};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use ipnet::IpNet;
+use proxy_common::Outcome;
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+use tokio::time::{Interval, MissedTickBehavior};
+
+use crate::agent::Agent;
+use crate::events::Events;
+use crate::health::{Failure, HealthChecks};
+use crate::http::Status;
+use crate::kernel::{Datapath, Swept};
+use crate::memory;
+use crate::netlink::{self, Change, Exits, Role};
+use crate::plan::{Op, Use};
+use crate::routes::Resolver;
+use crate::watch::Update;
+
+/// How often the flow tables are swept, and what did not fit is tried again.
+const SWEEP: Duration = Duration::from_secs(30);
+/// How often the flow tables are swept when they are nearly full.
+const HASTE: Duration = Duration::from_secs(3);
+/// How often it is looked whether something is to be done before its time.
+const PULSE: Duration = Duration::from_secs(1);
+/// How long it takes after a refused write until the maps are read back, at first: longer than anything in
+/// them stays out of use.
+const FIRST_WAIT: Duration = Duration::from_secs(2);
+/// The same after many in a row.
+const LONGEST_WAIT: Duration = Duration::from_secs(30);
+/// How often what did not fit is tried again with the next pulses: what was given up for it becomes free.
+const TRIES: u32 = 3;
+
+/// Ticks from one period on.
+fn interval_at(period: Duration) -> Interval {
+    tokio::time::interval_at(tokio::time::Instant::now() + period, period)
+}
+
+/// What an agent is made of.
+pub struct Parts {
+    /// From objects to writes.
+    pub agent: Agent,
+    /// The kernel's side.
+    pub datapath: Datapath,
+    /// What is told over HTTP.
+    pub status: Arc<Status>,
+    /// The ways to backends.
+    pub routes: Resolver,
+    /// What load balancers ask.
+    pub checks: HealthChecks,
+    /// What objects' owners are told.
+    pub events: Events,
+    /// The node's name.
+    pub name: String,
+    /// Where pods go without being masqueraded.
+    pub except: BTreeSet<IpNet>,
+}
+
+/// The agent with its datapath.
+pub struct Node {
+    agent: Agent,
+    datapath: Datapath,
+    status: Arc<Status>,
+    routes: Resolver,
+    checks: HealthChecks,
+    events: Events,
+    name: String,
+    except: BTreeSet<IpNet>,
+    /// By which addresses pods leave the cluster, where that is to be written.
+    exits: Option<Exits>,
+    /// Links that could not be attached to, to be tried again.
+    failed: HashMap<u32, (String, Role)>,
+    /// The sweep that runs, on a thread of its own.
+    sweeping: JoinSet<Result<Swept>>,
+    /// How often live flows found no room, at the last pulse.
+    unplaced: u64,
+    /// What was said of tables and ports, so that it is said once.
+    said: BTreeSet<String>,
+    /// When the maps are read back, after the kernel has refused a write.
+    read_back: Option<Instant>,
+    /// How long that takes the next time.
+    wait: Duration,
+    /// Whether backends may have another way in the maps than the one that leads there now.
+    ways_are_old: bool,
+    /// The planner's time: it stands still from a plan until that is written, so that what was given up is out
+    /// of use for long enough after its last reader.
+    clock: Instant,
+    /// Since when it goes on.
+    written: Instant,
+    /// How often what did not fit is still tried again soon.
+    tries: u32,
+}
+
+impl Node {
+    /// An agent that has heard nothing yet.
+    pub fn new(parts: Parts) -> Self {
+        let Parts { agent, datapath, status, routes, checks, events, name, except } = parts;
+        Self {
+            agent,
+            datapath,
+            status,
+            routes,
+            checks,
+            events,
+            name,
+            except,
+            exits: None,
+            failed: HashMap::new(),
+            sweeping: JoinSet::new(),
+            unplaced: 0,
+            said: BTreeSet::new(),
+            read_back: None,
+            wait: FIRST_WAIT,
+            ways_are_old: false,
+            clock: Instant::now(),
+            written: Instant::now(),
+            tries: 0,
+        }
+    }
+
+    /// Carries what is heard into the kernel: at once, and all that has queued up meanwhile in one go.
+    pub async fn serve(
+        mut self,
+        mut updates: mpsc::Receiver<Update>,
+        mut links: mpsc::Receiver<Change>,
+    ) {
+        let (mut sweeps, mut pulses) = (interval_at(SWEEP), interval_at(PULSE));
+        sweeps.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        pulses.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                Some(update) = updates.recv() => {
+                    self.agent.hear(update);
+                    while let Ok(update) = updates.try_recv() {
+                        self.agent.hear(update);
+                    }
+                    self.sync().await;
+                }
+                Some(change) = links.recv() => {
+                    let mut moved = self.take_in(change);
+                    while let Ok(change) = links.try_recv() {
+                        moved.extend(self.take_in(change));
+                    }
+                    self.reroute(&moved).await;
+                    self.sync().await;
+                }
+                Some(swept) = self.sweeping.join_next() => {
+                    if self.swept(swept.context("the sweep").flatten()) {
+                        sweeps.reset_after(HASTE);
+                    }
+                }
+                _ = pulses.tick() => self.pulse().await,
+                _ = sweeps.tick() => {
+                    self.sweep();
+                    self.try_again();
+                    self.sync().await;
+                }
+                else => return,
+            }
+        }
+    }
+
+    /// What may be to be done before its time.
+    async fn pulse(&mut self) {
+        self.serve_checks();
+        if self.is_room_wanted() {
+            self.sweep();
+        }
+        if self.read_back.is_some_and(|when| when <= Instant::now()) {
+            self.recover().await;
+        } else if self.tries > 0 {
+            self.tries -= 1;
+            self.agent.retry();
+            self.sync().await;
+        } else if !self.agent.is_settled() {
+            self.sync().await;
+        }
+        self.watch_tables();
+    }
+
+    /// Writes what follows from all that was heard. Not after a refused write, before it is known what the
+    /// maps hold.
+    async fn sync(&mut self) {
+        if self.read_back.is_some() {
+            // That needs no map.
+            if self.status.is_ready() {
+                self.status.synced(self.agent.services(), self.agent.is_eligible());
+            }
+            return;
+        }
+        let was_ready = self.status.is_ready();
+        let started = Instant::now();
+        self.clock += self.written.elapsed();
+        let mut ops = self.agent.plan(self.clock);
+        let becomes_ready = !was_ready && self.agent.is_ready();
+        if !ops.is_empty() || becomes_ready {
+            let written = ops.iter().filter_map(|op| match op {
+                Op::Backend { backend, .. } if backend.is_remote() => Some(backend.address.ip()),
+                _ => None,
+            });
+            // Those that an earlier agent has written too, of which a plan does not speak.
+            let taken_over = becomes_ready.then(|| self.agent.remote_backends());
+            let learnt = self.routes.learn(written.chain(taken_over.into_iter().flatten())).await;
+            self.datapath.set_routes(&learnt);
+            if self.ways_are_old {
+                ops.extend(self.agent.rewrite(|_| true));
+            } else if becomes_ready {
+                ops.extend(self.agent.rewrite(|address| learnt.contains_key(&address)));
+            }
+            if !self.write(&ops) {
+                return;
+            }
+            self.ways_are_old = false;
+            tracing::debug!("{} writes in {:?}", ops.len(), started.elapsed());
+        }
+        self.written = Instant::now();
+        if self.agent.has_new_refusals() {
+            self.tries = TRIES;
+        }
+        self.agent.take_notices().into_iter().for_each(|notice| self.events.tell(notice));
+        if self.agent.is_ready() {
+            // Not before the node's addresses are marked: answers of masqueraded pods need that.
+            self.set_exits();
+            if let Some((checks, at)) = self.agent.changed_health_checks() {
+                self.checks.set(&checks, &at).await;
+                self.serve_checks();
+            }
+            self.status.synced(self.agent.services(), self.agent.is_eligible());
+            if !was_ready {
+                tracing::info!("in step with the cluster: {} Services", self.agent.services());
+                memory::trim();
+            }
+        }
+    }
+
+    /// Carries out writes. If the kernel refuses one, which may pass, what the maps hold is read back after
+    /// a while, and the rest planned from there. False if so.
+    fn write(&mut self, ops: &[Op]) -> bool {
+        let Err(error) = self.datapath.apply(ops) else {
+            self.wait = FIRST_WAIT;
+            return true;
+        };
+        self.postpone(&error.context("the kernel refused a write to its maps"));
+        false
+    }
+
+    fn postpone(&mut self, error: &anyhow::Error) {
+        tracing::warn!(
+            "{error:#}; what they hold is read back in {:?}, and the rest written then. Until then \
+             Services stay as they are",
+            self.wait
+        );
+        self.status.refused();
+        self.ways_are_old = true;
+        self.written = Instant::now();
+        self.read_back = Some(Instant::now() + self.wait);
+        self.wait = (self.wait * 2).min(LONGEST_WAIT);
+    }
+
+    /// Reads back what the maps hold, and goes on from there.
+    async fn recover(&mut self) {
+        self.read_back = None;
+        match self.datapath.recover() {
+            Ok(planner) => self.agent.start_over(planner),
+            Err(error) => return self.postpone(&error.context("the maps can't be read back")),
+        }
+        // As long a wait again, or longer, if that is refused too.
+        let wait = self.wait;
+        let except = self.agent.except_from_masquerade(&self.except);
+        if self.write(&except) {
+            self.wait = wait;
+            self.sync().await;
+        }
+        if self.read_back.is_none() {
+            tracing::info!("the kernel takes writes again");
+        }
+    }
+
+    /// Says by which address pods leave the cluster on each link, if that is new or was refused.
+    fn set_exits(&mut self) {
+        let Some(exits) = self.exits.take() else { return };
+        let result = self.datapath.set_exits(&exits);
+        let text = "pods may leave the cluster with their own addresses, since their exits can't be written; is \
+                    tried again";
+        self.say(result.is_err(), text.to_owned());
+        if let Err(error) = result {
+            tracing::debug!("{error:#}");
+            self.exits = Some(exits);
+        }
+    }
+
+    /// Asks anew for the ways to backends in these ranges.
+    async fn reroute(&mut self, moved: &[IpNet]) {
+        if moved.is_empty() {
+            return;
+        }
+        let changed = self.routes.refresh(&self.agent.remote_backends(), moved).await;
+        if !changed.is_empty() {
+            self.datapath.set_routes(&changed);
+            let ops = self.agent.rewrite(|address| changed.contains_key(&address));
+            if self.read_back.is_some() {
+                self.ways_are_old = true;
+            } else if self.write(&ops) {
+                tracing::info!("other ways lead to {} backend addresses", changed.len());
+            }
+        }
+    }
+
+    /// Takes in a change of links or addresses. Says where other ways may lead to backends.
+    fn take_in(&mut self, change: Change) -> Vec<IpNet> {
+        match change {
+            Change::Came { ifindex, name, role } => self.attach(ifindex, name, role),
+            Change::Went { ifindex, name } => {
+                self.failed.remove(&ifindex);
+                self.datapath.detach(ifindex, &name);
+                tracing::info!("detached from {name} ({ifindex})");
+            }
+            Change::Listed => self.datapath.detach_others(&self.failed.keys().copied().collect()),
+            Change::Addresses(addresses) => {
+                self.agent.set_addresses(addresses);
+                return netlink::everywhere().into();
+            }
+            Change::Exits(exits) => self.exits = Some(exits),
+            Change::Routes(ranges) => return ranges,
+        }
+        Vec::new()
+    }
+
+    fn attach(&mut self, ifindex: u32, name: String, role: Role) {
+        match self.datapath.attach(ifindex, &name, role) {
+            Ok(()) => tracing::info!("attached to {} {name} ({ifindex})", role.label()),
+            // Most often it has just gone; then netlink says so next.
+            Err(error) => {
+                tracing::warn!("{error:#}");
+                self.failed.insert(ifindex, (name, role));
+            }
+        }
+    }
+
+    /// Sweeps the flow tables, if that is not being done.
+    fn sweep(&mut self) {
+        if self.sweeping.is_empty() {
+            let sweep = self.datapath.sweep();
+            self.sweeping.spawn_blocking(move || sweep.run());
+        }
+    }
+
+    /// Takes in what a sweep has found. True if the tables are nearly full.
+    fn swept(&mut self, swept: Result<Swept>) -> bool {
+        let swept = match swept {
+            Ok(swept) => swept,
+            Err(error) => {
+                tracing::warn!("cannot sweep the flow tables: {error:#}");
+                return false;
+            }
+        };
+        self.status.swept(swept);
+        memory::trim();
+        let room = self.datapath.max_flows();
+        let is_nearly_full = swept.records.iter().any(|records| records * 5 > room * 4);
+        let text = format!(
+            "more than 80 % of the {room} records for live flows are in use; further ones are served \
+             from a table where flows can be evicted. --max-flows gives them more room"
+        );
+        self.say(is_nearly_full, text);
+        for ((service, backend), count) in self.datapath.take_exhausted() {
+            let port = self.agent.name_of(service).unwrap_or_default();
+            let text = format!(
+                "{port}: no source port was free for flows to {backend}, which has too many from this \
+                 node; --masquerade-ports may give more"
+            );
+            tracing::debug!("{count} flows to {backend} got no source port");
+            self.say(true, text);
+        }
+        is_nearly_full
+    }
+
+    /// Says something once, and again only after it was not so.
+    fn say(&mut self, holds: bool, text: String) {
+        if !holds {
+            self.said.remove(&text);
+        } else if !self.said.contains(&text) {
+            tracing::warn!("{text}");
+            self.said.insert(text);
+        }
+    }
+
+    /// Whether live flows found no room since the last pulse.
+    fn is_room_wanted(&mut self) -> bool {
+        let count = self.datapath.count(Outcome::TableFull).unwrap_or(self.unplaced);
+        std::mem::replace(&mut self.unplaced, count) < count
+    }
+
+    /// Says which tables of Services are nearly full, and passes on how full all are.
+    fn watch_tables(&mut self) {
+        let mut usage = self.agent.usage();
+        for Use { table, used, size } in &usage {
+            let text = format!(
+                "more than 80 % of the table {table} is in use: what is added above its {size} is refused. \
+                 --table-size gives more room"
+            );
+            self.say(used * 5 > size * 4, text);
+        }
+        let (records, size) = (self.status.flow_records(), self.datapath.max_flows());
+        for (table, used) in ["flows_v4", "flows_v6"].into_iter().zip(records) {
+            usage.push(Use { table, used, size });
+        }
+        self.status.used(usage);
+    }
+
+    /// Tries again what failed.
+    fn try_again(&mut self) {
+        for (ifindex, (name, role)) in std::mem::take(&mut self.failed) {
+            self.attach(ifindex, name, role);
+        }
+        self.agent.retry();
+    }
+
+    /// Starts the health checks that are not served yet, and says which can't be (KP-107).
+    fn serve_checks(&mut self) {
+        if !self.checks.is_missing_any() {
+            return;
+        }
+        for Failure { service, address, error } in self.checks.serve() {
+            tracing::warn!(
+                "Service {service}: no health check at {address}: {error}; is tried again"
+            );
+            let note = format!(
+                "node {} failed to start healthcheck \"{service}\" on port {}: {error}",
+                self.name,
+                address.port()
+            );
+            let (reason, action) = ("FailedToStartServiceHealthcheck", "Listen");
+            self.events.tell(self.agent.warning(&service, reason, action, note));
+        }
+    }
+}

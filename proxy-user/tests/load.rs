@@ -1,0 +1,362 @@
+//! Load: what holds under floods, at sizes at which it would not if something of them stayed.
+
+use std::io::{Read, Write};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream};
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
+
+use aya::maps::{HashMap, Map, MapData};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use portal::testing::cluster::{Cluster, VIPS};
+use portal::testing::eventually;
+use portal::testing::namespace::Namespace;
+use portal::testing::objects::{self, node_ports};
+use portal::testing::world::{BPFFS, Cni, Pod};
+use proxy_common::V4;
+use proxy_common::tables::{EmbryoValue, FlowKey, FlowValue, Side};
+use proxy_common::testing::Packet;
+use socket2::{Domain, Protocol, Socket, Type};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+const VIP: IpAddr = VIPS[0];
+const HELD: usize = 5_000;
+const SYNS: u32 = 100_000;
+const DATAGRAMS: u32 = 400_000;
+const SHORT: usize = 50_000;
+const BACK_TO_BACK: usize = 300_000;
+/// The ports of servers that are not the world's own: one that echoes, one that ends each connection.
+const ECHO: u16 = 8081;
+const BRIEF: u16 = 8082;
+
+/// Held by each test: together they would need more open files than a process may have.
+static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+
+/// Two nodes, a Service that echoes and one whose server ends each connection, both on node 1.
+struct Stage {
+    cluster: Cluster,
+    client: Pod,
+    other: Pod,
+    outsider: Namespace,
+    #[expect(dead_code, reason = "the servers run in its namespace")]
+    server: Pod,
+    _turn: MutexGuard<'static, ()>,
+}
+
+impl Stage {
+    fn new(arguments: &[&str]) -> Self {
+        let turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
+        let (_, most) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+        setrlimit(Resource::RLIMIT_NOFILE, most, most).unwrap();
+        let cluster =
+            Cluster::start(Cni::Routed, Path::new(env!("CARGO_BIN_EXE_portal")), arguments);
+        let (client, other) = (cluster.pod(0, "client"), cluster.pod(0, "other"));
+        let server = cluster.server(1, "server");
+        echo(&server.namespace, ECHO);
+        brief(&server.namespace, BRIEF);
+        server.namespace.sysctl("net/core/somaxconn", "8192");
+        let ports = [("echo", "TCP", 81), ("brief", "TCP", 82), ("udp", "UDP", 80)];
+        let mut service = objects::service("load", &[VIP], &ports);
+        objects::merge(&mut service, &node_ports_of_three());
+        cluster.api.put(service);
+        let targets = [("echo", "TCP", ECHO), ("brief", "TCP", BRIEF), ("udp", "UDP", 8080)];
+        let endpoint = objects::endpoint(server.address(false), &server.node);
+        cluster.api.put(objects::slice("load-v4", "load", &targets, &[endpoint]));
+        let outsider = cluster.world.outsider();
+        let stage = Self { cluster, client, other, outsider, server, _turn: turn };
+        eventually("the Service is served", || short(&stage.client.namespace, vip(82)).ok());
+        eventually("by its NodePort", || short(&stage.outsider, stage.node_port(1)).ok());
+        stage
+    }
+
+    /// The `NodePort` of a port of the Service, of the node without the pod.
+    fn node_port(&self, port: u16) -> SocketAddr {
+        let first = self.cluster.node_port(0, false);
+        SocketAddr::new(first.ip(), first.port() + port)
+    }
+}
+
+/// A port of the Service at its VIP.
+fn vip(port: u16) -> SocketAddr {
+    SocketAddr::new(VIP, port)
+}
+
+fn node_ports_of_three() -> serde_json::Value {
+    let first = node_ports()["spec"]["ports"][0]["nodePort"].as_u64().unwrap();
+    let ports: Vec<_> = (0..3).map(|n| serde_json::json!({"nodePort": first + n})).collect();
+    serde_json::json!({"spec": {"type": "NodePort", "ports": ports}})
+}
+
+/// Runs a future on a thread of its own in a namespace, for as long as the process lives.
+fn in_namespace<F: Future<Output = ()>>(
+    namespace: &Namespace,
+    future: impl FnOnce() -> F + Send + 'static,
+) -> thread::JoinHandle<()> {
+    let namespace = namespace.clone();
+    thread::spawn(move || {
+        namespace.enter();
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+        let local = tokio::task::LocalSet::new();
+        local.block_on(&runtime.unwrap(), future());
+    })
+}
+
+/// A server that echoes, for thousands at once.
+fn echo(namespace: &Namespace, port: u16) {
+    in_namespace(namespace, move || async move {
+        let socket = tokio::net::TcpSocket::new_v4().unwrap();
+        socket.set_reuseaddr(true).unwrap();
+        socket.bind((Ipv4Addr::UNSPECIFIED, port).into()).unwrap();
+        let listener = socket.listen(8192).unwrap();
+        loop {
+            let (mut stream, _) = listener.accept().await.expect("as many files as it takes");
+            tokio::task::spawn_local(async move {
+                let mut bytes = [0; 64];
+                while let Ok(length @ 1..) = stream.read(&mut bytes).await {
+                    if stream.write_all(&bytes[..length]).await.is_err() {
+                        return;
+                    }
+                }
+            });
+        }
+    });
+}
+
+/// A server that ends each connection as soon as it is there, and so has it in `TIME_WAIT`.
+fn brief(namespace: &Namespace, port: u16) {
+    in_namespace(namespace, move || async move {
+        let socket = tokio::net::TcpSocket::new_v4().unwrap();
+        socket.set_reuseaddr(true).unwrap();
+        socket.bind((Ipv4Addr::UNSPECIFIED, port).into()).unwrap();
+        let listener = socket.listen(8192).unwrap();
+        loop {
+            listener.accept().await.expect("as many files as it takes");
+        }
+    });
+}
+
+/// A connection that the server ends.
+fn short(from: &Namespace, to: SocketAddr) -> std::io::Result<()> {
+    from.run(|| short_here(to))
+}
+
+fn short_here(to: SocketAddr) -> std::io::Result<()> {
+    let mut stream = TcpStream::connect(to)?;
+    stream.read(&mut [0; 8]).map(drop)
+}
+
+/// Connections that echo one byte each, round after round, until they are told to end.
+struct Held {
+    stop: Arc<AtomicBool>,
+    rounds: Arc<AtomicUsize>,
+    lost: Arc<AtomicUsize>,
+    thread: thread::JoinHandle<()>,
+}
+
+impl Held {
+    fn open(from: &Namespace, to: SocketAddr, count: usize) -> Self {
+        let (stop, rounds, lost) = (
+            Arc::<AtomicBool>::default(),
+            Arc::<AtomicUsize>::default(),
+            Arc::<AtomicUsize>::default(),
+        );
+        let (ends, done, failed) = (Arc::clone(&stop), Arc::clone(&rounds), Arc::clone(&lost));
+        let thread = in_namespace(from, move || async move {
+            let mut streams = Vec::new();
+            for _ in 0..count {
+                streams.push(tokio::net::TcpStream::connect(to).await.expect("it is served"));
+            }
+            while !ends.load(Ordering::Relaxed) {
+                let mut left = Vec::new();
+                for mut stream in streams {
+                    let mut byte = [7];
+                    let asked = stream.write_all(&byte).await.is_ok();
+                    if asked && stream.read_exact(&mut byte).await.is_ok() {
+                        left.push(stream);
+                    } else {
+                        failed.fetch_add(1, Ordering::Relaxed);
+                    }
+                }
+                streams = left;
+                done.fetch_add(1, Ordering::Relaxed);
+            }
+        });
+        let held = Self { stop, rounds, lost, thread };
+        eventually("all are open and echo", || {
+            (held.rounds.load(Ordering::Relaxed) > 0).then_some(())
+        });
+        held
+    }
+
+    /// Waits until all have echoed once more.
+    fn another_round(&self) {
+        let begun = self.rounds.load(Ordering::Relaxed) + 1;
+        eventually("another round", || (self.rounds.load(Ordering::Relaxed) > begun).then_some(()));
+    }
+
+    /// Ends after one more round; how many were lost.
+    fn end(self) -> usize {
+        self.another_round();
+        self.stop.store(true, Ordering::Relaxed);
+        self.thread.join().expect("it ends");
+        self.lost.load(Ordering::Relaxed)
+    }
+}
+
+/// A socket that sends IPv4 packets with any source.
+fn raw(namespace: &Namespace) -> Socket {
+    namespace.run(|| {
+        let socket = Socket::new(Domain::IPV4, Type::RAW, Some(Protocol::from(libc::IPPROTO_RAW)));
+        socket.expect("raw sockets need root")
+    })
+}
+
+fn send(socket: &Socket, packet: &Packet) {
+    let to = SocketAddr::new(packet.dst.ip(), 0);
+    while let Err(error) = socket.send_to(&packet.frame()[14..], &to.into()) {
+        assert_eq!(error.raw_os_error(), Some(libc::ENOBUFS), "{error}");
+    }
+}
+
+/// SYNs of clients that there are not, each sent twice.
+fn flood_of_syns(from: &Namespace, to: SocketAddr) {
+    let socket = raw(from);
+    for number in 0..SYNS {
+        let [_, a, b, c] = number.to_be_bytes();
+        let source = SocketAddr::from(([198, 18 + a, b, c], 40_000));
+        let syn = Packet::tcp(Side::Ingress, source, to, 2);
+        send(&socket, &syn);
+        send(&socket, &syn);
+    }
+}
+
+/// Questions of one datagram, each from a port of its own, which are answered.
+fn flood_of_datagrams(from: &Pod, to: SocketAddr) {
+    let socket = raw(&from.namespace);
+    for number in 0..DATAGRAMS {
+        let port = u16::try_from(1024 + number % 64_000).unwrap();
+        let source = SocketAddr::new(from.v4.into(), port);
+        send(&socket, &Packet::udp(Side::Ingress, source, to).with_payload(b"?"));
+    }
+}
+
+fn floods(arguments: &[&str]) {
+    let stage = Stage::new(arguments);
+    let held = [
+        Held::open(&stage.client.namespace, vip(81), HELD / 2),
+        Held::open(&stage.outsider, stage.node_port(0), HELD / 2),
+    ];
+    let over = AtomicBool::new(false);
+    thread::scope(|scope| {
+        // New connections of another pod, all the while.
+        let newcomer = scope.spawn(|| {
+            let mut count = 0;
+            while !over.load(Ordering::Relaxed) {
+                short(&stage.other.namespace, vip(82)).expect("a new connection of another pod");
+                count += 1;
+            }
+            count
+        });
+        let load = [
+            scope.spawn(|| {
+                flood_of_syns(&stage.client.namespace, vip(81));
+                flood_of_datagrams(&stage.client, vip(80));
+            }),
+            scope.spawn(|| {
+                let connect =
+                    |to| stage.outsider.run(|| (0..SHORT / 2).try_for_each(|_| short_here(to)));
+                connect(stage.node_port(1)).expect("a short connection by the NodePort");
+            }),
+            scope.spawn(|| {
+                let connect = |to| {
+                    stage.client.namespace.run(|| (0..SHORT / 2).try_for_each(|_| short_here(to)))
+                };
+                connect(vip(82)).expect("a short connection by the VIP");
+            }),
+        ];
+        load.into_iter().for_each(|part| part.join().expect("it ends"));
+        over.store(true, Ordering::Relaxed);
+        assert!(newcomer.join().expect("it ends") > 100);
+    });
+    assert_eq!(held.map(Held::end), [0, 0], "connections were lost");
+}
+
+#[test]
+fn floods_cost_no_connection_and_refuse_no_new_one() {
+    floods(&[]);
+}
+
+/// The same with room for a tenth of the connections among live flows.
+#[test]
+fn floods_cost_no_connection_though_the_table_of_live_flows_is_full() {
+    floods(&["--max-flows=1000"]);
+}
+
+/// A counter of a namespace's TCP, as `nstat` has it.
+fn counter(namespace: &Namespace, name: &str) -> u64 {
+    let text = namespace.run(|| std::fs::read_to_string("/proc/thread-self/net/netstat").unwrap());
+    let lines: Vec<&str> = text.lines().filter(|line| line.starts_with("TcpExt:")).collect();
+    let position = lines[0].split_whitespace().position(|word| word == name).expect("a counter");
+    lines[1].split_whitespace().nth(position).unwrap().parse().unwrap()
+}
+
+/// From one client through a node without the pod: none is refused, and none had to ask twice because the
+/// source port that it got was one that the backend still had in `TIME_WAIT`.
+#[test]
+fn short_connections_back_to_back_never_meet_the_backends_time_wait() {
+    let stage = Stage::new(&[]);
+    let before = counter(&stage.outsider, "TCPSynRetrans");
+    let to = stage.node_port(1);
+    thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| {
+                let connect = || (0..BACK_TO_BACK / 4).try_for_each(|_| short_here(to));
+                stage.outsider.run(connect).expect("none is refused");
+            });
+        }
+    });
+    assert_eq!(counter(&stage.outsider, "TCPSynRetrans") - before, 0, "SYNs were sent again");
+    assert_eq!(stage.cluster.outcomes(0, "no_port"), 0);
+}
+
+/// Takes every record of a node's flows away, of those that go on and of those that do not.
+fn forget_flows(stage: &Stage) {
+    fn forget<V: aya::Pod>(name: &str) {
+        let map = MapData::from_pin(Path::new(BPFFS).join("portal/maps").join(name)).unwrap();
+        let map =
+            if name.starts_with("embryos") { Map::LruHashMap(map) } else { Map::HashMap(map) };
+        let mut records = HashMap::<_, FlowKey<V4>, V>::try_from(map).unwrap();
+        let keys: Vec<_> = records.keys().filter_map(Result::ok).collect();
+        // Some may have been taken away by the datapath meanwhile.
+        keys.iter().for_each(|key| drop(records.remove(key)));
+    }
+    stage.cluster.world.nodes[0].mounts.run(|| {
+        forget::<FlowValue<V4>>("flows_v4");
+        forget::<EmbryoValue<V4>>("embryos_v4");
+    });
+}
+
+fn ask(connection: &mut TcpStream) {
+    connection.write_all(b"?").unwrap();
+    let mut answer = [0];
+    connection.read_exact(&mut answer).expect("the connection goes on");
+    assert_eq!(answer, *b"?");
+}
+
+/// The same endpoint and the same source port are found again from the packets alone.
+#[test]
+fn a_connection_whose_records_are_lost_goes_on_by_each_door() {
+    let stage = Stage::new(&[]);
+    let doors = [(&stage.client.namespace, vip(81)), (&stage.outsider, stage.node_port(0))];
+    let mut connections = Vec::new();
+    for (from, to) in doors {
+        connections.extend((0..10).map(|_| from.run(|| TcpStream::connect(to).unwrap())));
+    }
+    for _ in 0..3 {
+        connections.iter_mut().for_each(ask);
+        // No answer is under way.
+        forget_flows(&stage);
+    }
+    connections.iter_mut().for_each(ask);
+}
