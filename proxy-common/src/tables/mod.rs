@@ -29,17 +29,16 @@ pub mod exit;
 pub mod flow;
 pub mod fragment;
 pub mod peer;
+pub mod record;
 pub mod service;
 pub mod work;
 
 pub use config::{Config, Name, Traffic};
 pub use exit::Exit;
-pub use flow::{
-    EmbryoRecord, EmbryoValue, Facts, FlowKey, FlowRecord, FlowValue, Making, Origin, Side, State,
-    expired, tag,
-};
+pub use flow::{EmbryoValue, Facts, FlowKey, FlowValue, Making, Origin, Side, State, expired, tag};
 pub use fragment::{FragmentKey, FragmentValue};
 pub use peer::{PeerKey, PeerValue};
+pub use record::{EmbryoRecord, FlowRecord};
 pub use service::{
     AffinityKey, AffinityValue, Algorithm, Backend, Choice, Range, RangeData, ServiceKey,
     ServiceValue, Slots, SourceRange, Way,

@@ -144,8 +144,8 @@ map_type! {
 }
 
 map_type! {
-    /// Where functions of the datapath put what does not fit on the stack. None reads what another has
-    /// left there.
+    /// Where functions of the datapath put what does not fit on the stack. No program reads what another has
+    /// left there; a function that is to leave something says so.
     pub struct Memory<F> {
         /// A key to look at: the other direction's of a record, or the addresses of a packet quoted by an
         /// ICMP error, turned around.

@@ -14,8 +14,9 @@ use proxy_ebpf::packet::Frame;
 use super::host;
 use crate::maps::Tables6;
 
-/// What a packet's `tc_index` says that was sent on past the host stack: nobody else uses that field but the
-/// qdisc dsmark, which has left the kernel.
+/// What a packet's `tc_index` says that was sent on past the host stack. Others write that field (clsact for a
+/// class that a verdict names, the qdiscs gred and dsmark), but not this number: a class of that minor number
+/// is nobody's.
 const SENT_ON: u32 = 0x506f;
 /// Offsets above this are refused, so that the verifier knows a bound.
 const MAX_OFFSET: usize = 0x7ff;

@@ -1,0 +1,150 @@
+//! Records of flows where they lie: in the maps, which other CPUs change meanwhile.
+
+use core::marker::PhantomData;
+use core::ptr::NonNull;
+
+use super::flow::{EmbryoValue, Facts, FlowKey, FlowValue, Making, Origin, State, tag};
+use crate::Family;
+
+/// A record in its map, read and written in place.
+///
+/// Other CPUs and the kernel's own reuse of deleted elements may change it at any time. So it is read
+/// as a whole by [`FlowRecord::read`], which verifies what it has read, and written to only soon after that.
+/// Should the element change hands in the nanoseconds between, a stranger's record gets a wrong `seen`,
+/// `state` or count of its own direction, which cost it nothing but a way through the slower program.
+#[derive(Clone, Copy)]
+pub struct FlowRecord<'a, F: Family> {
+    value: NonNull<FlowValue<F>>,
+    table: PhantomData<&'a FlowValue<F>>,
+}
+
+/// As [`FlowRecord`], of a flow that is not live.
+#[derive(Clone, Copy)]
+pub struct EmbryoRecord<'a, F: Family> {
+    value: NonNull<EmbryoValue<F>>,
+    table: PhantomData<&'a EmbryoValue<F>>,
+}
+
+macro_rules! load {
+    ($record:expr, $field:ident) => {{
+        // SAFETY: `new`'s caller promised that the pointer stays readable for the record's lifetime;
+        // any bytes are a valid value of a Pod type. Volatile, since it is shared memory.
+        unsafe { (&raw const (*$record.value.as_ptr()).$field).read_volatile() }
+    }};
+}
+
+macro_rules! store {
+    ($record:expr, $field:ident, $value:expr) => {{
+        let value = $value;
+        // SAFETY: as for reading; the maps are shared memory, where racing stores of one word are the
+        // accepted way to update.
+        unsafe { (&raw mut (*$record.value.as_ptr()).$field).write_volatile(value) }
+    }};
+}
+
+impl<F: Family> FlowRecord<'_, F> {
+    /// A record at `value`.
+    ///
+    /// # Safety
+    /// The memory must stay readable and writable for the record's lifetime and may only be accessed
+    /// through such records meanwhile.
+    #[inline(always)]
+    pub const unsafe fn new(value: NonNull<FlowValue<F>>) -> Self {
+        Self { value, table: PhantomData }
+    }
+
+    /// Reads the record that was found under `key`, the other direction's key into `other`. `None` if it
+    /// is another's by now.
+    #[inline(always)]
+    pub fn read(&self, key: &FlowKey<F>, other: &mut FlowKey<F>) -> Option<Facts> {
+        // SAFETY: `new`'s caller promised that the pointer stays readable for 'a.
+        let from = unsafe { &raw const (*self.value.as_ptr()).other }.cast::<u64>();
+        for (position, word) in other.words_mut().iter_mut().enumerate() {
+            // SAFETY: both are as many words of the same type.
+            *word = unsafe { from.add(position).read_volatile() };
+        }
+        let origin = Origin {
+            backend: load!(self, backend),
+            client_link: load!(self, client_link),
+            generation: load!(self, generation),
+            kind: load!(self, kind),
+        };
+        let facts = Facts { origin, state: State::of(load!(self, state)), seen: load!(self, seen) };
+        (load!(self, tag) == tag(key, other, origin)).then_some(facts)
+    }
+
+    /// Notes that the record was used.
+    #[inline(always)]
+    pub fn touch(&self, now: u32) {
+        store!(self, seen, now);
+    }
+
+    /// Notes how far the record's direction has come.
+    #[inline(always)]
+    pub fn set_state(&self, state: State) {
+        store!(self, state, state as u8);
+    }
+
+    /// Counts a packet of the record's direction.
+    #[inline(always)]
+    pub fn count(&self, bytes: u32) {
+        store!(self, packets, load!(self, packets).wrapping_add(1));
+        store!(self, bytes, load!(self, bytes).wrapping_add(bytes));
+    }
+
+    /// Takes the packets and bytes that were counted.
+    #[inline(always)]
+    pub fn take_counts(&self) -> (u32, u32) {
+        let counts = (load!(self, packets), load!(self, bytes));
+        store!(self, packets, 0);
+        store!(self, bytes, 0);
+        counts
+    }
+
+    /// Whether so many bytes were counted that they should be taken before more come.
+    #[inline(always)]
+    pub fn is_count_large(&self) -> bool {
+        load!(self, bytes) >> 31 != 0
+    }
+}
+
+impl<'a, F: Family> EmbryoRecord<'a, F> {
+    /// A record at `value`.
+    ///
+    /// # Safety
+    /// As for [`FlowRecord::new`].
+    #[inline(always)]
+    pub const unsafe fn new(value: NonNull<EmbryoValue<F>>) -> Self {
+        Self { value, table: PhantomData }
+    }
+
+    /// The part that is as a live flow's.
+    #[inline(always)]
+    pub const fn common(&self) -> FlowRecord<'a, F> {
+        FlowRecord { value: self.value.cast(), table: PhantomData }
+    }
+
+    /// As [`FlowRecord::read`], with the rest.
+    #[inline(always)]
+    pub fn read(&self, key: &FlowKey<F>, other: &mut FlowKey<F>) -> Option<(Facts, Making)> {
+        let making = Making {
+            proof: load!(self, proof),
+            opened: load!(self, opened),
+            ended: load!(self, ended),
+        };
+        Some((self.common().read(key, other)?, making))
+    }
+
+    /// Notes what the client acknowledges if it has heard the backend.
+    #[inline(always)]
+    pub fn set_proof(&self, proof: u32) {
+        store!(self, proof, proof);
+    }
+
+    /// Notes that the flow has ended.
+    #[inline(always)]
+    pub fn end(&self, now: u32) {
+        store!(self, ended, now);
+        self.common().set_state(State::Closed);
+    }
+}
