@@ -33,18 +33,28 @@ impl Delta {
         Self { sum: self.sum + (!old) as u64 + new as u64 }
     }
 
-    /// The sum as `bpf_l4_csum_replace` takes it.
+    /// The sum of its 16-bit words: 0 or 0xffff if it changes nothing. `bpf_l4_csum_replace` takes it as it is.
     #[inline(always)]
-    #[expect(clippy::cast_possible_truncation, reason = "two folds leave 32 bits")]
-    pub const fn sum(self) -> u32 {
+    #[expect(clippy::cast_possible_truncation, reason = "the carry has been added in")]
+    pub const fn fold(self) -> u16 {
         let sum = (self.sum & 0xffff_ffff) + (self.sum >> 32);
-        ((sum & 0xffff_ffff) + (sum >> 32)) as u32
+        let sum = (sum & 0xffff) + (sum >> 16);
+        // At most 0x1_fffe: the carry makes no other one.
+        (sum + (sum >> 16)) as u16
+    }
+
+    /// The same change, folded: what it is applied to several times need not fold it again.
+    #[inline(always)]
+    pub const fn folded(self) -> Self {
+        Self { sum: self.fold() as u64 }
     }
 
     /// The checksum `check` after this change.
     #[inline(always)]
+    #[expect(clippy::cast_possible_truncation, reason = "the carry has been added in")]
     pub const fn apply(self, check: u16) -> u16 {
-        !fold(self.half(0xffff, !check).sum())
+        let sum = (!check) as u32 + self.fold() as u32;
+        !((sum + (sum >> 16)) as u16)
     }
 }
 
@@ -56,15 +66,6 @@ impl Add for Delta {
     fn add(self, other: Self) -> Self {
         Self { sum: self.sum + other.sum }
     }
-}
-
-/// Folds a sum of 16-bit words to 16 bits, carries added back in.
-#[inline(always)]
-#[expect(clippy::cast_possible_truncation, reason = "three folds leave 16 bits")]
-pub const fn fold(sum: u32) -> u16 {
-    let sum = (sum & 0xffff) + (sum >> 16);
-    let sum = (sum & 0xffff) + (sum >> 16);
-    ((sum & 0xffff) + (sum >> 16)) as u16
 }
 
 /// The sum of the 16-bit words of `bytes`, not folded. An odd last byte is padded with zero.
@@ -83,6 +84,12 @@ pub fn sum(bytes: &[u8]) -> u32 {
 mod tests {
     use super::*;
     use proptest::prelude::*;
+
+    /// Folds a sum of 16-bit words, carries added back in.
+    fn fold(sum: u32) -> u16 {
+        let sum = (sum & 0xffff) + (sum >> 16);
+        u16::try_from((sum & 0xffff) + (sum >> 16)).unwrap()
+    }
 
     fn checksum(bytes: &[u8]) -> u16 {
         !fold(sum(bytes))

@@ -55,6 +55,8 @@ static CONFIG: Array<Config, 1> = Array::new();
 static NAMES: HashMap<u32, Name, SERVICES, ON_DEMAND> = HashMap::new();
 #[btf_map(name = "outcomes")]
 static OUTCOME_COUNTS: PerCpuArray<u64, OUTCOMES> = PerCpuArray::new();
+#[btf_map(name = "outcomes_swept")]
+static OUTCOMES_SWEPT: Array<u64, OUTCOMES> = Array::new();
 #[btf_map(name = "slots")]
 static SLOT_NUMBERS: Array<Slots, { SLOTS / 2 }, MAPPED> = Array::new();
 
@@ -63,7 +65,7 @@ static TURNS: Array<u32, SERVICES> = Array::new();
 #[btf_map(name = "port_turns")]
 static PORT_TURN: PerCpuArray<u32, PORT_TURNS> = PerCpuArray::new();
 #[btf_map(name = "traffic")]
-static TRAFFIC: Array<Traffic, SERVICES> = Array::new();
+static TRAFFIC: Array<Traffic, SERVICES, MAPPED> = Array::new();
 #[btf_map(name = "tails")]
 static TAIL: ProgramArray<TAILS> = ProgramArray::new();
 
@@ -75,13 +77,13 @@ pub fn tail_call(ctx: &TcContext, story: Story, is_v6: bool, has_ethernet: bool)
     unsafe { TAIL.tail_call(ctx, index) };
 }
 
-/// Counts an outcome.
+/// Counts an outcome so many times.
 #[inline(always)]
-pub fn count(outcome: Outcome) {
+pub fn count(outcome: Outcome, times: u32) {
     if let Some(count) = OUTCOME_COUNTS.get_ptr_mut(outcome.index()) {
         // SAFETY: the pointer is to this CPU's own element. A count that another program on this CPU
         // interrupts may lose one; counters are not worth a lock.
-        unsafe { *count += 1 };
+        unsafe { *count += u64::from(times) };
     }
 }
 
@@ -207,8 +209,8 @@ macro_rules! tables {
             }
 
             #[inline(always)]
-            fn count(&self, outcome: Outcome) {
-                count(outcome);
+            fn count(&self, outcome: Outcome, times: u32) {
+                count(outcome, times);
             }
 
             #[inline(always)]

@@ -2,7 +2,7 @@
 //! feature `testing`; never shipped.
 
 use std::cell::{Cell, RefCell};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 
 use bytemuck::{Pod, Zeroable};
@@ -18,7 +18,7 @@ use proxy_common::{Family, Outcome, Port, V4, V6, proto};
 
 use crate::datapath::socket::Socket;
 use crate::datapath::{Client, Next, Refused, Service, Tables, Verdict, fast, tell};
-use crate::packet::{Frame, Wire};
+use crate::packet::{Frame, Window, Wire};
 
 /// A packet whose end may lie in other memory than its start, as a socket buffer's.
 pub struct Buffer {
@@ -27,6 +27,9 @@ pub struct Buffer {
     reachable: usize,
     /// Whether it may be changed.
     pub writable: bool,
+    /// Whether hardware has yet to finish its transport checksum, which then covers the addresses only and is
+    /// no complement.
+    pub unfinished: bool,
     /// Whether it was sent on past the host stack.
     pub sent_on: bool,
     /// The payload of the packets that it is to be cut into.
@@ -42,6 +45,7 @@ impl Buffer {
             bytes: bytes.to_vec(),
             reachable: 0,
             writable: true,
+            unfinished: false,
             sent_on: false,
             segment: 0,
             sockets: Vec::new(),
@@ -92,22 +96,55 @@ impl Frame for Buffer {
         Some(())
     }
 
+    fn headers(&mut self, length: usize) -> Option<impl Window> {
+        self.window(Self::NETWORK, length)
+    }
+
+    fn window(&mut self, offset: usize, length: usize) -> Option<impl Window> {
+        let end = offset.checked_add(length).filter(|end| *end <= self.reachable)?;
+        Some(Bytes { bytes: &mut self.bytes[offset..end], writable: self.writable })
+    }
+
     fn resize(&mut self, length: usize) -> Option<()> {
         self.bytes.resize(length, 0);
         self.reachable = length;
         self.writable.then_some(())
     }
 
-    fn fix_l4(&mut self, offset: usize, pseudo: Delta, body: Delta, optional: bool) -> Option<()> {
+    fn fix_l4<F: Family>(
+        &mut self,
+        offset: usize,
+        pseudo: Delta,
+        body: Delta,
+        optional: bool,
+    ) -> Option<()> {
         let place = self.bytes.get_mut(offset..offset + 2)?;
         let old = u16::from_ne_bytes([place[0], place[1]]);
         if optional && old == 0 {
             return Some(());
         }
-        let new = (pseudo + body).apply(old);
+        let new = if self.unfinished { !pseudo.apply(!old) } else { (pseudo + body).apply(old) };
         let new = if optional && new == 0 { 0xffff } else { new };
         place.copy_from_slice(&new.to_ne_bytes());
         self.writable.then_some(())
+    }
+}
+
+/// A part of a [`Buffer`].
+struct Bytes<'a> {
+    bytes: &'a mut [u8],
+    writable: bool,
+}
+
+impl Window for Bytes<'_> {
+    fn load<T: Pod>(&self, offset: usize) -> Option<T> {
+        self.bytes.get(offset..offset + size_of::<T>()).map(bytemuck::pod_read_unaligned)
+    }
+
+    fn store<T: Pod>(&mut self, offset: usize, value: T) -> Option<()> {
+        let place = self.bytes.get_mut(offset..offset + size_of::<T>());
+        place.filter(|_| self.writable)?.copy_from_slice(bytemuck::bytes_of(&value));
+        Some(())
     }
 }
 
@@ -165,8 +202,8 @@ pub struct Host<F: Family> {
     pub sockets: Vec<(SocketAddr, SocketAddr)>,
     fragments: RefCell<BTreeMap<Vec<u8>, FragmentValue>>,
     peers: RefCell<BTreeMap<Vec<u8>, PeerValue<F>>>,
-    /// The outcomes that there were.
-    pub counted: RefCell<BTreeSet<Outcome>>,
+    /// How often there was each outcome.
+    pub counted: RefCell<BTreeMap<Outcome, u32>>,
     /// With what packets before have left in it, as in the kernel.
     work: RefCell<Work<F>>,
 }
@@ -325,9 +362,7 @@ impl<F: HostFamily> Host<F> {
     /// As [`Host::see`], of a packet that may refuse to be changed.
     pub fn see_buffer(&self, hook: Hook, buffer: &mut Buffer) -> Outcome {
         buffer.sockets.clone_from(&self.sockets);
-        let outcome = see(self, hook, buffer, &mut self.work.borrow_mut()).outcome;
-        self.count(outcome);
-        outcome
+        see(self, hook, buffer, &mut self.work.borrow_mut()).outcome
     }
 
     /// How many records of live flows there are.
@@ -370,7 +405,11 @@ pub fn see<F: Wire, P: Frame, T: Tables<F>>(
     };
     loop {
         match next {
-            Next::Done(verdict) => return verdict,
+            Next::Done(verdict) => {
+                tables.count(verdict.outcome, 1);
+                return verdict;
+            }
+            Next::Counted(verdict) => return verdict,
             Next::Story(story) => next = tell(story, frame, tables, work),
         }
     }
@@ -412,8 +451,8 @@ impl<F: HostFamily> Tables<F> for Host<F> {
         next
     }
 
-    fn count(&self, outcome: Outcome) {
-        self.counted.borrow_mut().insert(outcome);
+    fn count(&self, outcome: Outcome, times: u32) {
+        *self.counted.borrow_mut().entry(outcome).or_default() += times;
     }
 
     fn service(&self, key: &ServiceKey<F>) -> Option<Service> {

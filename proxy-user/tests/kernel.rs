@@ -2,6 +2,7 @@
 //!
 //! Each test has a BPF file system of its own, which nobody else sees.
 
+use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -25,7 +26,7 @@ use proxy_common::tables::{
     Origin, ServiceValue, Side,
 };
 use proxy_common::testing::{Case, Hook, LINK, MTU, NODE, Packet, Service, Step, cases};
-use proxy_common::{Outcome, V4, V6, proto};
+use proxy_common::{Family, Outcome, V4, V6, proto};
 
 const BPFFS: &str = "/mnt/bpf";
 
@@ -173,6 +174,15 @@ impl Bench {
         clear::<FragmentKey<V6>, FragmentValue>(&self.root, &name_of::<V6>("fragments"));
     }
 
+    /// How often each outcome was, in the counters and in the records of live flows.
+    fn outcomes(&self) -> BTreeMap<Outcome, u64> {
+        let mut outcomes = read::outcomes(&self.root).unwrap();
+        let mut add = |(outcome, packets)| *outcomes.get_mut(&outcome).unwrap() += packets;
+        counted::<V4>(&self.root).into_iter().for_each(&mut add);
+        counted::<V6>(&self.root).into_iter().for_each(&mut add);
+        outcomes
+    }
+
     /// A packet is seen at a hook: what is done with it, the kernel's code for that, and what the
     /// packet is then.
     fn see(&self, hook: Hook, frame: &[u8]) -> (Outcome, i32, Vec<u8>) {
@@ -182,7 +192,7 @@ impl Bench {
             Hook::Egress => "portal_upegress",
         };
         let program: &SchedClassifier = self.programs.program(name).unwrap().try_into().unwrap();
-        let before = read::outcomes(&self.root).unwrap();
+        let before = self.outcomes();
         let mut out = vec![0; frame.len() + 256];
         let mut run = TestRunOptions::new();
         run.data_in = Some(frame);
@@ -190,7 +200,7 @@ impl Bench {
         let result = program.test_run(run).unwrap();
         let length = usize::try_from(result.data_size_out).unwrap();
         out.truncate(length);
-        let after = read::outcomes(&self.root).unwrap();
+        let after = self.outcomes();
         // That a table is full is counted beside what becomes of the packet.
         let counted: Vec<Outcome> = after
             .iter()
@@ -200,6 +210,15 @@ impl Bench {
         assert_eq!(counted.len(), 1, "one packet, one outcome: {counted:?}");
         (counted[0], result.return_value.cast_signed(), out)
     }
+}
+
+/// What the records of live flows have counted.
+fn counted<F: Family>(root: &Path) -> Vec<(Outcome, u64)> {
+    let map = MapData::from_pin(maps_folder(root).join(name_of::<F>("flows"))).unwrap();
+    let table =
+        HashMap::<_, FlowKey<F>, FlowValue<F>>::try_from(Map::from_map_data(map).unwrap()).unwrap();
+    let records = table.iter().map(|record| record.unwrap().1);
+    records.map(|record| (record.facts().origin.outcome(), record.packets.into())).collect()
 }
 
 fn clear<K: aya::Pod, V: aya::Pod>(root: &Path, map: &str) {
@@ -349,7 +368,7 @@ fn the_sweep_removes_what_has_ended_and_nothing_else() {
         let (vip, pod) = (at("10.96.0.1:80"), at("10.0.1.1:8080"));
         bench.serve(&[Service::new(vip, proto::UDP, &[pod])]);
         for client in [at("10.0.0.1:4000"), at("10.0.0.2:4000"), at("10.0.0.3:4000")] {
-            for _ in 0..2 {
+            for _ in 0..3 {
                 bench.see(Hook::Ingress, &Packet::udp(Side::Ingress, client, vip).frame());
                 bench.see(Hook::Egress, &Packet::udp(Side::Egress, pod, client).frame());
             }
@@ -373,8 +392,14 @@ fn the_sweep_removes_what_has_ended_and_nothing_else() {
                 }
             }
         }
+        // What the records alone have counted is not lost with them.
+        let (before, seen) = (read::outcomes(&bench.root).unwrap(), bench.outcomes());
         let swept = bench.datapath.sweep().run().unwrap();
         assert_eq!((swept.records, swept.removed), ([2, 0], 3));
+        assert!(
+            read::outcomes(&bench.root).unwrap()[&Outcome::Replied] > before[&Outcome::Replied]
+        );
+        assert_eq!(bench.outcomes(), seen);
         let left: Vec<_> = flows.keys().map(Result::unwrap).collect();
         assert!(
             left.len() == 2 && left.iter().all(|k| k.src.octets[3] == 1 || k.dst.octets[3] == 1)

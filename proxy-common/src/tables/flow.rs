@@ -21,7 +21,7 @@
 use core::mem::offset_of;
 
 use crate::addr::{Addr4, Address, Port, mix, spread};
-use crate::{Family, V4, map_type};
+use crate::{Family, Outcome, V4, map_type};
 
 /// The hook at which a direction's packets are seen, in the view of the link they are on.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -93,6 +93,9 @@ impl<F: Family> FlowKey<F> {
         let rest: u32 = bytemuck::cast([proto, side as u8, 0, 0]);
         words[words.len() - 1] = bytemuck::cast([bytemuck::cast(ports), rest]);
     }
+
+    /// How many words of 64 bits it has.
+    pub(super) const WORDS: usize = size_of::<Self>() / 8;
 
     #[inline(always)]
     pub(super) fn words(&self) -> &[u64] {
@@ -199,6 +202,24 @@ impl Origin {
         self.kind & kind != 0
     }
 
+    /// What becomes of a packet that is translated, beside its way.
+    #[inline(always)]
+    pub const fn translated(self) -> Outcome {
+        if self.is(Self::REPLY) { Outcome::Replied } else { Outcome::Forwarded }
+    }
+
+    /// What becomes of a packet of a live flow.
+    #[inline(always)]
+    pub const fn outcome(self) -> Outcome {
+        if self.is(Self::REDIRECT) {
+            Outcome::Masqueraded
+        } else if self.is(Self::TURN) {
+            Outcome::Hairpin
+        } else {
+            self.translated()
+        }
+    }
+
     /// What the other direction's record has in this one's place. The answer of a flow that is sent on
     /// past the host stack is so too if its client is outside; a pod's comes up through the stack.
     /// `redirected` says whether the client's direction of a flow of a pod is sent on.
@@ -215,9 +236,11 @@ impl Origin {
         Self { kind: role | way, ..self }
     }
 
+    /// All but the backend, in one word: as it lies in a record, without the state.
     #[inline(always)]
-    fn word(self) -> u64 {
-        u64::from(self.client_link) << 32 | u64::from(self.generation) << 8 | u64::from(self.kind)
+    pub(super) fn word(self) -> u64 {
+        let [low, high] = self.generation.to_ne_bytes();
+        bytemuck::cast([self.client_link, u32::from_ne_bytes([low, high, self.kind, 0])])
     }
 }
 
@@ -241,12 +264,13 @@ map_type! {
         pub kind: u8,
         /// This direction's [`State`] as a number.
         pub state: u8,
+        /// Packets of this direction that no story has seen since these were last handed over: to their
+        /// Service port's traffic and to the outcomes.
+        pub packets: u32,
+        /// Their bytes, link-layer headers included. Both are counted in one step.
+        pub bytes: u32,
         /// When this direction was last used, in ticks.
         pub seen: u32,
-        /// Packets of this direction since they were last added to their Service's.
-        pub packets: u32,
-        /// Their bytes, link-layer headers included.
-        pub bytes: u32,
         /// The short cut past the host stack: the link. 0: there is none.
         pub link: u32,
         /// The short cut's next hop, as a link-layer address.
@@ -273,12 +297,12 @@ map_type! {
         pub kind: u8,
         /// This direction's [`State`] as a number.
         pub state: u8,
+        /// As in [`FlowValue::packets`].
+        pub packets: u32,
+        /// Their bytes, link-layer headers included. Both are counted in one step.
+        pub bytes: u32,
         /// When this direction was last used, in ticks.
         pub seen: u32,
-        /// Packets of this direction since they were last added to their Service's.
-        pub packets: u32,
-        /// Their bytes, link-layer headers included.
-        pub bytes: u32,
         /// The backend's record, TCP: what the client acknowledges if it has heard the backend.
         pub proof: u32,
         /// When the flow was opened, in microseconds of `CLOCK_MONOTONIC`, for the latency of its answer.
@@ -293,14 +317,18 @@ const _: () = {
         size_of::<FlowValue<F>>() == size_of::<EmbryoValue<F>>()
             && offset_of!(FlowValue<F>, tag) == offset_of!(EmbryoValue<F>, tag)
             && offset_of!(FlowValue<F>, state) == offset_of!(EmbryoValue<F>, state)
-            && offset_of!(FlowValue<F>, bytes) == offset_of!(EmbryoValue<F>, bytes)
+            && offset_of!(FlowValue<F>, packets) == offset_of!(EmbryoValue<F>, packets)
+            && offset_of!(FlowValue<F>, seen) == offset_of!(EmbryoValue<F>, seen)
+            && offset_of!(FlowValue<F>, tag) % 8 == 0
+            && offset_of!(FlowValue<F>, client_link) == offset_of!(FlowValue<F>, tag) + 8
+            && offset_of!(FlowValue<F>, packets) == offset_of!(FlowValue<F>, tag) + 16
     }
     assert!(alike::<V4>() && alike::<crate::V6>());
     assert!(size_of::<FlowValue<V4>>() == 56 && size_of::<FlowValue<crate::V6>>() == 80);
 };
 
-/// Factors of [`tag`]: odd, and one for each word.
-const FACTORS: [u64; 12] = [
+/// What [`tag`] adds to words before it multiplies them: odd, and one for each.
+const TERMS: [u64; 12] = [
     0x9e37_79b9_7f4a_7c15,
     0xbf58_476d_1ce4_e5b9,
     0x94d0_49bb_1331_11eb,
@@ -317,19 +345,20 @@ const FACTORS: [u64; 12] = [
 
 /// What vouches for a record: a hash of its own key and of all that never changes. Whoever has read a
 /// record compares it with the tag that lies there, and so knows that no field was another record's;
-/// in whatever order the kernel has copied them. A sum of products, which a CPU computes in parallel.
+/// in whatever order the kernel has copied them. A sum of products of two words each (as in NH, the hash under
+/// UMAC, RFC 4418), which a CPU computes in parallel.
 #[inline(always)]
 pub fn tag<F: Family>(key: &FlowKey<F>, other: &FlowKey<F>, origin: Origin) -> u32 {
-    let words = key.words().len();
-    let mut sum = (origin.word() ^ u64::from(origin.backend) << 20).wrapping_mul(FACTORS[0]);
-    sum = sum.wrapping_add(u64::from(origin.backend).wrapping_mul(FACTORS[1]));
-    for (position, word) in key.words().iter().enumerate() {
-        sum = sum.wrapping_add(word.wrapping_mul(FACTORS[2 + position]));
-    }
-    for (position, word) in other.words().iter().enumerate() {
-        sum = sum.wrapping_add(word.wrapping_mul(FACTORS[2 + words + position]));
+    let mut sum = product(origin.word(), u64::from(origin.backend), 0);
+    for (position, (own, others)) in key.words().iter().zip(other.words()).enumerate() {
+        sum = sum.wrapping_add(product(*own, *others, 2 + 2 * position));
     }
     (sum >> 32) as u32
+}
+
+#[inline(always)]
+const fn product(one: u64, two: u64, term: usize) -> u64 {
+    one.wrapping_add(TERMS[term]).wrapping_mul(two.wrapping_add(TERMS[term + 1]))
 }
 
 /// What a record said when it was read, all of it verified.

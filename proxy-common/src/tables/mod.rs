@@ -15,12 +15,13 @@
 //! | `embryos_v4/6` | LRU hash | [`FlowKey`] → [`EmbryoValue`] | datapath | datapath |
 //! | `port_turns` | per-CPU array | hash of a destination → turns of its source ports (`u32`) | datapath | datapath |
 //! | `exhausted_v4/6` | hash | backend number → flows that got no source port (`u64`) | datapath | agent |
-//! | `traffic` | array | service id → [`Traffic`] | datapath | agent, command line |
+//! | `traffic` | array | service id → [`Traffic`] | datapath, agent | agent, command line |
 //! | `tails` | program array | story → program | agent | datapath |
 //! | `fragments_v4/6` | LRU hash | [`FragmentKey`] → [`FragmentValue`] | datapath | datapath |
 //! | `peers_v4/6` | LRU hash | [`PeerKey`] → [`PeerValue`] | socket hooks | socket hooks |
 //! | `names` | hash | service id → [`Name`] | agent | command line |
 //! | `outcomes` | per-CPU array | `Outcome` → count (`u64`) | datapath | agent, command line |
+//! | `outcomes_swept` | array | `Outcome` → what records had counted that the sweep removed (`u64`) | agent | agent, command line |
 //! | `config` | array | 0 → [`Config`] | agent | agent, command line |
 //! | `scratch_v4/6` | per-CPU array | 0 → [`Work`] | datapath | datapath |
 

@@ -57,20 +57,31 @@ impl<F: Family> FlowRecord<'_, F> {
     /// is another's by now.
     #[inline(always)]
     pub fn read(&self, key: &FlowKey<F>, other: &mut FlowKey<F>) -> Option<Facts> {
-        // SAFETY: `new`'s caller promised that the pointer stays readable for 'a.
-        let from = unsafe { &raw const (*self.value.as_ptr()).other }.cast::<u64>();
         for (position, word) in other.words_mut().iter_mut().enumerate() {
-            // SAFETY: both are as many words of the same type.
-            *word = unsafe { from.add(position).read_volatile() };
+            *word = self.word(position);
         }
-        let origin = Origin {
-            backend: load!(self, backend),
-            client_link: load!(self, client_link),
-            generation: load!(self, generation),
-            kind: load!(self, kind),
-        };
-        let facts = Facts { origin, state: State::of(load!(self, state)), seen: load!(self, seen) };
-        (load!(self, tag) == tag(key, other, origin)).then_some(facts)
+        let [vouched, backend] = bytemuck::cast(self.word(FlowKey::<F>::WORDS));
+        let [client_link, rest]: [u32; 2] = bytemuck::cast(self.word(FlowKey::<F>::WORDS + 1));
+        let [low, high, kind, state] = rest.to_ne_bytes();
+        let origin =
+            Origin { backend, client_link, generation: u16::from_ne_bytes([low, high]), kind };
+        let facts = Facts { origin, state: State::of(state), seen: load!(self, seen) };
+        (vouched == tag(key, other, origin)).then_some(facts)
+    }
+
+    /// Where the word of that number lies: first the other direction's key, then tag and backend, then the rest of
+    /// what never changes with the state, then packets and bytes.
+    #[inline(always)]
+    const fn place(&self, position: usize) -> *mut u64 {
+        // SAFETY: a record begins with more words than are asked for, as is asserted where it is laid out.
+        unsafe { self.value.as_ptr().cast::<u64>().add(position) }
+    }
+
+    #[inline(always)]
+    fn word(&self, position: usize) -> u64 {
+        // SAFETY: `new`'s caller promised that the record stays readable for 'a; it is aligned to words.
+        // Volatile, since it is shared memory.
+        unsafe { self.place(position).read_volatile() }
     }
 
     /// Notes that the record was used.
@@ -85,11 +96,20 @@ impl<F: Family> FlowRecord<'_, F> {
         store!(self, state, state as u8);
     }
 
-    /// Counts a packet of the record's direction.
+    /// Counts a packet of the record's direction. `None` if so many bytes were counted that they should be taken
+    /// before more come: then it is not counted.
     #[inline(always)]
-    pub fn count(&self, bytes: u32) {
-        store!(self, packets, load!(self, packets).wrapping_add(1));
-        store!(self, bytes, load!(self, bytes).wrapping_add(bytes));
+    pub fn count(&self, bytes: u32) -> Option<()> {
+        let counts = self.place(FlowKey::<F>::WORDS + 2);
+        let more: u64 = bytemuck::cast([1, bytes]);
+        let before = self.word(FlowKey::<F>::WORDS + 2);
+        let [_, bytes]: [u32; 2] = bytemuck::cast(before);
+        if bytes >> 31 != 0 {
+            return None;
+        }
+        // SAFETY: as for `word`. Two at once may count one less.
+        unsafe { counts.write_volatile(before.wrapping_add(more)) };
+        Some(())
     }
 
     /// Takes the packets and bytes that were counted.

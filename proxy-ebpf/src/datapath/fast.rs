@@ -2,10 +2,11 @@
 //! stranger's is left alone; all else is for the stories.
 //!
 //! What happens once a second, or seldom, is not done here: then the story does what this would have
-//! done, and the rest.
+//! done, and the rest. That goes for counting, too: what is translated here is counted in the flow's record
+//! only, and a story hands that over.
 
 use bytemuck::Zeroable;
-use proxy_common::tables::{FlowKey, Origin, Part, ServiceKey, ServiceValue, Side, State};
+use proxy_common::tables::{FlowKey, Origin, ServiceKey, ServiceValue, Side, State};
 use proxy_common::{Family, Outcome, proto};
 
 use super::{Client, Next, Story, Tables, live, refuse, rewrite};
@@ -14,8 +15,7 @@ use crate::packet::{Frame, Plain, Wire, tcp};
 /// A packet that comes in from a client's link.
 #[inline(always)]
 pub fn ingress<F: Wire, P: Frame, T: Tables<F>>(frame: &mut P, tables: &T, client: Client) -> Next {
-    let mut key = FlowKey::zeroed();
-    let Some(plain) = F::plain(frame, Side::Ingress, &mut key) else {
+    let Some((plain, key)) = F::plain(frame, Side::Ingress) else {
         return Next::Story(client.story());
     };
     if let Some(next) = established(frame, tables, plain, &key, client.story()) {
@@ -34,8 +34,7 @@ pub fn egress<F: Wire, P: Frame, T: Tables<F>>(frame: &mut P, tables: &T, client
     if frame.was_sent_on() {
         return Outcome::NotService.into();
     }
-    let mut key = FlowKey::zeroed();
-    let Some(plain) = F::plain(frame, Side::Egress, &mut key) else {
+    let Some((plain, key)) = F::plain(frame, Side::Egress) else {
         return Next::Story(Story::ToClient);
     };
     if let Some(next) = established(frame, tables, plain, &key, Story::ToClient) {
@@ -44,17 +43,11 @@ pub fn egress<F: Wire, P: Frame, T: Tables<F>>(frame: &mut P, tables: &T, client
     match pending(tables, plain, &key) {
         Known::Translated => Next::Story(Story::ToClient),
         // In the middle of a connection that nobody knows of nothing begins.
-        Known::No if begins(plain) && is_noted(tables, &key, client) => {
+        Known::No if plain.begins() && is_noted(tables, &key, client) => {
             Next::Story(Story::ToClient)
         }
         Known::No | Known::Foreign => Outcome::NotService.into(),
     }
-}
-
-/// Whether a packet may be the first of its flow.
-#[inline(always)]
-const fn begins(plain: Plain) -> bool {
-    plain.proto != proto::TCP || tcp::opens(plain.flags)
 }
 
 /// Whether what begins at egress is the node's own flow, which is noted, or may be a pod's that is to be
@@ -90,34 +83,37 @@ fn established<F: Wire, P: Frame, T: Tables<F>>(
     key: &FlowKey<F>,
     story: Story,
 ) -> Option<Next> {
+    let now = tables.now();
     let record = tables.flow(key)?;
     let mut other = FlowKey::zeroed();
     let Some(facts) = record.read(key, &mut other) else { return Some(Next::Story(story)) };
     let is_plain = facts.is_in(State::Established)
-        && facts.seen == tables.now()
-        && plain.flags & (tcp::SYN | tcp::FIN | tcp::RST) == 0
-        && !record.is_count_large();
+        && facts.seen == now
+        && !plain.has(tcp::SYN | tcp::FIN | tcp::RST);
     if !is_plain {
         return Some(Next::Story(story));
     }
     let origin = facts.origin;
-    if plain.proto == proto::UDP && live::is_stale(origin, tables) {
+    if plain.is(proto::UDP) && live::is_stale(origin, tables) {
         return Some(Next::Story(story));
     }
     let (link, mtu) = live::way(origin, tables, other.src);
     if origin.is(Origin::REDIRECT)
-        && (link == 0
-            || refuse::is_too_big::<F, P>(frame, P::NETWORK + F::HEADER, plain.proto, mtu))
+        && (link == 0 || refuse::is_too_big::<F, P>(frame, P::NETWORK + F::HEADER, key.proto, mtu))
     {
         return Some(Next::Story(story));
     }
-    record.count(frame.length());
-    let l4 = P::NETWORK + F::HEADER;
-    if rewrite::translate(frame, l4, plain.proto, Part::Whole, key, &other).is_none() {
+    let Some(change) = rewrite::Change::of(key, &other) else { return Some(Next::Story(story)) };
+    if record.count(frame.length()).is_none() {
+        return Some(Next::Story(story));
+    }
+    if rewrite::translate_plain(frame, plain, &other, &change).is_none() {
         return Some(Outcome::NotWritable.into());
     }
-    let outcome = if origin.is(Origin::REPLY) { Outcome::Replied } else { Outcome::Forwarded };
-    Some(Next::Done(rewrite::send::<F, P>(frame, origin, link, outcome)))
+    match rewrite::send::<F, P>(frame, origin, link, origin.translated()) {
+        verdict if verdict.outcome == Outcome::NotWritable => Some(Next::Done(verdict)),
+        verdict => Some(Next::Counted(verdict)),
+    }
 }
 
 /// Whether a packet of no live flow may be for a Service, or the answer to a flow that is not live.
@@ -131,7 +127,7 @@ fn is_anyones<F: Family, T: Tables<F>>(
     let Some(mark) = tables.service(&ServiceKey::mark(key.dst)) else {
         // Who asks a pod by its own address is noted, where pods are masqueraded.
         return client == Client::Outside
-            && plain.proto != proto::TCP
+            && !plain.is(proto::TCP)
             && tables.setting(|s| &s.masquerade_pods) != 0;
     };
     if !mark.has(ServiceValue::NODE) {
@@ -159,7 +155,7 @@ fn pending<F: Family, T: Tables<F>>(tables: &T, plain: Plain, key: &FlowKey<F>) 
         return Known::Translated;
     }
     let now = tables.now();
-    if begins(plain) && facts.expired(live::lifetime(tables, plain.proto, facts.state), now) {
+    if plain.begins() && facts.expired(live::lifetime(tables, key.proto, facts.state), now) {
         return Known::No;
     }
     if facts.seen != now {

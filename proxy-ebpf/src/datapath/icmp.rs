@@ -44,11 +44,11 @@ pub fn inbound<F: Wire, P: Frame, T: Tables<F>>(
 #[inline(always)]
 fn echo<F: Wire, P: Frame>(frame: &mut P, work: &Work<F>, request: u8, answer: u8) -> Option<()> {
     let (src, dst) = (&work.key.src, &work.key.dst);
-    F::set_addresses(frame, P::NETWORK, (src, dst), (dst, src))?;
+    F::set_addresses(&mut frame.headers(F::HEADER)?, (dst, src), Delta::default())?;
     frame.store(work.packet.l4(), [answer, 0])?;
     let head = |kind| u16::from_ne_bytes([kind, 0]);
     let body = Delta::default().half(head(request), head(answer));
-    frame.fix_l4(work.packet.l4() + CHECKSUM, Delta::default(), body, false)?;
+    frame.fix_l4::<F>(work.packet.l4() + CHECKSUM, Delta::default(), body, false)?;
     rewrite::turn_around(frame)
 }
 
@@ -140,17 +140,18 @@ fn translate<F: Wire, P: Frame>(frame: &mut P, work: &mut Work<F>) -> Option<()>
     let new_ports = [other.sport, other.dport];
     let addresses = turned.dst.delta(other.src) + turned.src.delta(other.dst);
     let ports = rewrite::ports_delta([turned.dport, turned.sport], new_ports);
-    let (old, new) = ((&turned.dst, &turned.src), (&other.src, &other.dst));
-    F::set_addresses(frame, work.packet.l4() + HEADER, old, new)?;
+    let mut quoted = frame.window(work.packet.l4() + HEADER, F::HEADER)?;
+    F::set_addresses(&mut quoted, (&other.src, &other.dst), addresses)?;
+    drop(quoted);
     frame.store(work.inner.l4(), new_ports)?;
     let quoted_sum = fix_quoted(frame, &work.inner, addresses + ports);
     let body = covered::<F>(addresses) + ports + quoted_sum;
 
     let key = &work.key;
     let source = if key.src == turned.src { &other.dst } else { &key.src };
-    let pseudo = covered::<F>(key.src.delta(*source) + key.dst.delta(other.src));
-    F::set_addresses(frame, P::NETWORK, (&key.src, &key.dst), (source, &other.src))?;
-    frame.fix_l4(work.packet.l4() + CHECKSUM, pseudo, body, false)
+    let change = key.src.delta(*source) + key.dst.delta(other.src);
+    F::set_addresses(&mut frame.headers(F::HEADER)?, (source, &other.src), change)?;
+    frame.fix_l4::<F>(work.packet.l4() + CHECKSUM, covered::<F>(change), body, false)
 }
 
 /// What changed addresses mean for ICMP's checksum. `ICMPv6`'s covers them, in the pseudo header and

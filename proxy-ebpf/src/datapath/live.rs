@@ -4,7 +4,7 @@
 use proxy_common::tables::{
     Backend, Decision, Facts, FlowKey, FlowRecord, Memory, Origin, Packet, State,
 };
-use proxy_common::{Family, Outcome, proto};
+use proxy_common::{Family, proto};
 
 use super::Tables;
 use crate::packet::tcp;
@@ -33,6 +33,7 @@ pub fn find<F: Family, T: Tables<F>>(
                 retire(tables, key, other, &mut memory.spare);
                 return None;
             }
+            count(tables, facts.origin, 1, bytes);
         } else {
             follow(tables, record, packet.flags, (key, other), memory, facts, (now, bytes));
         }
@@ -45,9 +46,7 @@ pub fn find<F: Family, T: Tables<F>>(
         }
         refresh(tables, record, (key, other), memory, facts, (now, bytes));
     }
-    let outcome =
-        if facts.origin.is(Origin::REPLY) { Outcome::Replied } else { Outcome::Forwarded };
-    Some(Decision::new(outcome, facts.origin))
+    Some(Decision::new(facts.origin.translated(), facts.origin))
 }
 
 /// The other direction's record of a live flow, as far as it leads back to `key`.
@@ -152,7 +151,7 @@ fn is_silent<F: Family, T: Tables<F>>(
     silent(facts) && half(tables, key, other, spare).is_none_or(silent)
 }
 
-/// Removes both records of a flow.
+/// Removes both records of a flow. What they have counted is handed over.
 #[inline(always)]
 fn retire<F: Family, T: Tables<F>>(
     tables: &T,
@@ -160,10 +159,15 @@ fn retire<F: Family, T: Tables<F>>(
     other: &FlowKey<F>,
     spare: &mut FlowKey<F>,
 ) {
-    if half(tables, key, other, spare).is_some() {
-        tables.remove(other);
+    for (own, theirs) in [(other, key), (key, other)] {
+        if let Some(record) = tables.flow(own)
+            && let Some(facts) = record.read(own, spare)
+            && *spare == *theirs
+        {
+            hand_over(tables, record, facts.origin, (0, 0));
+            tables.remove(own);
+        }
     }
-    tables.remove(key);
 }
 
 /// Follows a connection to its end, so that its records do not outlive it by hours.
@@ -202,24 +206,33 @@ fn refresh<F: Family, T: Tables<F>>(
     facts: Facts,
     (now, bytes): (u32, u32),
 ) {
-    record.count(bytes);
+    let origin = facts.origin;
     if facts.seen == now && !record.is_count_large() {
+        count(tables, origin, 1, bytes);
         return;
     }
     record.touch(now);
-    hand_over(tables, record, facts.origin);
-    let origin = facts.origin;
+    hand_over(tables, record, origin, (1, bytes));
     if half(tables, key, other, &mut memory.spare).is_none() {
         memory.live.fill(other, key, inverse(origin, key, other), now);
         let _ = tables.insert_flow(other, &memory.live);
     }
 }
 
-/// Adds what a record has counted to its Service port's traffic.
+/// Adds what a record has counted to its Service port's traffic, with `more` packets and bytes, and to the
+/// outcomes.
 #[inline(always)]
-fn hand_over<F: Family, T: Tables<F>>(tables: &T, record: FlowRecord<'_, F>, origin: Origin) {
+fn hand_over<F: Family, T: Tables<F>>(
+    tables: &T,
+    record: FlowRecord<'_, F>,
+    origin: Origin,
+    more: (u32, u32),
+) {
     let (packets, bytes) = record.take_counts();
-    count(tables, origin, packets, bytes);
+    if packets != 0 {
+        tables.count(origin.outcome(), packets);
+    }
+    count(tables, origin, packets.wrapping_add(more.0), bytes.wrapping_add(more.1));
 }
 
 /// Adds to the traffic of the Service port that a flow is of.
@@ -240,14 +253,6 @@ fn end<F: Family, T: Tables<F>>(
     origin: Origin,
     now: u32,
 ) {
-    for (own, theirs) in [(key, other), (other, key)] {
-        if let Some(record) = tables.flow(own)
-            && record.read(own, &mut memory.spare).is_some()
-            && memory.spare == *theirs
-        {
-            hand_over(tables, record, origin);
-        }
-    }
     bury(tables, (key, other), memory, origin, now);
     bury(tables, (other, key), memory, inverse(origin, key, other), now);
     retire(tables, key, other, &mut memory.spare);

@@ -146,6 +146,8 @@ pub struct Verdict {
 pub enum Next {
     /// That is it.
     Done(Verdict),
+    /// That is it, and the flow's record has counted it.
+    Counted(Verdict),
     /// Another story goes on with it.
     Story(Story),
 }
@@ -180,7 +182,7 @@ pub trait Tables<F: Family> {
     /// A random number.
     fn random(&self) -> u32;
     /// Counts an outcome.
-    fn count(&self, outcome: Outcome);
+    fn count(&self, outcome: Outcome, times: u32);
 
     /// A frontend's Service port, or an address's mark.
     fn service(&self, key: &ServiceKey<F>) -> Option<Service>;

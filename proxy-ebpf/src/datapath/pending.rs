@@ -437,7 +437,7 @@ fn stay<F: Family, T: Tables<F>>(
     memory: &mut Memory<F>,
     state: State,
 ) -> Outcome {
-    tables.count(Outcome::TableFull);
+    tables.count(Outcome::TableFull, 1);
     mark(tables, (key, other), memory, state);
     if half_is_making(tables, (key, other), memory) {
         mark(tables, (other, key), memory, State::Established);

@@ -4,7 +4,7 @@
 //! kube-proxy answers TCP with ICMP too; a reset reaches clients whose firewall drops ICMP
 //! (docs/conformance.md, KP-72).
 
-use proxy_common::checksum::{Delta, fold};
+use proxy_common::checksum::Delta;
 use proxy_common::tables::{Part, Work};
 use proxy_common::{Address, Family, Outcome, proto};
 
@@ -57,7 +57,7 @@ fn reset<F: Wire, P: Frame>(frame: &mut P, work: &Work<F>) -> Option<()> {
         answer.flags = tcp::RST | tcp::ACK;
     }
     let words: [u16; 10] = bytemuck::cast(answer);
-    answer.checksum = !fold((pseudo_header(work, proto::TCP, 20) + sum(words)).sum());
+    answer.checksum = !(pseudo_header(work, proto::TCP, 20) + sum(words)).fold();
     frame.resize(l4 + length)?;
     write_header(frame, work, proto::TCP, 20)?;
     frame.store(l4, answer)
@@ -129,7 +129,7 @@ fn explain<F: Wire, P: Frame>(
     if F::ICMP != proto::ICMP {
         total = total + pseudo_header(work, F::ICMP, length as u16);
     }
-    frame.store(icmp, [header[0], !fold(total.sum()), high, low])
+    frame.store(icmp, [header[0], !total.fold(), high, low])
 }
 
 /// A number as two halves of a packet, in network byte order.

@@ -3,10 +3,10 @@
 use proxy_common::checksum::Delta;
 use proxy_common::crc32c;
 use proxy_common::tables::{FlowKey, Origin, Part, Side};
-use proxy_common::{Address, Outcome, Port, proto};
+use proxy_common::{Address, Family, Outcome, Port, proto};
 
 use super::Verdict;
-use crate::packet::{Frame, Wire, tcp};
+use crate::packet::{Frame, Plain, Window, Wire, tcp};
 
 /// Where SCTP's checksum lies.
 const SCTP_CHECKSUM: usize = 8;
@@ -22,13 +22,13 @@ pub fn translate<F: Wire, P: Frame>(
     key: &FlowKey<F>,
     other: &FlowKey<F>,
 ) -> Option<()> {
-    F::set_addresses(frame, P::NETWORK, (&key.src, &key.dst), (&other.dst, &other.src))?;
+    let addresses = key.src.delta(other.dst) + key.dst.delta(other.src);
+    F::set_addresses(&mut frame.headers(F::HEADER)?, (&other.dst, &other.src), addresses)?;
     if part == Part::Later {
         return Some(());
     }
     let old = [key.sport, key.dport];
     let new = [other.dport, other.sport];
-    let addresses = key.src.delta(other.dst) + key.dst.delta(other.src);
     if number == F::ICMP {
         let identifier = if key.side == Side::Ingress as u8 { new[1] } else { new[0] };
         return set_identifier::<F, P>(frame, l4, identifier, addresses, ports_delta(old, new));
@@ -37,7 +37,76 @@ pub fn translate<F: Wire, P: Frame>(
     if number == proto::SCTP {
         return fix_sctp::<F, P>(frame, l4, part, old, new);
     }
-    fix_transport(frame, l4, number, addresses, ports_delta(old, new))
+    fix_transport::<F, P>(frame, l4, number, addresses, ports_delta(old, new))
+}
+
+/// What a packet's checksum has to take up when it is translated.
+pub struct Change {
+    addresses: Delta,
+    ports: Delta,
+}
+
+impl Change {
+    /// The change from `key` to the other direction's addresses, turned around. `None` if the addresses change no
+    /// sum, so that how a checksum takes it does not tell what else it covers.
+    #[inline(always)]
+    pub fn of<F: Family>(key: &FlowKey<F>, other: &FlowKey<F>) -> Option<Self> {
+        let addresses = (key.src.delta(other.dst) + key.dst.delta(other.src)).folded();
+        let ports = ports_delta([key.sport, key.dport], [other.dport, other.sport]);
+        (!matches!(addresses.fold(), 0 | 0xffff)).then_some(Self { addresses, ports })
+    }
+}
+
+/// As [`translate`], of a plain packet: with one call of the kernel and all stores at once.
+#[inline(always)]
+pub fn translate_plain<F: Wire, P: Frame>(
+    frame: &mut P,
+    plain: Plain,
+    other: &FlowKey<F>,
+    change: &Change,
+) -> Option<()> {
+    let checksum = plain.checksum as u16;
+    if plain.is(proto::UDP) {
+        translate_at(frame, tcp::UDP_CHECKSUM, checksum, other, change)
+    } else {
+        translate_at(frame, tcp::CHECKSUM, checksum, other, change)
+    }
+}
+
+/// The same, of a packet whose transport header has its checksum, `before`, at `place`.
+#[inline(always)]
+fn translate_at<F: Wire, P: Frame>(
+    frame: &mut P,
+    place: usize,
+    before: u16,
+    other: &FlowKey<F>,
+    &Change { addresses, ports }: &Change,
+) -> Option<()> {
+    let optional = place == tcp::UDP_CHECKSUM;
+    let sum = P::NETWORK + F::HEADER + place;
+    frame.fix_l4::<F>(sum, addresses, Delta::default(), optional)?;
+
+    let mut window = frame.headers(F::HEADER + place + size_of::<u16>())?;
+    F::set_addresses(&mut window, (&other.dst, &other.src), addresses)?;
+    window.store::<u32>(F::HEADER, bytemuck::cast([other.dport, other.sport]))?;
+    let after = window.load(F::HEADER + place)?;
+    if ports != Delta::default() && covers_ports(before, after, addresses, optional) {
+        window.store(F::HEADER + place, kept(ports.apply(after), optional))?;
+    }
+    Some(())
+}
+
+/// Whether a checksum covers ports, as its change by that of the addresses tells: one that hardware has yet to
+/// finish takes that the other way, and where there is none it takes nothing.
+#[inline(always)]
+fn covers_ports(before: u16, after: u16, addresses: Delta, optional: bool) -> bool {
+    after == kept(addresses.apply(before), optional) && !(optional && before == 0)
+}
+
+/// A checksum as it is written: where a zero means that there is none, it is the other zero.
+#[inline(always)]
+const fn kept(checksum: u16, optional: bool) -> u16 {
+    if optional && checksum == 0 { 0xffff } else { checksum }
 }
 
 /// Gives an ICMP echo the identifier that stands for its ports: the one of the two that is not zero.
@@ -52,7 +121,7 @@ fn set_identifier<F: Wire, P: Frame>(
     frame.store(l4 + F::ECHO_ID, identifier)?;
     // ICMP's sum covers no addresses, ICMPv6's does.
     let pseudo = if F::ICMP == proto::ICMP { Delta::default() } else { addresses };
-    frame.fix_l4(l4 + F::ECHO_CHECKSUM, pseudo, ports, false)
+    frame.fix_l4::<F>(l4 + F::ECHO_CHECKSUM, pseudo, ports, false)
 }
 
 /// Says which way a translated packet goes: on; or by a link, where it counts as a hop; or back to the pod
@@ -114,15 +183,13 @@ fn number([first, second]: [Port; 2]) -> u32 {
 /// The change of a checksum when `new` ports take the place of `old` ones.
 #[inline(always)]
 pub fn ports_delta(old: [Port; 2], new: [Port; 2]) -> Delta {
-    if old == new {
-        return Delta::default();
-    }
-    Delta::default().half(old[0].word(), new[0].word()).half(old[1].word(), new[1].word())
+    let (old, new): (u32, u32) = (bytemuck::cast(old), bytemuck::cast(new));
+    if old == new { Delta::default() } else { Delta::default().word(old, new) }
 }
 
 /// Mends the transport checksum of TCP or UDP.
 #[inline(always)]
-fn fix_transport<P: Frame>(
+fn fix_transport<F: Wire, P: Frame>(
     frame: &mut P,
     l4: usize,
     number: u8,
@@ -130,8 +197,8 @@ fn fix_transport<P: Frame>(
     ports: Delta,
 ) -> Option<()> {
     match number {
-        proto::TCP => frame.fix_l4(l4 + tcp::CHECKSUM, addresses, ports, false),
-        proto::UDP => frame.fix_l4(l4 + tcp::UDP_CHECKSUM, addresses, ports, true),
+        proto::TCP => frame.fix_l4::<F>(l4 + tcp::CHECKSUM, addresses, ports, false),
+        proto::UDP => frame.fix_l4::<F>(l4 + tcp::UDP_CHECKSUM, addresses, ports, true),
         _ => Some(()),
     }
 }

@@ -1,5 +1,7 @@
 //! A socket buffer as a [`Frame`].
 
+use core::marker::PhantomData;
+
 use aya_ebpf::bindings::{BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR};
 use aya_ebpf::helpers::{bpf_csum_update, bpf_l4_csum_replace, bpf_skb_change_tail};
 use aya_ebpf::programs::TcContext;
@@ -9,7 +11,7 @@ use proxy_common::V6;
 use proxy_common::checksum::Delta;
 use proxy_common::tables::FlowKey;
 use proxy_ebpf::datapath::Tables;
-use proxy_ebpf::packet::Frame;
+use proxy_ebpf::packet::{Frame, Window};
 
 use super::host;
 use crate::maps::Tables6;
@@ -91,12 +93,50 @@ impl<'a, const NETWORK: usize> Skb<'a, NETWORK> {
         Some(start as *mut T)
     }
 
+    #[inline(always)]
+    fn window_at(&mut self, offset: usize, length: usize) -> Option<Bytes<'_>> {
+        let start = self.data() + offset;
+        if start + length > self.ctx.data_end() {
+            return None;
+        }
+        Some(Bytes { start, length, packet: PhantomData })
+    }
+
     /// Where the packet begins. Volatile, or the compiler might read it again after a check of bounds,
     /// which the verifier would then not take for a check of this pointer.
     #[inline(always)]
     fn data(&self) -> usize {
         // SAFETY: the context is the kernel's and outlives the program.
         unsafe { (&raw const (*self.ctx.skb.skb).data).read_volatile() as usize }
+    }
+}
+
+/// Bytes of the packet that are reachable as long as nothing moves it: the borrow of the packet sees to that.
+struct Bytes<'a> {
+    start: usize,
+    length: usize,
+    packet: PhantomData<&'a mut ()>,
+}
+
+impl Bytes<'_> {
+    /// Both numbers are constants wherever this is called, and so the check is the compiler's.
+    #[inline(always)]
+    fn pointer<T>(&self, offset: usize) -> Option<*mut T> {
+        (offset + size_of::<T>() <= self.length).then_some((self.start + offset) as *mut T)
+    }
+}
+
+impl Window for Bytes<'_> {
+    #[inline(always)]
+    fn load<T: Pod>(&self, offset: usize) -> Option<T> {
+        // SAFETY: as for `Frame::load`.
+        self.pointer::<T>(offset).map(|pointer| unsafe { *pointer })
+    }
+
+    #[inline(always)]
+    fn store<T: Pod>(&mut self, offset: usize, value: T) -> Option<()> {
+        // SAFETY: as for `Frame::store`.
+        self.pointer::<T>(offset).map(|pointer| unsafe { *pointer = value })
     }
 }
 
@@ -155,6 +195,19 @@ impl<const NETWORK: usize> Frame for Skb<'_, NETWORK> {
     }
 
     #[inline(always)]
+    fn headers(&mut self, length: usize) -> Option<impl Window> {
+        self.window_at(NETWORK, length)
+    }
+
+    #[inline(always)]
+    fn window(&mut self, offset: usize, length: usize) -> Option<impl Window> {
+        if offset > MAX_OFFSET {
+            return None;
+        }
+        self.window_at(bounded(offset), length)
+    }
+
+    #[inline(always)]
     fn resize(&mut self, length: usize) -> Option<()> {
         // SAFETY: the helper checks the length; packet pointers are read anew afterwards.
         let result = unsafe { bpf_skb_change_tail(self.ctx.skb.skb, length as u32, 0) };
@@ -163,11 +216,17 @@ impl<const NETWORK: usize> Frame for Skb<'_, NETWORK> {
     }
 
     #[inline(always)]
-    fn fix_l4(&mut self, offset: usize, pseudo: Delta, body: Delta, optional: bool) -> Option<()> {
+    fn fix_l4<F: Family>(
+        &mut self,
+        offset: usize,
+        pseudo: Delta,
+        body: Delta,
+        optional: bool,
+    ) -> Option<()> {
         let keep_zero = if optional { u64::from(BPF_F_MARK_MANGLED_0) } else { 0 };
         if pseudo != Delta::default() {
             let flags = keep_zero | u64::from(BPF_F_PSEUDO_HDR);
-            if self.ethertype() != V6::ETHERTYPE {
+            if F::ETHERTYPE != V6::ETHERTYPE {
                 self.replace_sum(offset, pseudo, flags)?;
             } else if Tables::<V6>::setting(&Tables6, |s| &s.ipv6_sums) != 0 {
                 self.replace_sum(offset, pseudo, flags | BPF_F_IPV6)?;
@@ -176,7 +235,7 @@ impl<const NETWORK: usize> Frame for Skb<'_, NETWORK> {
                 // The helper takes the change out of a sum that hardware took of the whole packet, as if
                 // a header's checksum made up for it. IPv6 has none: it is put back.
                 // SAFETY: the helper only changes that sum, if there is one.
-                unsafe { bpf_csum_update(self.ctx.skb.skb, pseudo.sum()) };
+                unsafe { bpf_csum_update(self.ctx.skb.skb, pseudo.fold().into()) };
             }
         }
         if body == Delta::default() {
@@ -191,7 +250,7 @@ impl<const NETWORK: usize> Skb<'_, NETWORK> {
     fn replace_sum(&mut self, offset: usize, delta: Delta, flags: u64) -> Option<()> {
         // SAFETY: the helper checks the offset; packet pointers are read anew afterwards.
         let result = unsafe {
-            bpf_l4_csum_replace(self.ctx.skb.skb, offset as u32, 0, u64::from(delta.sum()), flags)
+            bpf_l4_csum_replace(self.ctx.skb.skb, offset as u32, 0, u64::from(delta.fold()), flags)
         };
         (result == 0).then_some(())
     }

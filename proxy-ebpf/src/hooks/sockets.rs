@@ -82,7 +82,7 @@ fn sent<F: Family, S: Socket<F> + Loopback, T: Tables<F>>(socket: &mut S, tables
     if outcome == Outcome::NotService {
         return 1;
     }
-    maps::count(outcome);
+    maps::count(outcome, 1);
     if outcome != Outcome::SocketRefused {
         return 1;
     }
@@ -132,7 +132,7 @@ impl Loopback for Ipv6 {
 #[inline(always)]
 fn restored(outcome: Outcome) -> i32 {
     if outcome == Outcome::SocketRestored {
-        maps::count(outcome);
+        maps::count(outcome, 1);
     }
     1
 }

@@ -127,6 +127,7 @@ const NOT_OURS: Verdict = Verdict { outcome: Outcome::NotService, link: 0 };
 #[inline(always)]
 fn go_on<const NETWORK: usize>(ctx: &TcContext, next: Next, is_v6: bool) -> i32 {
     match next {
+        Next::Counted(done) => action::<NETWORK>(ctx, done),
         Next::Done(done) => verdict::<NETWORK>(ctx, done),
         Next::Story(story) => {
             maps::tail_call(ctx, story, is_v6, NETWORK != 0);
@@ -135,13 +136,18 @@ fn go_on<const NETWORK: usize>(ctx: &TcContext, next: Next, is_v6: bool) -> i32 
     }
 }
 
+/// Counts what is done with the packet, and does it.
+#[inline(always)]
+fn verdict<const NETWORK: usize>(ctx: &TcContext, done: Verdict) -> i32 {
+    maps::count(done.outcome, 1);
+    trace::log(ctx, done.outcome);
+    action::<NETWORK>(ctx, done)
+}
+
 /// What the kernel does with the packet. "On" is UNSPEC and not OK, so that the programs behind ours
 /// run too.
 #[inline(always)]
-fn verdict<const NETWORK: usize>(ctx: &TcContext, done: Verdict) -> i32 {
-    let Verdict { outcome, link } = done;
-    maps::count(outcome);
-    trace::log(ctx, outcome);
+fn action<const NETWORK: usize>(ctx: &TcContext, Verdict { outcome, link }: Verdict) -> i32 {
     match outcome {
         Outcome::NotIp
         | Outcome::NotService

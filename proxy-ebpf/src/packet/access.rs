@@ -40,6 +40,12 @@ pub trait Frame {
     /// Stores `value` at `offset`; `None` if the reachable part ends before it does.
     fn store<T: Pod>(&mut self, offset: usize, value: T) -> Option<()>;
 
+    /// The first `length` bytes from the network header on; `None` if the reachable part ends before they do.
+    fn headers(&mut self, length: usize) -> Option<impl Window>;
+
+    /// `length` bytes from `offset` on; `None` if the reachable part ends before they do.
+    fn window(&mut self, offset: usize, length: usize) -> Option<impl Window>;
+
     /// Changes the packet's length, cutting off its end or adding zeros there, and makes all of it
     /// reachable.
     fn resize(&mut self, length: usize) -> Option<()>;
@@ -47,5 +53,20 @@ pub trait Frame {
     /// Mends the transport checksum at `offset`: `pseudo` is the change of the addresses, which a
     /// checksum that hardware has yet to finish covers; `body` that of the bytes behind it, which it
     /// does not. With `optional` a zero means "no checksum" and stays (UDP, RFC 768).
-    fn fix_l4(&mut self, offset: usize, pseudo: Delta, body: Delta, optional: bool) -> Option<()>;
+    fn fix_l4<F: Family>(
+        &mut self,
+        offset: usize,
+        pseudo: Delta,
+        body: Delta,
+        optional: bool,
+    ) -> Option<()>;
+}
+
+/// A part of a packet whose bounds were checked once for all of it. Offsets count from its start.
+pub trait Window {
+    /// The value at `offset`; `None` if it does not lie in the window.
+    fn load<T: Pod>(&self, offset: usize) -> Option<T>;
+
+    /// Stores `value` at `offset`; `None` if that does not lie in the window.
+    fn store<T: Pod>(&mut self, offset: usize, value: T) -> Option<()>;
 }

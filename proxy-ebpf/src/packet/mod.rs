@@ -5,7 +5,8 @@ pub mod tcp;
 mod v4;
 mod v6;
 
-pub use access::Frame;
+pub use access::{Frame, Window};
+use proxy_common::checksum::Delta;
 use proxy_common::tables::{FlowKey, FragmentKey, Packet, Part, Side};
 use proxy_common::{Family, Outcome, Port, proto};
 
@@ -27,8 +28,8 @@ pub trait Wire: Family {
     fn headers<P: Frame>(frame: &mut P, l3: usize, key: &mut FlowKey<Self>) -> Option<Packet>;
 
     /// The common case of a packet: no options or extension headers, no fragment, TCP or UDP, all of it
-    /// reachable at fixed offsets. Puts its addresses and ports into `key`; `None` for any other packet.
-    fn plain<P: Frame>(frame: &mut P, side: Side, key: &mut FlowKey<Self>) -> Option<Plain>;
+    /// reachable at fixed offsets; with its addresses and ports. `None` for any other packet.
+    fn plain<P: Frame>(frame: &mut P, side: Side) -> Option<(Plain, FlowKey<Self>)>;
 
     /// Types of ICMP's echo request and of its answer.
     const ECHO: [u8; 2];
@@ -41,12 +42,12 @@ pub trait Wire: Family {
     /// out: what they say is about the way to the backend, which the client does not know.
     fn is_error(icmp_type: u8) -> bool;
 
-    /// Gives the header at `l3` new addresses and mends its own checksum.
-    fn set_addresses<P: Frame>(
-        frame: &mut P,
-        l3: usize,
-        old: (&Self::Addr, &Self::Addr),
+    /// Gives the header that the window begins with new addresses, source and destination. `change` is what
+    /// that means for its own checksum, if it has one.
+    fn set_addresses<W: Window>(
+        window: &mut W,
         new: (&Self::Addr, &Self::Addr),
+        change: Delta,
     ) -> Option<()>;
 
     /// Counts a hop, as a router does.
@@ -69,29 +70,52 @@ pub trait Wire: Family {
 }
 
 /// What the headers of a plain packet say beside the addresses.
+///
+/// Wide fields: narrow ones share a register, and each use of one would pick it out.
 #[derive(Clone, Copy)]
 pub struct Plain {
     /// TCP or UDP.
-    pub proto: u8,
+    pub proto: u32,
     /// TCP's flags; 0 otherwise.
-    pub flags: u8,
+    pub flags: u32,
+    /// The transport header's checksum, as it lies there.
+    pub checksum: u32,
 }
 
-/// Reads what lies at the start of a transport header behind an IP header of fixed length.
-#[inline(always)]
-fn plain_transport<F: Wire, P: Frame>(
-    frame: &P,
-    number: u8,
-    side: Side,
-    key: &mut FlowKey<F>,
-) -> Option<Plain> {
-    let l4 = P::NETWORK + F::HEADER;
-    key.set_ports(bytemuck::cast(frame.load::<u32>(l4)?), number, side);
-    if number == proto::UDP {
-        return Some(Plain { proto: proto::UDP, flags: 0 });
+impl Plain {
+    /// Whether it is of that protocol.
+    #[inline(always)]
+    pub fn is(self, number: u8) -> bool {
+        self.proto == u32::from(number)
     }
-    let [_, flags] = frame.load::<[u8; 2]>(l4 + tcp::OFFSET_AND_FLAGS)?;
-    Some(Plain { proto: proto::TCP, flags })
+
+    /// Whether one of these TCP flags is set.
+    #[inline(always)]
+    pub fn has(self, flags: u8) -> bool {
+        self.flags & u32::from(flags) != 0
+    }
+
+    /// Whether it may be the first of its flow.
+    #[inline(always)]
+    pub fn begins(self) -> bool {
+        !self.is(proto::TCP) || tcp::opens(self.flags as u8)
+    }
+}
+
+/// Reads the start of a transport header behind an IP header of fixed length: its ports, too.
+#[inline(always)]
+fn plain_transport<F: Wire, P: Frame>(frame: &mut P, number: u8) -> Option<(Plain, u32)> {
+    if number == proto::UDP {
+        let window = frame.headers(F::HEADER + tcp::UDP_HEADER)?;
+        let checksum = window.load::<u16>(F::HEADER + tcp::UDP_CHECKSUM)?.into();
+        let plain = Plain { proto: proto::UDP.into(), flags: 0, checksum };
+        return Some((plain, window.load(F::HEADER)?));
+    }
+    let window = frame.headers(F::HEADER + size_of::<tcp::Header>())?;
+    let [_, flags]: [u8; 2] = window.load(F::HEADER + tcp::OFFSET_AND_FLAGS)?;
+    let checksum = window.load::<u16>(F::HEADER + tcp::CHECKSUM)?.into();
+    let plain = Plain { proto: proto::TCP.into(), flags: flags.into(), checksum };
+    Some((plain, window.load(F::HEADER)?))
 }
 
 /// Headers are looked for in this many bytes.

@@ -21,6 +21,8 @@ pub const NUMBERS: usize = 4;
 pub const OFFSET_AND_FLAGS: usize = 12;
 /// Where the checksum lies.
 pub const CHECKSUM: usize = 16;
+/// The length of UDP's header.
+pub const UDP_HEADER: usize = 8;
 /// Where UDP's checksum lies.
 pub const UDP_CHECKSUM: usize = 6;
 

@@ -1,11 +1,11 @@
 //! IPv4 (RFC 791).
 
 use bytemuck::{Pod, Zeroable};
-use proxy_common::checksum::{Delta, fold};
+use proxy_common::checksum::Delta;
 use proxy_common::tables::{FlowKey, Packet, Part, Side};
-use proxy_common::{Addr4, Address, V4, proto};
+use proxy_common::{Addr4, V4, proto};
 
-use super::{Frame, Plain, REACH, Wire, plain_transport, tcp};
+use super::{Frame, Plain, REACH, Window, Wire, plain_transport, tcp};
 
 /// The fixed header.
 #[derive(Clone, Copy, Pod, Zeroable)]
@@ -18,16 +18,6 @@ struct Header {
     fragment: [u8; 2],
     ttl: u8,
     proto: u8,
-    checksum: u16,
-    src: Addr4,
-    dst: Addr4,
-}
-
-/// Its end, from the time to live on.
-#[derive(Clone, Copy, Pod, Zeroable)]
-#[repr(C)]
-struct Ends {
-    ttl_proto: u16,
     checksum: u16,
     src: Addr4,
     dst: Addr4,
@@ -80,9 +70,9 @@ impl Wire for V4 {
     }
 
     #[inline(always)]
-    fn plain<P: Frame>(frame: &mut P, side: Side, key: &mut FlowKey<Self>) -> Option<Plain> {
+    fn plain<P: Frame>(frame: &mut P, side: Side) -> Option<(Plain, FlowKey<Self>)> {
         frame.want(P::NETWORK + Self::HEADER + size_of::<tcp::Header>());
-        let header: Header = frame.load(P::NETWORK)?;
+        let header: Header = frame.headers(Self::HEADER)?.load(0)?;
         let fragment = u16::from_be_bytes(header.fragment) & (MORE_FRAGMENTS | FRAGMENT_OFFSET);
         let is_plain = header.version_ihl == 0x45
             && fragment == 0
@@ -90,8 +80,11 @@ impl Wire for V4 {
         if !is_plain {
             return None;
         }
+        let (plain, ports) = plain_transport::<Self, P>(frame, header.proto)?;
+        let mut key = FlowKey::zeroed();
         key.set_addresses(header.src, header.dst);
-        plain_transport(frame, header.proto, side, key)
+        key.set_ports(bytemuck::cast(ports), header.proto, side);
+        Some((plain, key))
     }
 
     /// Destination unreachable, time exceeded, parameter problem.
@@ -101,17 +94,13 @@ impl Wire for V4 {
     }
 
     #[inline(always)]
-    fn set_addresses<P: Frame>(
-        frame: &mut P,
-        l3: usize,
-        old: (&Addr4, &Addr4),
+    fn set_addresses<W: Window>(
+        window: &mut W,
         new: (&Addr4, &Addr4),
+        change: Delta,
     ) -> Option<()> {
-        let delta = old.0.delta(*new.0) + old.1.delta(*new.1);
-        // In one piece: its bounds are checked once.
-        let Ends { ttl_proto, checksum, .. } = frame.load(l3 + TTL)?;
-        let (src, dst) = (*new.0, *new.1);
-        frame.store(l3 + TTL, Ends { ttl_proto, checksum: delta.apply(checksum), src, dst })
+        window.store(CHECKSUM, change.apply(window.load(CHECKSUM)?))?;
+        window.store(Self::SOURCE, [*new.0, *new.1])
     }
 
     #[inline(always)]
@@ -150,7 +139,7 @@ impl Wire for V4 {
         for word in words {
             sum = sum.half(0xffff, word);
         }
-        header.checksum = !fold(sum.sum());
+        header.checksum = !sum.fold();
         frame.store(l3, header)
     }
 

@@ -1,10 +1,11 @@
 //! IPv6 (RFC 8200).
 
 use bytemuck::{Pod, Zeroable};
+use proxy_common::checksum::Delta;
 use proxy_common::tables::{FlowKey, Packet, Part, Side};
 use proxy_common::{Addr6, V6, proto};
 
-use super::{Frame, Plain, REACH, Wire, plain_transport, tcp};
+use super::{Frame, Plain, REACH, Window, Wire, plain_transport, tcp};
 
 /// The fixed header.
 #[derive(Clone, Copy, Pod, Zeroable)]
@@ -108,14 +109,17 @@ impl Wire for V6 {
     }
 
     #[inline(always)]
-    fn plain<P: Frame>(frame: &mut P, side: Side, key: &mut FlowKey<Self>) -> Option<Plain> {
+    fn plain<P: Frame>(frame: &mut P, side: Side) -> Option<(Plain, FlowKey<Self>)> {
         frame.want(P::NETWORK + Self::HEADER + size_of::<tcp::Header>());
-        let header: Header = frame.load(P::NETWORK)?;
+        let header: Header = frame.headers(Self::HEADER)?.load(0)?;
         if header.version >> 4 != 6 || !matches!(header.next, proto::TCP | proto::UDP) {
             return None;
         }
+        let (plain, ports) = plain_transport::<Self, P>(frame, header.next)?;
+        let mut key = FlowKey::zeroed();
         (key.src, key.dst) = (header.src, header.dst);
-        plain_transport(frame, header.next, side, key)
+        key.set_ports(bytemuck::cast(ports), header.next, side);
+        Some((plain, key))
     }
 
     /// Types below 128 are errors; the four that RFC 4443 defines quote a packet.
@@ -125,14 +129,12 @@ impl Wire for V6 {
     }
 
     #[inline(always)]
-    fn set_addresses<P: Frame>(
-        frame: &mut P,
-        l3: usize,
-        _old: (&Addr6, &Addr6),
+    fn set_addresses<W: Window>(
+        window: &mut W,
         new: (&Addr6, &Addr6),
+        _change: Delta,
     ) -> Option<()> {
-        frame.store(l3 + Self::SOURCE, *new.0)?;
-        frame.store(l3 + Self::SOURCE + size_of::<Addr6>(), *new.1)
+        window.store(Self::SOURCE, [*new.0, *new.1])
     }
 
     #[inline(always)]

@@ -12,18 +12,20 @@ fn is_v4(case: &Case) -> bool {
 
 fn run<F: HostFamily>(case: &Case) -> BTreeSet<Outcome> {
     let mut host = Host::<F>::new();
+    let mut seen = BTreeSet::new();
     for (number, step) in case.steps.iter().enumerate() {
         let place = format!("{}, step {number}", case.name);
         match step {
             Step::Services(services) => host.serve(services),
             Step::Packet { hook, frame, outcome, becomes } => {
                 let (done, bytes) = host.see(*hook, frame);
+                seen.insert(done);
                 assert_eq!(done, *outcome, "{place}");
                 becomes.check(&place, frame, &bytes);
             }
         }
     }
-    host.counted.into_inner()
+    seen
 }
 
 #[test]

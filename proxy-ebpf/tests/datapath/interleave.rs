@@ -119,7 +119,7 @@ impl Tables<V4> for Cpu<'_> {
         now() -> u32;
         microseconds() -> u32;
         random() -> u32;
-        count(outcome: Outcome);
+        count(outcome: Outcome, times: u32);
         service(key: &ServiceKey<V4>) -> Option<datapath::Service>;
         has_service(key: &ServiceKey<V4>) -> bool;
         slot(index: u32) -> Option<u32>;

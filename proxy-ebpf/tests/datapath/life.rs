@@ -371,7 +371,7 @@ fn with_a_full_table_flows_are_served_all_the_same() {
         for _ in 0..3 {
             assert_eq!((sent(&host, ACK), comes_from_vip(&host)), (Outcome::Forwarded, true));
         }
-        assert!(host.counted.borrow().contains(&Outcome::TableFull));
+        assert!(host.counted.borrow().contains_key(&Outcome::TableFull));
         assert_eq!(host.flows(), 0, "half a flow was left");
         // For as long as any other.
         pass(&host, 23 * 3600);
@@ -484,6 +484,29 @@ fn traffic_is_counted_by_service_port() {
         segment.frame().len() as u64
     });
     assert_eq!(bytes, lengths[0] + lengths[1] + 43 * lengths[2]);
+}
+
+/// What only a flow's record has counted is handed over when another second begins, and at the flow's end at the
+/// latest.
+#[test]
+fn every_packet_of_a_live_flow_is_counted_once() {
+    let host = connected();
+    let replied = |count| assert_eq!(host.counted.borrow().get(&Outcome::Replied), Some(&count));
+    for _ in 0..5 {
+        answered(&host, ACK);
+    }
+    replied(1);
+    pass(&host, 2);
+    answered(&host, ACK);
+    replied(7);
+    answered(&host, ACK);
+    answered(&host, ACK | FIN);
+    sent(&host, ACK | FIN);
+    replied(9);
+    let packets = host.traffic.borrow()[&1].0;
+    assert_eq!(packets, 3 + 5 + 1 + 1 + 2);
+    let counted: u32 = host.counted.borrow().values().sum();
+    assert_eq!(u64::from(counted), packets);
 }
 
 /// Many flows of a node with one address to one backend: from one client, and from clients whose own

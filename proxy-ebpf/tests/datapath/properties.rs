@@ -4,10 +4,14 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 
 use proptest::prelude::*;
+use proxy_common::checksum;
 use proxy_common::tables::Side::{Egress, Ingress};
-use proxy_common::testing::{Hook, Packet, Service, Step, cases, is_valid};
-use proxy_common::{Outcome, V4, V6, proto};
-use proxy_ebpf::testing::{Host, HostFamily};
+use proxy_common::tables::{FlowKey, Part};
+use proxy_common::testing::{Hook, Packet, Service, Step, Transport, cases, is_valid};
+use proxy_common::{Outcome, Port, V4, V6, proto};
+use proxy_ebpf::datapath::rewrite;
+use proxy_ebpf::packet::Frame;
+use proxy_ebpf::testing::{Buffer, Host, HostFamily};
 
 use crate::{SYN, at, pod, vip};
 
@@ -48,6 +52,45 @@ fn there_and_back<F: HostFamily>(sent: &Packet, pod: SocketAddr) {
         returned,
         Packet { side: Egress, src: sent.dst, dst: sent.src, ..sent.clone() }.frame()
     );
+}
+
+/// What both ways to translate a packet make of it: the one for plain packets and the one for all. `None` if it is
+/// none for the first.
+fn translated<F: HostFamily>(
+    frame: &[u8],
+    unfinished: bool,
+    [client, pod]: [SocketAddr; 2],
+) -> Option<[Vec<u8>; 2]> {
+    let end = |at: SocketAddr| (F::address(at.ip()).unwrap(), Port::new(at.port()));
+    let mut buffers = [Buffer::new(frame), Buffer::new(frame)];
+    buffers.iter_mut().for_each(|buffer| buffer.unfinished = unfinished);
+    buffers.iter_mut().for_each(|buffer| buffer.want(frame.len()));
+    let (plain, key) = F::plain(&mut buffers[0], Ingress).expect("it is plain");
+    let other = FlowKey::<F>::new(end(pod), end(client), key.proto, Egress);
+    let change = rewrite::Change::of(&key, &other)?;
+    rewrite::translate_plain(&mut buffers[0], plain, &other, &change).unwrap();
+    let l4 = Buffer::NETWORK + F::HEADER;
+    rewrite::translate(&mut buffers[1], l4, key.proto, Part::Whole, &key, &other).unwrap();
+    Some(buffers.map(|buffer| buffer.bytes))
+}
+
+/// The Internet checksum of an address, in which both zeros are one.
+fn sum_of(ip: IpAddr) -> u32 {
+    match ip {
+        IpAddr::V4(ip) => checksum::sum(&ip.octets()) % 0xffff,
+        IpAddr::V6(ip) => checksum::sum(&ip.octets()) % 0xffff,
+    }
+}
+
+/// An IPv4 address with its halves in the other order, which changes no sum; another stays as it is.
+fn turned(ip: IpAddr) -> IpAddr {
+    match ip {
+        IpAddr::V4(ip) => {
+            let [a, b, c, d] = ip.octets();
+            [c, d, a, b].into()
+        }
+        IpAddr::V6(_) => ip,
+    }
 }
 
 fn no_panic<F: HostFamily>(frames: &[Vec<u8>]) {
@@ -107,6 +150,34 @@ proptest! {
             there_and_back::<V4>(&packet, pod);
         } else {
             there_and_back::<V6>(&packet, pod);
+        }
+    }
+
+    #[test]
+    fn a_plain_packet_is_translated_as_any_other(
+        (mut packet, pod) in any_ends().prop_flat_map(|[client, vip, pod]| (any_packet(client, vip), Just(pod))),
+        checksum in prop_oneof![any::<u16>(), Just(0), Just(0xffff)],
+        unfinished in any::<bool>(),
+        same_sum in any::<bool>(),
+        same_port in any::<bool>(),
+    ) {
+        packet.options = false;
+        let ip = if same_sum { turned(packet.dst.ip()) } else { pod.ip() };
+        let pod = SocketAddr::new(ip, if same_port { packet.dst.port() } else { pod.port() });
+        let mut frame = packet.frame();
+        let header = if pod.is_ipv4() { 20 } else { 40 };
+        let place = 14 + header + if matches!(packet.transport, Transport::Tcp { .. }) { 16 } else { 6 };
+        frame[place..place + 2].copy_from_slice(&checksum.to_ne_bytes());
+        let ends = [packet.src, pod];
+        let both = if pod.is_ipv4() {
+            translated::<V4>(&frame, unfinished, ends)
+        } else {
+            translated::<V6>(&frame, unfinished, ends)
+        };
+        if let Some([plain, general]) = both {
+            prop_assert_eq!(plain, general);
+        } else {
+            prop_assert_eq!(sum_of(packet.dst.ip()), sum_of(pod.ip()));
         }
     }
 

@@ -42,10 +42,11 @@ macro_rules! family {
     };
 }
 
-const COMMON: [Shape; 7] = [
+const COMMON: [Shape; 8] = [
     shape::<u32, Config>("config"),
     shape::<u32, Name>("names"),
     shape::<u32, u64>("outcomes"),
+    shape::<u32, u64>("outcomes_swept"),
     shape::<u32, Slots>("slots"),
     shape::<u32, u32>("turns"),
     shape::<u32, u32>("port_turns"),

@@ -9,7 +9,7 @@ use std::marker::PhantomData;
 use std::num::NonZeroUsize;
 use std::os::fd::{AsFd, OwnedFd};
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use bytemuck::Pod;
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
@@ -135,6 +135,23 @@ impl<T: Pod> Mapped<T> {
                 word.store(new, Ordering::Relaxed);
             }
         }
+        Ok(())
+    }
+
+    /// Adds to one of an element's 64-bit counters, of that position, while others may.
+    ///
+    /// # Errors
+    /// If it can't be mapped: there is no memory.
+    ///
+    /// # Panics
+    /// If there is no such element or counter.
+    #[expect(clippy::cast_ptr_alignment, reason = "elements and their counters are aligned to 8")]
+    pub fn add(&self, index: u32, counter: usize, more: u64) -> io::Result<()> {
+        let words = Self::words(self.window(index)?, index);
+        let place = std::ptr::from_ref(&words[2 * counter..2 * counter + 2]).cast::<AtomicU64>();
+        // SAFETY: two words of an element that is aligned to 8; as they are all in shared memory, they are only
+        // accessed by atomics.
+        unsafe { &*place }.fetch_add(more, Ordering::Relaxed);
         Ok(())
     }
 

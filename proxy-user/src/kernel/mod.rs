@@ -9,6 +9,7 @@
 //! links (between one packet and the next) and goes on with the maps.
 
 mod contract;
+mod counts;
 mod links;
 mod load;
 mod mapped;

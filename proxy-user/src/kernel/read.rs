@@ -283,7 +283,8 @@ pub fn now() -> u32 {
     (nanoseconds >> proxy_common::settings::TICK_SHIFT) as u32
 }
 
-/// How often each outcome was, over all CPUs.
+/// How often each outcome was, over all CPUs. What the records of live flows have counted and not yet handed
+/// over, at most a second's packets of each, is not among it.
 ///
 /// # Errors
 /// If there are no pinned maps under `bpffs_root`.
@@ -291,11 +292,19 @@ pub fn outcomes(bpffs_root: &Path) -> Result<BTreeMap<Outcome, u64>> {
     let path = maps_folder(bpffs_root).join("outcomes");
     let map = MapData::from_pin(&path).with_context(|| no_maps(bpffs_root))?;
     let counts = PerCpuArray::<_, u64>::try_from(Map::PerCpuArray(map))?;
+    let swept = open_swept(&maps_folder(bpffs_root))?;
     let sum = |outcome: &Outcome| -> Result<(Outcome, u64)> {
         let values = counts.get(&outcome.index(), 0).context("cannot read the map outcomes")?;
-        Ok((*outcome, values.iter().sum()))
+        let swept = swept.get(&outcome.index(), 0).context("cannot read the map outcomes_swept")?;
+        Ok((*outcome, values.iter().sum::<u64>() + swept))
     };
     Outcome::ALL.iter().map(sum).collect()
+}
+
+/// What sweeps have added to the outcomes: only they write there.
+pub(super) fn open_swept(maps: &Path) -> Result<Array<MapData, u64>> {
+    let map = MapData::from_pin(maps.join("outcomes_swept"))?;
+    Ok(Array::try_from(Map::Array(map))?)
 }
 
 /// The names of Service ports by number, for listings.

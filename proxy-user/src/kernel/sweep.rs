@@ -15,6 +15,7 @@ use proxy_common::settings::Lifetimes;
 use proxy_common::tables::{EmbryoValue, Facts, FlowKey, FlowValue, Origin, State};
 use proxy_common::{V4, V6};
 
+use super::counts::Counts;
 use super::mapped::Mapped;
 use super::name_of;
 use super::read::{self, now};
@@ -90,6 +91,7 @@ impl Sweep {
         .with_context(|| format!("cannot read {}", path.display()))?;
         idle.drain(..).for_each(|key| swept.removed += table.remove_if_idle(&key));
         swept.removed += table.remove_halves()?;
+        std::mem::take(&mut table.counts).hand_over::<F>(&self.maps)?;
         // Some were removed before they were seen.
         swept.left = swept.left.saturating_sub(swept.removed);
         if !counted.is_empty() {
@@ -119,12 +121,14 @@ struct Table<F: Family> {
     flows: HashTable<MapData, FlowKey<F>, FlowValue<F>>,
     lifetimes: Lifetimes,
     now: u32,
+    counts: Counts,
 }
 
 impl<F: Family> Table<F> {
     fn open(map: MapData, lifetimes: Lifetimes) -> Result<Self> {
         let file = map.fd().as_fd().try_clone_to_owned()?;
-        Ok(Self { file, flows: HashTable::try_from(Map::HashMap(map))?, lifetimes, now: now() })
+        let flows = HashTable::try_from(Map::HashMap(map))?;
+        Ok(Self { file, flows, lifetimes, now: now(), counts: Counts::default() })
     }
 
     fn is_idle(&self, key: &FlowKey<F>, facts: Facts) -> bool {
@@ -151,7 +155,7 @@ impl<F: Family> Table<F> {
     /// Removes a record, unless it has changed since it was looked at: then it stays, or comes back.
     fn remove(&mut self, key: &FlowKey<F>, decided: &FlowValue<F>) -> usize {
         match sys::take::<_, FlowValue<F>>(&self.file, key) {
-            Ok(Some(taken)) if taken == *decided => 1,
+            Ok(Some(taken)) if taken == *decided => self.removed(decided),
             Ok(Some(taken)) => {
                 const NOEXIST: u64 = 1;
                 let _ = self.flows.insert(key, taken, NOEXIST);
@@ -159,11 +163,17 @@ impl<F: Family> Table<F> {
             }
             Ok(None) => 0,
             // The kernel can't do both at once.
-            Err(_) => usize::from(
-                self.flows.get(key, 0).is_ok_and(|value| value == *decided)
-                    && self.flows.remove(key).is_ok(),
-            ),
+            Err(_) => {
+                let is_same = self.flows.get(key, 0).is_ok_and(|value| value == *decided);
+                if is_same && self.flows.remove(key).is_ok() { self.removed(decided) } else { 0 }
+            }
         }
+    }
+
+    /// One record less; what it has counted is kept.
+    fn removed(&mut self, record: &FlowValue<F>) -> usize {
+        self.counts.take(record);
+        1
     }
 
     /// Removes idle records of backends' packets whose client's record is not there.
