@@ -9,7 +9,7 @@ use proxy_common::tables::ServiceValue;
 
 use crate::desired::health::{HealthCheck, health_check};
 use crate::desired::node_ports::{NodePortAddresses, is_eligible};
-use crate::desired::{PortId, desired, desired_of};
+use crate::desired::{PortId, desired_of};
 use crate::events::Notice;
 use crate::model::from_k8s::{self, Problem};
 use crate::model::{Cluster, Node, ObjectName, Owner};
@@ -17,7 +17,21 @@ use crate::plan::{Change, Op, Planner, Refusal, Use};
 use crate::watch::{Kind, Update};
 
 /// Where a node's own sockets reach its host ports too.
+/// How many objects are planned at once while empty tables are filled.
+const AT_ONCE: usize = 512;
+
 const LOOPBACK: [IpAddr; 2] = [IpAddr::V4(Ipv4Addr::LOCALHOST), IpAddr::V6(Ipv6Addr::LOCALHOST)];
+
+/// How far the kernel is in step with the cluster.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Progress {
+    /// Nothing was planned.
+    Waiting,
+    /// Empty tables are being filled, part by part.
+    Filling,
+    /// What changes is planned.
+    Following,
+}
 
 /// Everything between the watches and the kernel, without I/O but for the log.
 pub struct Agent {
@@ -37,9 +51,9 @@ pub struct Agent {
     /// What to plan anew.
     dirty: BTreeSet<Owner>,
     listed: HashSet<Kind>,
-    started: bool,
+    progress: Progress,
     /// The ports of each object as last wanted.
-    planned: HashMap<Owner, BTreeSet<PortId>>,
+    planned: HashMap<Owner, Box<[PortId]>>,
     /// What was said of each object, so that it is said once.
     reported: HashMap<(&'static str, ObjectName), Vec<Problem>>,
     /// What can't be done, so that it is said once and tried again.
@@ -71,7 +85,7 @@ impl Agent {
             planner,
             dirty: BTreeSet::new(),
             listed: HashSet::new(),
-            started: false,
+            progress: Progress::Waiting,
             planned: HashMap::new(),
             reported: HashMap::new(),
             refused: HashMap::new(),
@@ -88,6 +102,11 @@ impl Agent {
     /// How many Services there are.
     pub fn services(&self) -> usize {
         self.cluster.services()
+    }
+
+    /// Whether the next plan goes on with filling empty tables: not all Services are in force yet.
+    pub fn is_filling(&self) -> bool {
+        self.progress == Progress::Filling
     }
 
     /// Takes an update in.
@@ -155,7 +174,7 @@ impl Agent {
     /// be.
     pub fn start_over(&mut self, planner: Planner) {
         self.planner = planner;
-        self.started = false;
+        self.progress = Progress::Waiting;
         self.node_changed = true;
     }
 
@@ -174,7 +193,7 @@ impl Agent {
 
     /// Whether plans are still to come, though nothing has changed.
     pub fn is_settled(&self) -> bool {
-        self.planner.is_settled()
+        self.planner.is_settled() && !self.is_filling()
     }
 
     /// How much of each table is in use.
@@ -281,8 +300,7 @@ impl Agent {
         if self.refused.is_empty() {
             return;
         }
-        let is_refused =
-            |ports: &BTreeSet<PortId>| ports.iter().any(|p| self.refused.contains_key(p));
+        let is_refused = |ports: &[PortId]| ports.iter().any(|p| self.refused.contains_key(p));
         let owners = self.planned.iter().filter(|(_, ports)| is_refused(ports));
         self.dirty.extend(owners.map(|(owner, _)| owner.clone()));
     }
@@ -295,13 +313,16 @@ impl Agent {
         }
         let mut ops = self.plan_node();
         let mut changes = Vec::new();
-        if self.started {
-            for owner in std::mem::take(&mut self.dirty) {
-                self.change(&owner, &mut changes);
-            }
-        } else {
-            self.started = true;
-            self.change_all(&mut changes);
+        if self.progress == Progress::Waiting {
+            self.start(&mut changes);
+        }
+        let at_once = if self.is_filling() { AT_ONCE } else { usize::MAX };
+        for _ in 0..at_once {
+            let Some(owner) = self.dirty.pop_first() else { break };
+            self.change(&owner, &mut changes);
+        }
+        if self.dirty.is_empty() {
+            self.progress = Progress::Following;
         }
         let mut refusals = Vec::new();
         ops.extend(self.planner.plan(now, &changes, &mut refusals));
@@ -330,16 +351,22 @@ impl Agent {
         self.planner.plan_node(&marks)
     }
 
-    /// The first change: what is held and not wanted goes, and the rest is put.
-    fn change_all(&mut self, changes: &mut Vec<Change>) {
-        self.dirty.clear();
-        let wanted = desired(&self.cluster, &self.node);
-        let gone = self.planner.ports().filter(|port| !wanted.contains_key(port));
-        changes.extend(gone.map(|port| (port.clone(), None)));
-        let owners: Vec<Owner> = self.cluster.owners().collect();
-        for owner in &owners {
-            self.change(owner, changes);
+    /// The first change: what is held and not wanted goes, and the rest is put. Into empty tables it is put part by
+    /// part, so that not all of it is in memory at once; what is held already may pass from one to another, which
+    /// one plan must see.
+    fn start(&mut self, changes: &mut Vec<Change>) {
+        self.progress = Progress::Filling;
+        self.dirty = self.cluster.owners().collect();
+        if self.planner.ports().next().is_none() {
+            return;
         }
+        while let Some(owner) = self.dirty.pop_first() {
+            self.change(&owner, changes);
+        }
+        let wanted: HashSet<&PortId> = changes.iter().map(|(port, _)| port).collect();
+        let gone = self.planner.ports().filter(|port| !wanted.contains(port));
+        let gone: Vec<Change> = gone.map(|port| (port.clone(), None)).collect();
+        changes.extend(gone);
     }
 
     fn change(&mut self, owner: &Owner, changes: &mut Vec<Change>) {

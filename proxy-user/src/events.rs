@@ -102,8 +102,8 @@ fn reference(notice: &Notice) -> ObjectReference {
     ObjectReference {
         api_version: Some("v1".to_owned()),
         kind: Some(notice.kind.to_owned()),
-        namespace: Some(namespace.clone()).filter(|namespace| !namespace.is_empty()),
-        name: Some(name.clone()),
+        namespace: Some(namespace.to_string()).filter(|namespace| !namespace.is_empty()),
+        name: Some(name.to_string()),
         uid: Some(notice.uid.clone()).filter(|uid| !uid.is_empty()),
         ..ObjectReference::default()
     }

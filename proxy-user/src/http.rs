@@ -31,9 +31,10 @@ pub struct Status {
     /// Load balancers may send here.
     eligible: AtomicBool,
     services: AtomicUsize,
-    /// Of each family.
-    flow_records: [AtomicUsize; 2],
+    flow_records: AtomicUsize,
     swept_records: AtomicUsize,
+    /// How full the tables were that are counted by sweeps.
+    swept_tables: Mutex<Vec<Use>>,
     refusals: AtomicUsize,
     usage: Mutex<Vec<Use>>,
 }
@@ -47,8 +48,9 @@ impl Status {
             ready: AtomicBool::new(false),
             eligible: AtomicBool::new(true),
             services: AtomicUsize::new(0),
-            flow_records: [AtomicUsize::new(0), AtomicUsize::new(0)],
+            flow_records: AtomicUsize::new(0),
             swept_records: AtomicUsize::new(0),
+            swept_tables: Mutex::default(),
             refusals: AtomicUsize::new(0),
             usage: Mutex::default(),
         }
@@ -68,10 +70,9 @@ impl Status {
 
     /// Notes what a sweep has found.
     pub fn swept(&self, swept: Swept) {
-        for (gauge, records) in self.flow_records.iter().zip(swept.records) {
-            gauge.store(records, Ordering::Relaxed);
-        }
+        self.flow_records.store(swept.records.into_iter().sum(), Ordering::Relaxed);
         self.swept_records.fetch_add(swept.removed, Ordering::Relaxed);
+        *self.swept_tables.lock().expect("no panic while locked") = swept.tables;
     }
 
     /// Notes that the kernel refused a write.
@@ -79,12 +80,7 @@ impl Status {
         self.refusals.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// Records of live flows at the last sweep, of each family.
-    pub fn flow_records(&self) -> [usize; 2] {
-        self.flow_records.each_ref().map(|records| records.load(Ordering::Relaxed))
-    }
-
-    /// Notes how much of each table is in use.
+    /// Notes how much of each table is in use that the agent fills.
     pub fn used(&self, usage: Vec<Use>) {
         *self.usage.lock().expect("no panic while locked") = usage;
     }
@@ -99,12 +95,13 @@ impl Status {
         metric("portal_ready", "gauge", "The kernel follows the cluster.", self.is_ready().into());
         metric("portal_services", "gauge", "Services that are proxied.", load(&self.services));
         let help = "Records of live flows at the last sweep, two per flow.";
-        metric("portal_flow_records", "gauge", help, self.flow_records().into_iter().sum());
+        metric("portal_flow_records", "gauge", help, load(&self.flow_records));
         let help = "Records of ended flows removed by sweeps.";
         metric("portal_swept_records_total", "counter", help, load(&self.swept_records));
         let help = "How often the kernel refused a write to the maps.";
         metric("portal_refused_writes_total", "counter", help, load(&self.refusals));
-        let usage = self.usage.lock().expect("no panic while locked").clone();
+        let mut usage = self.usage.lock().expect("no panic while locked").clone();
+        usage.extend(self.swept_tables.lock().expect("no panic while locked").iter().cloned());
         for (name, help, value) in [
             (
                 "portal_table_used",

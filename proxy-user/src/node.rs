@@ -194,31 +194,14 @@ impl Node {
             return;
         }
         let was_ready = self.status.is_ready();
-        let started = Instant::now();
-        self.clock += self.written.elapsed();
-        let mut ops = self.agent.plan(self.clock);
         let becomes_ready = !was_ready && self.agent.is_ready();
-        if !ops.is_empty() || becomes_ready {
-            let written = ops.iter().filter_map(|op| match op {
-                Op::Backend { backend, .. } if backend.is_remote() => Some(backend.address.ip()),
-                _ => None,
-            });
-            // Those that an earlier agent has written too, of which a plan does not speak.
-            let taken_over = becomes_ready.then(|| self.agent.remote_backends());
-            let learnt = self.routes.learn(written.chain(taken_over.into_iter().flatten())).await;
-            self.datapath.set_routes(&learnt);
-            if self.ways_are_old {
-                ops.extend(self.agent.rewrite(|_| true));
-            } else if becomes_ready {
-                ops.extend(self.agent.rewrite(|address| learnt.contains_key(&address)));
-            }
-            if !self.write(&ops) {
+        let mut is_first = true;
+        while is_first || self.agent.is_filling() {
+            if !self.carry_on(becomes_ready && is_first).await {
                 return;
             }
-            self.ways_are_old = false;
-            tracing::debug!("{} writes in {:?}", ops.len(), started.elapsed());
+            is_first = false;
         }
-        self.written = Instant::now();
         if self.agent.has_new_refusals() {
             self.tries = TRIES;
         }
@@ -236,6 +219,37 @@ impl Node {
                 memory::trim();
             }
         }
+    }
+
+    /// Plans, and writes what is planned. False if a write was refused.
+    async fn carry_on(&mut self, becomes_ready: bool) -> bool {
+        let started = Instant::now();
+        self.clock += self.written.elapsed();
+        let mut ops = self.agent.plan(self.clock);
+        if ops.is_empty() && !becomes_ready {
+            self.written = Instant::now();
+            return true;
+        }
+        let written = ops.iter().filter_map(|op| match op {
+            Op::Backend { backend, .. } if backend.is_remote() => Some(backend.address.ip()),
+            _ => None,
+        });
+        // Those that an earlier agent has written too, of which a plan does not speak.
+        let taken_over = becomes_ready.then(|| self.agent.remote_backends());
+        let learnt = self.routes.learn(written.chain(taken_over.into_iter().flatten())).await;
+        self.datapath.set_routes(&learnt);
+        if self.ways_are_old {
+            ops.extend(self.agent.rewrite(|_| true));
+        } else if becomes_ready {
+            ops.extend(self.agent.rewrite(|address| learnt.contains_key(&address)));
+        }
+        if !self.write(&ops) {
+            return false;
+        }
+        self.ways_are_old = false;
+        self.written = Instant::now();
+        tracing::debug!("{} writes in {:?}", ops.len(), started.elapsed());
+        true
     }
 
     /// Carries out writes. If the kernel refuses one, which may pass, what the maps hold is read back after
@@ -359,10 +373,11 @@ impl Node {
                 return false;
             }
         };
+        let records = swept.records;
         self.status.swept(swept);
         memory::trim();
         let room = self.datapath.max_flows();
-        let is_nearly_full = swept.records.iter().any(|records| records * 5 > room * 4);
+        let is_nearly_full = records.iter().any(|records| records * 5 > room * 4);
         let text = format!(
             "more than 80 % of the {room} records for live flows are in use; further ones are served \
              from a table where flows can be evicted. --max-flows gives them more room"
@@ -399,16 +414,13 @@ impl Node {
     /// Says which tables of Services are nearly full, and passes on how full all are.
     fn watch_tables(&mut self) {
         let mut usage = self.agent.usage();
+        usage.extend(self.datapath.usage());
         for Use { table, used, size } in &usage {
             let text = format!(
                 "more than 80 % of the table {table} is in use: what is added above its {size} is refused. \
                  --table-size gives more room"
             );
             self.say(used * 5 > size * 4, text);
-        }
-        let (records, size) = (self.status.flow_records(), self.datapath.max_flows());
-        for (table, used) in ["flows_v4", "flows_v6"].into_iter().zip(records) {
-            usage.push(Use { table, used, size });
         }
         self.status.used(usage);
     }

@@ -28,10 +28,52 @@ pub struct Route {
 /// Ways that have changed, by destination; `None` where there is none any more.
 pub type Routes = HashMap<IpAddr, Option<Route>>;
 
+/// Ways by destination. Many addresses have few ways, so each is kept once.
+#[derive(Default)]
+pub struct Known {
+    /// Which of `routes` leads to an address; [`NO_ROUTE`] if none does.
+    numbers: HashMap<IpAddr, u32>,
+    routes: Vec<Route>,
+    by_route: HashMap<Route, u32>,
+}
+
+/// The number of a route that there is not.
+const NO_ROUTE: u32 = u32::MAX;
+
+impl Known {
+    /// Takes in what is known of an address by now.
+    pub fn insert(&mut self, address: IpAddr, route: Option<Route>) {
+        let number = route.map_or(NO_ROUTE, |route| self.number(route));
+        self.numbers.insert(address, number);
+    }
+
+    fn number(&mut self, route: Route) -> u32 {
+        *self.by_route.entry(route).or_insert_with(|| {
+            self.routes.push(route);
+            u32::try_from(self.routes.len() - 1).expect("there are fewer links")
+        })
+    }
+
+    /// The way to an address, if one is known.
+    pub fn get(&self, address: IpAddr) -> Option<Route> {
+        self.routes.get(*self.numbers.get(&address)? as usize).copied()
+    }
+
+    /// Whether an address was asked for.
+    fn has(&self, address: IpAddr) -> bool {
+        self.numbers.contains_key(&address)
+    }
+
+    /// Forgets all other addresses.
+    pub fn keep_only(&mut self, wanted: &HashSet<IpAddr>) {
+        self.numbers.retain(|address, _| wanted.contains(address));
+    }
+}
+
 /// Asks the routing table, and remembers what it said.
 pub struct Resolver {
     handle: Handle,
-    known: Routes,
+    known: Known,
 }
 
 impl Resolver {
@@ -43,25 +85,26 @@ impl Resolver {
         let (connection, handle, _) =
             new_connection().context("cannot ask for routes by netlink")?;
         tokio::spawn(connection);
-        Ok(Self { handle, known: Routes::new() })
+        Ok(Self { handle, known: Known::default() })
     }
 
     /// Asks for addresses that were not asked for before. Returns what is new.
     pub async fn learn(&mut self, addresses: impl Iterator<Item = IpAddr>) -> Routes {
-        let fresh: HashSet<IpAddr> = addresses.filter(|a| !self.known.contains_key(a)).collect();
+        let fresh: HashSet<IpAddr> = addresses.filter(|a| !self.known.has(*a)).collect();
         let answers = self.ask_all(fresh).await;
-        self.known.extend(&answers);
+        answers.iter().for_each(|(address, route)| self.known.insert(*address, *route));
         answers
     }
 
     /// Asks anew for the addresses in these ranges that are still `wanted`. Returns what has changed.
     pub async fn refresh(&mut self, wanted: &HashSet<IpAddr>, ranges: &[IpNet]) -> Routes {
-        self.known.retain(|address, _| wanted.contains(address));
+        self.known.keep_only(wanted);
         let is_concerned = |address: &&IpAddr| ranges.iter().any(|range| range.contains(*address));
-        let concerned: Vec<IpAddr> = self.known.keys().filter(is_concerned).copied().collect();
+        let concerned = self.known.numbers.keys().filter(is_concerned);
+        let concerned: Vec<IpAddr> = concerned.copied().collect();
         let mut changed = self.ask_all(concerned).await;
-        changed.retain(|address, route| self.known[address] != *route);
-        self.known.extend(&changed);
+        changed.retain(|address, route| self.known.get(*address) != *route);
+        changed.iter().for_each(|(address, route)| self.known.insert(*address, *route));
         changed
     }
 

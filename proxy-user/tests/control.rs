@@ -407,6 +407,37 @@ fn a_memory_limit_too_small_is_named_as_such_with_what_would_do() {
     assert!(!told.contains("5.10"), "{told}");
 }
 
+/// Ten thousand Services of ten endpoints each.
+fn fill_cluster(server: &ApiServer) {
+    for number in 0..10_000_u32 {
+        let name = format!("s{number}");
+        let vip = Ipv4Addr::from_bits(0x0a60_0000 + number).into();
+        server.put(objects::service(&name, &[vip], &[("http", "TCP", 80)]));
+        let pods = (0..10).map(|pod| Ipv4Addr::from_bits(0x0b00_0000 + 10 * number + pod));
+        let endpoints: Vec<Value> = pods
+            .map(|pod| objects::endpoint(pod.into(), &format!("node-{}", pod.octets()[3])))
+            .collect();
+        let ports = [("http", "TCP", 8080)];
+        server.put(objects::slice(&format!("{name}-1"), &name, &ports, &endpoints));
+    }
+}
+
+#[test]
+fn ten_thousand_services_of_ten_endpoints_take_less_than_80_megabytes() {
+    let mut control = Control::new();
+    fill_cluster(&control.api);
+    control.launch(&["--kubeconfig", "/mnt/kubeconfig"]);
+    control.wait_ready();
+    let agent = control.agent.as_ref().unwrap();
+    // What of it is the program itself depends on how it was built.
+    let program = agent.memory("RssFile");
+    let (peak, after) = (agent.memory("VmHWM"), agent.memory("VmRSS"));
+    println!("{peak} bytes at most, {after} afterwards, {program} of them mapped files");
+    let metrics = http(control.node(), 10249, "/metrics").unwrap();
+    assert!(metrics.contains("portal_table_used{table=\"backends_v4\"} 100000"), "{metrics}");
+    assert!(peak - program < 72_000_000, "{peak} bytes at most, {program} of them mapped files");
+}
+
 /// Fills a table with what is none of Portal's, so that the kernel takes no more.
 fn fill_services(node: &Node) {
     node.mounts.run(|| {

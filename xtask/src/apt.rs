@@ -4,10 +4,19 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
 use crate::steps::{output, quietly};
+
+/// How long package lists are good for: what they name goes when something newer comes.
+const FRESH: Duration = Duration::from_hours(24);
+
+fn is_fresh(file: &Path) -> bool {
+    let age = fs::metadata(file).and_then(|file| file.modified()).ok().map(|time| time.elapsed());
+    age.is_some_and(|age| age.is_ok_and(|age| age < FRESH))
+}
 
 /// A suite of Debian's, as apt sees it.
 pub struct Suite {
@@ -27,10 +36,15 @@ impl Suite {
         }
         fs::write(suite.folder.join("status"), "")?;
         fs::write(suite.folder.join("sources.list"), suite.sources()?)?;
-        if !suite.folder.join("fetched").exists() {
+        let fetched = suite.folder.join("fetched");
+        if !is_fresh(&fetched) {
             let what = format!("fetching the package lists of Debian {name}");
-            quietly(&what, "10 s", suite.apt("apt-get").arg("update"))?;
-            fs::write(suite.folder.join("fetched"), "")?;
+            match quietly(&what, "10 s", suite.apt("apt-get").arg("update")) {
+                Ok(()) => fs::write(&fetched, "")?,
+                // What old lists name may still be there.
+                Err(error) if fetched.exists() => eprintln!("{error:#}; older ones are used"),
+                Err(error) => return Err(error),
+            }
         }
         Ok(suite)
     }

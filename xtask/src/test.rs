@@ -40,7 +40,7 @@ pub fn run(args: &Args) -> Result<()> {
     let with_root: &[Tier] = match args.tier {
         None => &[Tier::Kernel, Tier::Control, Tier::Network],
         Some(Tier::Pure) => return Ok(()),
-        Some(Tier::Kernels) => return vm::run_one(),
+        Some(Tier::Kernels) => return vm::run_one(args.filter.as_deref()),
         Some(_) => args.tier.as_slice(),
     };
     toolchain::need("bpftool")?;
@@ -55,7 +55,7 @@ pub fn run(args: &Args) -> Result<()> {
         }
     }
     openly(filtered(tests.env(OBJECT_VARIABLE, object), args))?;
-    if args.tier.is_none() && args.filter.is_none() { vm::run_one() } else { Ok(()) }
+    if args.tier.is_none() && args.filter.is_none() { vm::run_one(None) } else { Ok(()) }
 }
 
 fn files_of(tier: Tier) -> &'static [&'static str] {

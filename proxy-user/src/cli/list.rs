@@ -30,7 +30,9 @@ pub struct Args {
 
 impl Args {
     fn wants(&self, port: Option<&PortId>) -> bool {
-        self.namespace.is_none() || self.namespace.as_ref() == port.map(|p| &p.service.namespace)
+        self.namespace
+            .as_deref()
+            .is_none_or(|namespace| port.is_some_and(|port| *port.service.namespace == *namespace))
     }
 }
 
@@ -84,7 +86,7 @@ fn sorted(actual: &Actual) -> Vec<&ActualService> {
 /// Namespace, name and port name.
 fn names(port: Option<&PortId>) -> [String; 3] {
     let Some(port) = port else { return ["?".to_owned(), "?".to_owned(), String::new()] };
-    [port.service.namespace.clone(), port.service.name.clone(), port.port.clone()]
+    [port.service.namespace.to_string(), port.service.name.to_string(), port.port.clone()]
 }
 
 /// Lists backends, a row per endpoint of a Service port.

@@ -9,29 +9,54 @@ use crate::model::{Cluster, Endpoint, EndpointPort, Node, Slice};
 ///
 /// Usable are the ready ones that the topology hints leave; if none is ready, those that still serve
 /// while they terminate (KP-49, 62). The same is decided for this node's endpoints alone (KP-63), where
-/// hints do not count (KP-67).
+/// hints do not count (KP-67). There may be a hundred thousand: each is looked at twice.
 pub fn backends(cluster: &Cluster, node: &Node, id: &PortId) -> Vec<Backend> {
     let merged = merged(cluster, id);
-    let endpoints = merged.iter().map(|(_, endpoint)| *endpoint);
-    let any_ready = endpoints.clone().any(|endpoint| endpoint.ready);
-    let local_ready = endpoints.clone().any(|endpoint| endpoint.ready && endpoint.local);
-    let topology = Topology::of(&endpoints, node);
+    let facts = Facts::of(&merged, node);
     let serves = |endpoint: &Endpoint, any_ready: bool| {
         if any_ready { endpoint.ready } else { endpoint.serving && endpoint.terminating }
     };
+    let takes = |endpoint: &Endpoint| !facts.any_ready || facts.topology.takes(endpoint, node);
     let backends = merged.iter().map(|(address, endpoint)| Backend {
         address: *address,
-        usable: serves(endpoint, any_ready) && (!any_ready || topology.takes(endpoint, node)),
-        usable_local: endpoint.local && serves(endpoint, local_ready),
+        usable: serves(endpoint, facts.any_ready) && takes(endpoint),
+        usable_local: endpoint.local && serves(endpoint, facts.local_ready),
         serving: endpoint.serving || endpoint.ready,
         local: endpoint.local,
         weight: endpoint.weight,
     });
     let mut backends: Vec<Backend> = backends.collect();
-    spare_weightless(&mut backends, |backend| &mut backend.usable);
-    spare_weightless(&mut backends, |backend| &mut backend.usable_local);
+    if facts.any_weightless {
+        spare_weightless(&mut backends, |backend| &mut backend.usable);
+        spare_weightless(&mut backends, |backend| &mut backend.usable_local);
+    }
     backends.retain(|backend| backend.usable || backend.usable_local || backend.serving);
     backends
+}
+
+/// What is so of a Service port's endpoints together.
+struct Facts {
+    any_ready: bool,
+    /// Of this node's.
+    local_ready: bool,
+    any_weightless: bool,
+    topology: Topology,
+}
+
+impl Facts {
+    fn of(merged: &[(SocketAddr, &Endpoint)], node: &Node) -> Self {
+        let (mut any_ready, mut local_ready, mut any_weightless) = (false, false, false);
+        let mut all_hinted = true;
+        for (_, endpoint) in merged {
+            any_ready |= endpoint.ready;
+            local_ready |= endpoint.ready && endpoint.local;
+            any_weightless |= endpoint.weight == 0;
+            all_hinted &= !endpoint.ready || endpoint.hints.is_some();
+        }
+        let endpoints = merged.iter().map(|(_, endpoint)| *endpoint);
+        let topology = if all_hinted { Topology::of(&endpoints, node) } else { Topology::Cluster };
+        Self { any_ready, local_ready, any_weightless, topology }
+    }
 }
 
 /// Whoever has weight 0 takes no new flows, unless there is no one else.
@@ -83,7 +108,7 @@ impl Topology {
 
 /// The endpoints of a Service port, each address once, sorted.
 fn merged<'a>(cluster: &'a Cluster, id: &PortId) -> Vec<(SocketAddr, &'a Endpoint)> {
-    let mut merged: Vec<(SocketAddr, &Endpoint)> = Vec::new();
+    let mut merged = Vec::with_capacity(cluster.endpoints(&id.service));
     cluster.for_each_endpoint(
         &id.service,
         |slice| ports(slice, id),

@@ -67,5 +67,5 @@ fn short(name: &ObjectName) -> ObjectName {
     hasher.write(name.name.as_bytes());
     let tail = format!("~{:016x}", hasher.finish());
     let head: String = name.name.chars().take(LONGEST - tail.len()).collect();
-    ObjectName { namespace: name.namespace.clone(), name: head + &tail }
+    ObjectName { namespace: name.namespace.clone(), name: (head + &tail).into() }
 }

@@ -108,9 +108,12 @@ impl Hash for Backend {
             IpAddr::V4(ip) => state.write_u32(ip.to_bits()),
             IpAddr::V6(ip) => state.write_u128(ip.to_bits()),
         }
-        let facts = [usable, usable_local, serving, local].map(u8::from);
+        let facts = u32::from(usable)
+            | u32::from(usable_local) << 1
+            | u32::from(serving) << 2
+            | u32::from(local) << 3;
         let numbers = u32::from(address.port()) << 16 | u32::from(weight);
-        state.write_u64(u64::from(numbers) << 32 | u64::from(u32::from_ne_bytes(facts)));
+        state.write_u64(u64::from(numbers) << 32 | u64::from(facts));
     }
 }
 

@@ -61,6 +61,11 @@ impl<T: Pod> Mapped<T> {
         self.length
     }
 
+    /// Unmaps all windows. Those that are read or written to again are mapped again.
+    pub fn unmap(&mut self) {
+        self.windows.iter_mut().for_each(|window| drop(window.take()));
+    }
+
     /// Maps a window.
     fn map(&self, number: u32) -> io::Result<Window> {
         let elements = WINDOW.min(self.length - number * WINDOW);

@@ -38,7 +38,7 @@ use proxy_common::Outcome;
 use proxy_common::settings::Lifetimes;
 
 use crate::netlink::{Exits, Role};
-use crate::plan::{Capacity, Op, Planner};
+use crate::plan::{Capacity, Op, Planner, Use};
 use crate::routes::Routes;
 pub use contract::{Shape, name_of, shapes};
 use links::PinnedLinks;
@@ -48,6 +48,9 @@ pub use sweep::{Sweep, Swept};
 use tails::Tails;
 pub use tc::TcMode;
 use writer::Writer;
+
+/// After more writes at once than this the tables' memory is given back: it counts as the agent's.
+const MANY: usize = 1024;
 
 /// Where and how the datapath is installed.
 #[derive(Clone, Debug)]
@@ -204,7 +207,11 @@ impl Datapath {
     /// # Errors
     /// If the kernel refuses one; those before it were carried out.
     pub fn apply(&mut self, ops: &[Op]) -> Result<()> {
-        ops.iter().try_for_each(|op| self.writer.apply(op))
+        let result = ops.iter().try_for_each(|op| self.writer.apply(op));
+        if ops.len() > MANY {
+            self.writer.unmap();
+        }
+        result
     }
 
     /// Takes in which ways lead to backends, where that has changed: for those written from now on.
@@ -262,6 +269,11 @@ impl Datapath {
     /// How many records each family's table of live flows holds.
     pub fn max_flows(&self) -> usize {
         self.max_flows
+    }
+
+    /// How much is in use of the tables that the planner knows nothing of.
+    pub fn usage(&self) -> Vec<Use> {
+        self.writer.usage()
     }
 
     /// A sweep, which removes flows that have ended from the table of live ones.

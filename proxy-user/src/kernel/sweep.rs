@@ -10,9 +10,13 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 use aya::maps::{HashMap as HashTable, Map, MapData};
+use bytemuck::Pod;
 use proxy_common::Family;
 use proxy_common::settings::Lifetimes;
-use proxy_common::tables::{EmbryoValue, Facts, FlowKey, FlowValue, Origin, State};
+use proxy_common::tables::{
+    AffinityKey, AffinityValue, EmbryoValue, Facts, FlowKey, FlowValue, FragmentKey, FragmentValue,
+    Origin, PeerKey, PeerValue, State,
+};
 use proxy_common::{V4, V6};
 
 use super::counts::Counts;
@@ -21,17 +25,20 @@ use super::name_of;
 use super::read::{self, now};
 use super::sys::{self, for_each};
 use super::writer::open_mapped;
+use crate::plan::Use;
 
 /// How many records are looked at again, and removed, before more are read.
 const BATCH: usize = 1024;
 
 /// What a sweep found.
-#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
+#[derive(Clone, Default, PartialEq, Eq, Debug)]
 pub struct Swept {
     /// Records of live flows that are left, two per flow, of each family.
     pub records: [usize; 2],
     /// Records removed.
     pub removed: usize,
+    /// How full the tables are that the datapath fills.
+    pub tables: Vec<Use>,
 }
 
 /// The same of one family.
@@ -61,7 +68,30 @@ impl Sweep {
         let lifetimes = read::config(&self.maps)?.lifetimes;
         let v4 = self.family::<V4>(lifetimes, &self.counted[0])?;
         let v6 = self.family::<V6>(lifetimes, &self.counted[1])?;
-        Ok(Swept { records: [v4.left, v6.left], removed: v4.removed + v6.removed })
+        let mut tables = self.tables::<V4>(v4.left)?;
+        tables.extend(self.tables::<V6>(v6.left)?);
+        Ok(Swept { records: [v4.left, v6.left], removed: v4.removed + v6.removed, tables })
+    }
+
+    /// How full one family's tables are. Those that evict the oldest are full after some time, which is no fault.
+    fn tables<F: Family>(&self, flows: usize) -> Result<Vec<Use>> {
+        let path = self.maps.join(name_of::<F>("flows"));
+        let size = MapData::from_pin(path)?.info()?.max_entries() as usize;
+        Ok(vec![
+            Use { table: name_of::<F>("flows"), used: flows, size },
+            self.count::<FlowKey<F>, EmbryoValue<F>>(name_of::<F>("embryos"))?,
+            self.count::<FragmentKey<F>, FragmentValue>(name_of::<F>("fragments"))?,
+            self.count::<PeerKey<F>, PeerValue<F>>(name_of::<F>("peers"))?,
+            self.count::<AffinityKey<F>, AffinityValue>(name_of::<F>("affinity"))?,
+        ])
+    }
+
+    fn count<K: Pod, V: Pod>(&self, table: String) -> Result<Use> {
+        let map = MapData::from_pin(self.maps.join(&table))?;
+        let mut used = 0;
+        for_each(map.fd(), |_: &K, _: &V| used += 1)
+            .with_context(|| format!("cannot count {table}"))?;
+        Ok(Use { table, used, size: map.info()?.max_entries() as usize })
     }
 
     fn family<F: Family>(

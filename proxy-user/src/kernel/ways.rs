@@ -42,6 +42,11 @@ where
         self.used.clear();
     }
 
+    /// How many ways there are, and how many there can be.
+    pub fn usage(&self) -> (usize, usize) {
+        (self.used.len(), self.rows.length() as usize - 1)
+    }
+
     /// Takes over that a backend has a way.
     ///
     /// # Errors

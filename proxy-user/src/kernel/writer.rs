@@ -20,8 +20,8 @@ use super::ways::Ways;
 use crate::desired::{Frontend, PortId};
 use crate::model::IpFamily;
 use crate::netlink::Exits;
-use crate::plan::{Actual, BackendEntry, Capacity, Lead, Op, flags_of};
-use crate::routes::{Route, Routes};
+use crate::plan::{Actual, BackendEntry, Capacity, Lead, Op, Use, flags_of};
+use crate::routes::{Known, Route, Routes};
 
 /// One family's tables.
 pub struct FamilyTables<F: Family> {
@@ -31,6 +31,7 @@ pub struct FamilyTables<F: Family> {
     pub loads: Mapped<u32>,
     ways: Ways<F>,
     exits: HashMap<MapData, u32, tables::Exit<F>>,
+    exits_size: usize,
     exhausted: HashMap<MapData, u32, u64>,
     /// Backends whose flows are counted, with their generations.
     counted: std::collections::HashMap<u32, u16>,
@@ -45,7 +46,7 @@ pub struct Writer {
     services: u32,
     ranges: u32,
     /// The ways that lead to backends.
-    routes: std::collections::HashMap<IpAddr, Route>,
+    routes: Known,
 }
 
 pub(super) fn open(maps: &Path, name: &str) -> Result<MapData> {
@@ -73,6 +74,7 @@ where
             ways,
             exhausted: HashMap::try_from(Map::HashMap(exhausted))?,
             counted: std::collections::HashMap::new(),
+            exits_size: exits.info()?.max_entries() as usize,
             exits: HashMap::try_from(Map::HashMap(exits))?,
             services: HashMap::try_from(Map::HashMap(services))?,
             ranges: LpmTrie::try_from(Map::LpmTrie(ranges))?,
@@ -147,6 +149,18 @@ where
             Some(((row.service, address), count))
         };
         counts.into_iter().filter_map(backend).collect()
+    }
+
+    fn unmap(&mut self) {
+        self.backends.unmap();
+        self.loads.unmap();
+    }
+
+    /// How much is in use of the ways and the exits.
+    fn usage(&self) -> [Use; 2] {
+        let of = |table: &str, (used, size)| Use { table: super::name_of::<F>(table), used, size };
+        let exits = self.exits.keys().flatten().count();
+        [of("ways", self.ways.usage()), of("exits", (exits, self.exits_size))]
     }
 
     /// Makes the table of exits hold these and no others.
@@ -225,7 +239,7 @@ impl Writer {
             slots: open_mapped(maps, "slots")?,
             services,
             ranges,
-            routes: std::collections::HashMap::new(),
+            routes: Known::default(),
         })
     }
 
@@ -253,12 +267,19 @@ impl Writer {
 
     /// Takes in which ways lead to backends, where that has changed: for those written from now on.
     pub fn set_routes(&mut self, changed: &Routes) {
-        for (address, route) in changed {
-            match route {
-                Some(route) => self.routes.insert(*address, *route),
-                None => self.routes.remove(address),
-            };
-        }
+        changed.iter().for_each(|(address, route)| self.routes.insert(*address, *route));
+    }
+
+    /// Gives back the memory that the tables take up while they are written to.
+    pub fn unmap(&mut self) {
+        self.slots.unmap();
+        self.v4.unmap();
+        self.v6.unmap();
+    }
+
+    /// How much is in use of the tables that the planner knows nothing of.
+    pub fn usage(&self) -> Vec<Use> {
+        self.v4.usage().into_iter().chain(self.v6.usage()).collect()
     }
 
     /// Says by which address pods leave the cluster on each link.
@@ -337,10 +358,10 @@ impl Writer {
     }
 
     fn backend(&mut self, family: IpFamily, number: u32, backend: BackendEntry) -> io::Result<()> {
-        let route = self.routes.get(&backend.address.ip());
+        let route = self.routes.get(backend.address.ip());
         match family {
-            IpFamily::V4 => self.v4.write_backend(number, backend, route),
-            IpFamily::V6 => self.v6.write_backend(number, backend, route),
+            IpFamily::V4 => self.v4.write_backend(number, backend, route.as_ref()),
+            IpFamily::V6 => self.v6.write_backend(number, backend, route.as_ref()),
         }
     }
 

@@ -55,8 +55,8 @@ pub fn service(raw: &raw::Service, problems: &mut Vec<Problem>) -> Option<Servic
     Some(Service {
         uid: raw.metadata.uid.clone(),
         created: raw.metadata.creation_timestamp.clone(),
-        cluster_ips: cluster_ips(spec, problems),
-        ports: spec.ports.iter().filter_map(|port| service_port(port, problems)).collect(),
+        cluster_ips: kept(cluster_ips(spec, problems)),
+        ports: kept(spec.ports.iter().filter_map(|port| service_port(port, problems))),
         external_ips,
         balancer_ips: balancer_ips(&raw.status, problems),
         internal_local: spec.internal_traffic_policy == "Local",
@@ -66,6 +66,13 @@ pub fn service(raw: &raw::Service, problems: &mut Vec<Problem>) -> Option<Servic
         source_ranges: source_ranges(spec, problems),
         health_check_port: port_number(spec.health_check_node_port).filter(|_| is_checked),
     })
+}
+
+/// A list that takes up no more memory than it must: there are many.
+fn kept<T>(items: impl IntoIterator<Item = T>) -> Vec<T> {
+    let mut list: Vec<T> = items.into_iter().collect();
+    list.shrink_to_fit();
+    list
 }
 
 /// The addresses in a list, without those that are none.
@@ -252,11 +259,11 @@ pub fn slice(raw: &raw::EndpointSlice, node: &str, problems: &mut Vec<Problem>) 
         let weight = weights.get(&endpoint.address).copied().unwrap_or(1);
         Some(Endpoint { weight, ..endpoint })
     });
-    let endpoints = endpoints.collect();
+    let endpoints = kept(endpoints);
     Some(Slice {
         service: ObjectName::new(&raw.metadata.namespace, service),
         family,
-        ports: raw.ports.iter().filter_map(|port| slice_port(port, problems)).collect(),
+        ports: kept(raw.ports.iter().filter_map(|port| slice_port(port, problems))),
         endpoints,
     })
 }

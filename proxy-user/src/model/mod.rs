@@ -10,6 +10,7 @@ mod slices;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::sync::Arc;
 
 use ipnet::IpNet;
 use proxy_common::proto;
@@ -17,19 +18,19 @@ use proxy_common::tables::Algorithm;
 
 use slices::Slices;
 
-/// An object's namespace and name.
+/// An object's namespace and name. Copies share the text: there are many of each.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct ObjectName {
     /// The namespace.
-    pub namespace: String,
+    pub namespace: Arc<str>,
     /// The name.
-    pub name: String,
+    pub name: Arc<str>,
 }
 
 impl ObjectName {
     /// The name of an object in a namespace.
     pub fn new(namespace: &str, name: &str) -> Self {
-        Self { namespace: namespace.to_owned(), name: name.to_owned() }
+        Self { namespace: namespace.into(), name: name.into() }
     }
 }
 
@@ -304,6 +305,11 @@ impl Cluster {
     /// The slices of the Service of that name, in the order of their names.
     pub fn slices(&self, service: &ObjectName) -> impl Iterator<Item = &Slice> {
         self.slices.get(service).into_iter().flat_map(Slices::iter)
+    }
+
+    /// How many endpoints the Service of that name has, in all slices.
+    pub fn endpoints(&self, service: &ObjectName) -> usize {
+        self.slices.get(service).map_or(0, Slices::endpoints)
     }
 
     /// Hands all endpoints of the Service of that name to `each`, in the order of their addresses; those at one

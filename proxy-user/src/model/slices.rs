@@ -1,7 +1,6 @@
 //! The slices of one Service, with their endpoints in order: a change costs in proportion to the change, and
 //! a plan one walk.
 
-use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 use super::{Endpoint, Slice};
@@ -9,26 +8,28 @@ use super::{Endpoint, Slice};
 /// Where an endpoint is.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 struct Place {
-    /// Its address, as IPv6.
-    address: u128,
+    /// Its address, as IPv6, in two halves: one number would have to be aligned as such.
+    address: [u64; 2],
     /// Which of `all`.
     slice: u32,
     /// Which of its endpoints.
     position: u32,
 }
 
-fn as_number(address: IpAddr) -> u128 {
-    match address {
+#[expect(clippy::cast_possible_truncation, reason = "the lower half")]
+fn halves(address: IpAddr) -> [u64; 2] {
+    let number = match address {
         IpAddr::V4(ip) => ip.to_ipv6_mapped().to_bits(),
         IpAddr::V6(ip) => ip.to_bits(),
-    }
+    };
+    [(number >> 64) as u64, number as u64]
 }
 
 /// The slices of one Service.
 #[derive(Clone, Default, Debug)]
 pub struct Slices {
-    /// Which of `all` has a name.
-    by_name: BTreeMap<String, u32>,
+    /// Which of `all` has a name; in the order of their names.
+    by_name: Vec<(String, u32)>,
     all: Vec<Option<(String, Slice)>>,
     /// All endpoints by address; those at one address by the names of their slices (KP-13).
     order: Vec<Place>,
@@ -40,16 +41,27 @@ impl Slices {
         self.by_name.is_empty()
     }
 
+    /// How many endpoints there are.
+    pub fn endpoints(&self) -> usize {
+        self.order.len()
+    }
+
     /// The slice of that name.
     pub fn get(&self, name: &str) -> Option<&Slice> {
-        let (_, slice) = self.all[*self.by_name.get(name)? as usize].as_ref()?;
+        let at = self.find(name).ok()?;
+        let (_, slice) = self.all[self.by_name[at].1 as usize].as_ref()?;
         Some(slice)
     }
 
     /// All slices, in the order of their names.
     pub fn iter(&self) -> impl Iterator<Item = &Slice> {
-        let slices = self.by_name.values().filter_map(|number| self.all[*number as usize].as_ref());
-        slices.map(|(_, slice)| slice)
+        let of = |(_, number): &(String, u32)| self.all[*number as usize].as_ref();
+        self.by_name.iter().filter_map(of).map(|(_, slice)| slice)
+    }
+
+    /// Where a name is among the names, or would be.
+    fn find(&self, name: &str) -> Result<usize, usize> {
+        self.by_name.binary_search_by(|(known, _)| known.as_str().cmp(name))
     }
 
     /// Hands all endpoints to `each`, in the order of their addresses; those at one address in the order of the
@@ -76,15 +88,19 @@ impl Slices {
         let free = self.all.iter().position(Option::is_none).unwrap_or(self.all.len());
         let number = u32::try_from(free).expect("a Service has fewer slices");
         self.order.extend((0..).zip(&slice.endpoints).map(|(position, endpoint)| Place {
-            address: as_number(endpoint.address),
+            address: halves(endpoint.address),
             slice: number,
             position,
         }));
         if free == self.all.len() {
+            // Most Services have one.
+            self.all.reserve_exact(usize::from(free == 0));
             self.all.push(None);
         }
         self.all[free] = Some((name.to_owned(), slice));
-        self.by_name.insert(name.to_owned(), number);
+        let place = self.find(name).unwrap_or_else(|place| place);
+        self.by_name.reserve_exact(usize::from(self.by_name.is_empty()));
+        self.by_name.insert(place, (name.to_owned(), number));
         let name_of =
             |place: &Place| self.all[place.slice as usize].as_ref().map(|(name, _)| name.as_str());
         // Those of before are in order: this merges the new ones into them.
@@ -96,7 +112,8 @@ impl Slices {
 
     /// Removes the slice of that name.
     pub fn remove(&mut self, name: &str) {
-        let Some(number) = self.by_name.remove(name) else { return };
+        let Ok(place) = self.find(name) else { return };
+        let (_, number) = self.by_name.remove(place);
         self.all[number as usize] = None;
         self.order.retain(|place| place.slice != number);
     }

@@ -57,7 +57,8 @@ impl Frontends {
 
     /// Adds a claim, or renews it: a Service that was created anew has another time.
     pub fn claim(&mut self, frontend: Frontend, port: &PortId, created: &str) {
-        let claims = self.claims.entry(frontend).or_default();
+        // Mostly there is one.
+        let claims = self.claims.entry(frontend).or_insert_with(|| Vec::with_capacity(1));
         claims.retain(|(.., claimant)| claimant != port);
         let is_doubtful = port.is_host_port() && !frontend.vip.is_unspecified();
         let claim = (is_doubtful, created.to_owned(), port.clone());

@@ -1,7 +1,6 @@
 //! A Service port as the kernel holds it.
 
-use std::cmp::Ordering;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::time::Instant;
 
 use ipnet::IpNet;
@@ -11,12 +10,14 @@ use proxy_common::tables::{Algorithm, Choice, ServiceValue};
 use super::allocate::Numbers;
 use super::op::{BackendEntry, Lead, Op, flags_of};
 use super::slots::{Candidates, Part, Slots};
-use super::spread::Weighted;
 use crate::desired::{Access, Backend, Frontend, Port};
 use crate::model::IpFamily;
 
-/// Backends that a Service port gives up: their numbers, and what is written there.
-pub type Leaving = Vec<(u32, BackendEntry)>;
+/// A backend's number, and what is written there.
+pub type Numbered = (u32, BackendEntry);
+
+/// Backends that a Service port gives up.
+pub type Leaving = Vec<Numbered>;
 
 /// A Service port as the kernel holds it.
 #[derive(Clone, Debug)]
@@ -26,7 +27,7 @@ pub struct Held {
     /// What was planned last: a hash of it; 0 if that is not in force, or not known.
     pub planned: u64,
     /// Its frontends.
-    pub frontends: BTreeMap<Frontend, Access>,
+    pub frontends: Vec<(Frontend, Access)>,
     affinity: u32,
     algorithm: Algorithm,
     /// Whether one of the frontends that are wanted is led to backends of this node only.
@@ -39,8 +40,8 @@ pub struct Held {
     pub strays: Vec<Part>,
     /// The source ranges that the maps hold.
     pub ranges: BTreeSet<IpNet>,
-    /// Its backends by address: their numbers, and what was written there.
-    pub backends: Vec<(u32, BackendEntry)>,
+    /// Its backends by address.
+    pub backends: Vec<Numbered>,
 }
 
 impl Held {
@@ -49,7 +50,7 @@ impl Held {
         Self {
             id,
             planned: 0,
-            frontends: BTreeMap::new(),
+            frontends: Vec::new(),
             affinity: 0,
             algorithm: Algorithm::default(),
             asks_for_local: false,
@@ -101,36 +102,24 @@ impl Held {
         ops: &mut Vec<Op>,
     ) -> (Leaving, bool) {
         let counted = wanted.algorithm == Algorithm::LeastConn;
-        let mut before = std::mem::take(&mut self.backends).into_iter();
-        let mut next = before.next();
-        self.backends.reserve(wanted.backends.len());
-        let (mut leaving, mut all) = (Vec::new(), true);
-        for backend in &wanted.backends {
-            // Both are sorted.
-            let known = loop {
-                let order = next.map(|(_, entry)| entry.address.cmp(&backend.address));
-                match order {
-                    Some(Ordering::Less) => {
-                        leaving.extend(std::mem::replace(&mut next, before.next()));
-                    }
-                    Some(Ordering::Equal) => break std::mem::replace(&mut next, before.next()),
-                    Some(Ordering::Greater) | None => break None,
-                }
-            };
-            let place = known
-                .map(|(number, entry)| (number, entry.generation))
-                .or_else(|| numbers.take_with_generation());
-            let Some((number, generation)) = place else {
-                all = false;
-                continue;
-            };
-            let entry = BackendEntry { counted, ..entry(backend, generation, self.id) };
-            if known != Some((number, entry)) {
-                ops.push(Op::Backend { family, number, backend: entry });
-            }
-            self.backends.push((number, entry));
-        }
-        leaving.extend(next.into_iter().chain(before));
+        let mut writes = BackendWrites { family, service: self.id, counted, ops };
+        // Both are sorted, and few come or go among very many: what stays at both ends stays in its place.
+        let wanted = &wanted.backends[..];
+        let is_same = |(held, wanted): &(&Numbered, &Backend)| held.1.address == wanted.address;
+        let start = self.backends.iter().zip(wanted).take_while(is_same).count();
+        let ends = self.backends[start..].iter().rev().zip(wanted[start..].iter().rev());
+        let end = ends.take_while(is_same).count();
+        let (held_end, wanted_end) = (self.backends.len() - end, wanted.len() - end);
+        let (first, last) = (&mut self.backends[..start], &wanted[..start]);
+        first.iter_mut().zip(last).for_each(|(held, backend)| writes.again(held, backend));
+        let (first, last) = (&mut self.backends[held_end..], &wanted[wanted_end..]);
+        first.iter_mut().zip(last).for_each(|(held, backend)| writes.again(held, backend));
+
+        let before = self.backends[start..held_end].to_vec();
+        let (between, leaving, all) =
+            merge(before, &wanted[start..wanted_end], numbers, &mut writes);
+        self.backends.splice(start..held_end, between);
+        self.backends.shrink_to(wanted.len());
         (leaving, all)
     }
 
@@ -163,7 +152,18 @@ impl Held {
     /// Takes in which frontends lead here, but for those that are refused. Others stay until they are given up.
     pub fn lead_to(&mut self, wanted: &Port, refused: &[Frontend]) {
         let admitted = wanted.frontends.iter().filter(|(frontend, _)| !refused.contains(frontend));
-        self.frontends.extend(admitted.map(|(frontend, access)| (*frontend, *access)));
+        for (frontend, access) in admitted {
+            self.put_frontend(*frontend, *access);
+        }
+        self.frontends.shrink_to_fit();
+    }
+
+    /// Takes in that a frontend leads here.
+    pub fn put_frontend(&mut self, frontend: Frontend, access: Access) {
+        match self.frontends.iter_mut().find(|(known, _)| *known == frontend) {
+            Some(known) => known.1 = access,
+            None => self.frontends.push((frontend, access)),
+        }
     }
 
     /// Takes in how backends are chosen.
@@ -176,45 +176,41 @@ impl Held {
 
     /// Its frontends that are not wanted any more.
     pub fn give_up(&mut self, wanted: &Port) -> Vec<Frontend> {
-        let gone = self.frontends.extract_if(.., |f, _| !wanted.frontends.contains_key(f));
+        let gone = self.frontends.extract_if(.., |(f, _)| !wanted.frontends.contains_key(f));
         gone.map(|(frontend, _)| frontend).collect()
     }
 
     /// Says how much room the slots for its backends would take.
     pub fn note(&mut self, slots: &mut Slots) {
-        let weighted = |is_usable: fn(&BackendEntry) -> bool| -> Vec<Weighted> {
-            let usable = self.backends.iter().filter(|(_, entry)| is_usable(entry));
-            usable.map(|(_, entry)| (entry.address, entry.weight)).collect()
-        };
-        let cluster = weighted(|entry| entry.usable);
-        let local =
-            if self.asks_for_local { weighted(|entry| entry.usable_local) } else { Vec::new() };
+        let [cluster, local] = self.candidates();
         slots.note(&mut self.cluster, self.algorithm, &cluster);
         slots.note(&mut self.local, self.algorithm, &local);
     }
 
     /// Has slots lead to the backends that take new flows. False if there was no room for that.
     pub fn fill(&mut self, now: Instant, slots: &mut Slots, ops: &mut Vec<Op>) -> bool {
-        let candidates = |is_usable: fn(&BackendEntry) -> bool| -> Candidates {
-            let usable = self.backends.iter().filter(|(_, entry)| is_usable(entry));
-            usable.map(|(number, entry)| ((entry.address, entry.weight), *number)).collect()
-        };
-        let cluster = candidates(|entry| entry.usable);
-        let local = if self.asks_for_local {
-            candidates(|entry| entry.usable_local)
-        } else {
-            Candidates::default()
-        };
         let mut done = true;
-        for (part, candidates) in [(&mut self.cluster, cluster), (&mut self.local, local)] {
+        let candidates = self.candidates();
+        for (part, candidates) in [&mut self.cluster, &mut self.local].into_iter().zip(candidates) {
             done &= slots.fill(now, part, self.algorithm, &candidates, ops);
         }
         done
     }
 
+    /// The backends to choose from: of the cluster, and of this node if that is asked for.
+    fn candidates(&self) -> [Candidates; 2] {
+        let local = if self.asks_for_local {
+            Candidates::of(&self.backends, |entry| entry.usable_local)
+        } else {
+            Candidates::default()
+        };
+        [Candidates::of(&self.backends, |entry| entry.usable), local]
+    }
+
     /// Where one of its frontends leads.
     pub fn lead(&self, frontend: Frontend) -> Lead {
-        let access = self.frontends.get(&frontend).copied().unwrap_or_default();
+        let known = self.frontends.iter().find(|(known, _)| *known == frontend);
+        let access = known.map(|(_, access)| *access).unwrap_or_default();
         Lead {
             id: self.id,
             cluster: self.cluster.choice,
@@ -225,18 +221,68 @@ impl Held {
     }
 }
 
-fn entry(backend: &Backend, generation: u16, service: u32) -> BackendEntry {
-    BackendEntry {
-        address: backend.address,
-        generation,
-        serving: backend.serving,
-        local: backend.local,
-        usable: backend.usable,
-        usable_local: backend.usable_local,
-        counted: false,
-        weight: backend.weight,
-        service,
+/// Writes of a Service port's backends.
+struct BackendWrites<'a> {
+    family: IpFamily,
+    service: u32,
+    counted: bool,
+    ops: &'a mut Vec<Op>,
+}
+
+impl BackendWrites<'_> {
+    /// A backend under its number, written if it is another than what is there.
+    fn put(
+        &mut self,
+        (number, generation): (u32, u16),
+        there: Option<BackendEntry>,
+        backend: &Backend,
+    ) -> Numbered {
+        let entry = BackendEntry {
+            address: backend.address,
+            generation,
+            serving: backend.serving,
+            local: backend.local,
+            usable: backend.usable,
+            usable_local: backend.usable_local,
+            counted: self.counted,
+            weight: backend.weight,
+            service: self.service,
+        };
+        if there != Some(entry) {
+            self.ops.push(Op::Backend { family: self.family, number, backend: entry });
+        }
+        (number, entry)
     }
+
+    /// The same of one that has its number.
+    fn again(&mut self, held: &mut Numbered, backend: &Backend) {
+        let (number, entry) = *held;
+        *held = self.put((number, entry.generation), Some(entry), backend);
+    }
+}
+
+/// Gives numbers to the wanted backends, those that were there their own. Also says which are not wanted any more,
+/// and whether there were numbers for all. Both are sorted.
+fn merge(
+    before: Vec<Numbered>,
+    wanted: &[Backend],
+    numbers: &mut Numbers,
+    writes: &mut BackendWrites<'_>,
+) -> (Vec<Numbered>, Leaving, bool) {
+    let mut before = before.into_iter().peekable();
+    let (mut merged, mut leaving, mut all) = (Vec::new(), Vec::new(), true);
+    for backend in wanted {
+        let is_gone = |held: &Numbered| held.1.address < backend.address;
+        leaving.extend(std::iter::from_fn(|| before.next_if(is_gone)));
+        let known = before.next_if(|(_, entry)| entry.address == backend.address);
+        let own = known.map(|(number, entry)| (number, entry.generation));
+        match own.or_else(|| numbers.take_with_generation()) {
+            Some(place) => merged.push(writes.put(place, known.map(|known| known.1), backend)),
+            None => all = false,
+        }
+    }
+    leaving.extend(before);
+    (merged, leaving, all)
 }
 
 /// One thing that a frontend's flags say of its access: where it is kept, and its flag.

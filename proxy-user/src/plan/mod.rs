@@ -77,10 +77,10 @@ struct Entry {
 }
 
 /// How much of each table is in use.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Use {
     /// The table's name.
-    pub table: &'static str,
+    pub table: String,
     /// How many of its elements are in use.
     pub used: usize,
     /// How many it has.
@@ -110,7 +110,8 @@ impl Planner {
     /// How much of each table is in use.
     pub fn usage(&self) -> Vec<Use> {
         let Capacity { services, backends, ranges, .. } = self.capacity;
-        let of = |table, used, size: u32| Use { table, used, size: size as usize };
+        let of =
+            |table: &str, used, size: u32| Use { table: table.into(), used, size: size as usize };
         let (v4, v6) = (IpFamily::V4, IpFamily::V6);
         vec![
             of("services_v4", self.frontends.used(v4), services),
@@ -252,7 +253,8 @@ impl Planner {
             held.fill(now, &mut self.slots, ops);
             let has_room = !held.parts().any(|part| self.slots.is_of_other_level(part));
             // Whatever has moved: what it had before is given back.
-            let frontends: Vec<Frontend> = held.frontends.keys().copied().collect();
+            let frontends: Vec<Frontend> =
+                held.frontends.iter().map(|(frontend, _)| *frontend).collect();
             frontends.into_iter().for_each(|frontend| self.settle(frontend, ops));
             if !has_room {
                 // There is none before others have made some.

@@ -118,7 +118,7 @@ impl Planner {
             let Some(taken) = taken else { return false };
             held.adopt(is_local, taken);
         }
-        held.frontends.insert(frontend, access(lead.flags));
+        held.put_frontend(frontend, access(lead.flags));
         self.frontends.adopt(frontend, &port, lead);
         true
     }

@@ -6,8 +6,8 @@ use std::time::Instant;
 use proxy_common::tables::{Algorithm, Choice, Range};
 
 use super::allocate::Runs;
-use super::op::Op;
-use super::spread::{SHARES, Weighted, length, spread};
+use super::op::{BackendEntry, Op};
+use super::spread::{MOST, SHARES, Weighted, length, spread};
 use super::{GRACE, digest};
 
 /// A table by what it holds, and how long it is.
@@ -26,21 +26,34 @@ struct Place {
     users: usize,
 }
 
-/// The backends to choose from: their addresses and weights, and their numbers.
+/// The backends to choose from.
 #[derive(Default)]
 pub struct Candidates {
+    /// Their addresses and weights; none if they are so many, and of the same weight, that each has the same share
+    /// whatever the algorithm.
     backends: Vec<Weighted>,
+    /// Their numbers.
     numbers: Vec<u32>,
 }
 
-impl FromIterator<(Weighted, u32)> for Candidates {
-    fn from_iter<T: IntoIterator<Item = (Weighted, u32)>>(candidates: T) -> Self {
-        let (backends, numbers) = candidates.into_iter().unzip();
+impl Candidates {
+    /// Those of a Service port's backends that are usable.
+    pub fn of(backends: &[(u32, BackendEntry)], is_usable: impl Fn(&BackendEntry) -> bool) -> Self {
+        let usable = || backends.iter().filter(|(_, entry)| is_usable(entry));
+        let mut numbers = Vec::with_capacity(backends.len());
+        let mut weights = None::<u16>;
+        let mut equal = true;
+        for (number, entry) in usable() {
+            numbers.push(*number);
+            equal &= *weights.get_or_insert(entry.weight) == entry.weight;
+        }
+        if equal && numbers.len() > MOST {
+            return Self { backends: Vec::new(), numbers };
+        }
+        let backends = usable().map(|(_, entry)| (entry.address, entry.weight)).collect();
         Self { backends, numbers }
     }
-}
 
-impl Candidates {
     /// What tells them from others, with the algorithm that chooses among them.
     fn mark(&self, algorithm: Algorithm) -> u64 {
         digest(&(algorithm, &self.backends, &self.numbers))
@@ -126,10 +139,10 @@ impl Slots {
     }
 
     /// Counts what a part is to hold from now on.
-    pub fn note(&mut self, part: &mut Part, algorithm: Algorithm, backends: &[Weighted]) {
+    pub fn note(&mut self, part: &mut Part, algorithm: Algorithm, candidates: &Candidates) {
         let demand = SHARES.map(|share| {
-            let table = length(algorithm, backends, share);
-            u32::try_from(table + backends.len()).unwrap_or(u32::MAX)
+            let table = length(algorithm, &candidates.backends, share);
+            u32::try_from(table + candidates.numbers.len()).unwrap_or(u32::MAX)
         });
         self.count(part.demand, demand);
         part.demand = demand;
@@ -231,8 +244,8 @@ impl Slots {
         (mut levels, is_optional): (Levels, bool),
         ops: &mut Vec<Op>,
     ) -> Option<(Choice, Option<TableId>, usize)> {
-        let backends = &candidates.backends;
-        if backends.is_empty() {
+        let Candidates { backends, numbers } = candidates;
+        if numbers.is_empty() {
             return Some((Choice::default(), None, self.level));
         }
         let found = levels.find_map(|level| {
@@ -246,7 +259,7 @@ impl Slots {
         if let Some((Some((id, first)), _)) = found {
             return Some((Choice { table: first, count: id.0, members }, Some(id), level));
         }
-        let count = u32::try_from(backends.len()).expect("they have numbers of 32 bits");
+        let count = u32::try_from(numbers.len()).expect("they have numbers of 32 bits");
         Some((Choice { table: Range::NO_TABLE, count, members }, None, level))
     }
 

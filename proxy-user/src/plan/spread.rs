@@ -12,7 +12,7 @@ use proxy_common::tables::Algorithm;
 const LENGTHS: [usize; 11] = [31, 61, 127, 251, 509, 1021, 2039, 4093, 8191, 16_381, 32_749];
 /// Of more backends than this there is no Maglev's table, which would take longer to make than a change may: each
 /// has the same share without one, or what its weight says.
-const MOST: usize = 4_093;
+pub const MOST: usize = 4_093;
 /// Weights may ask for so many times the slots that as many backends without weights would get: the
 /// table is for all.
 const MORE_FOR_WEIGHTS: usize = 4;

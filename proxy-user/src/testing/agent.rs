@@ -101,6 +101,15 @@ impl Agent {
         self.log.lock().expect("no panic while locked").clone()
     }
 
+    /// A line of what the kernel says of its memory, such as `VmRSS` (now) and `VmHWM` (at most), in bytes.
+    pub fn memory(&self, line: &str) -> u64 {
+        let path = format!("/proc/{}/status", self.child.id());
+        let status = std::fs::read_to_string(path).expect("it runs");
+        let rest = status.lines().find_map(|text| text.strip_prefix(line)?.strip_prefix(':'));
+        let number = rest.and_then(|rest| rest.trim().strip_suffix(" kB"));
+        1024 * number.and_then(|number| number.parse::<u64>().ok()).expect("a number of kB")
+    }
+
     /// Waits until the agent is in step with the cluster.
     pub fn wait_ready(&mut self, node: &Node) {
         eventually("the agent is ready", || {

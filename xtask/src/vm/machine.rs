@@ -111,9 +111,17 @@ fn show(file: &Path, shown: usize) -> usize {
     shown + end + 1
 }
 
+/// How many tests were run.
+fn tests(output: &str) -> usize {
+    let lines =
+        output.lines().filter_map(|line| line.trim().strip_prefix("running ")?.split(' ').next());
+    lines.filter_map(|number| number.parse::<usize>().ok()).sum()
+}
+
 /// What the last line says. qemu's own exit status says nothing.
 fn ended(output: &str, console: &Path) -> Ended {
     match output.lines().rev().find_map(|line| line.strip_prefix("VM-EXIT: ")) {
+        Some("0") if tests(output) == 0 => Ended::Failed("no test has such a name".to_owned()),
         Some("0") => Ended::Passed,
         Some(_) => Ended::Failed("see above".to_owned()),
         None => {
