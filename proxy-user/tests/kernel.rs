@@ -20,6 +20,7 @@ use portal::model::{IpFamily, ObjectName, Protocol};
 use portal::plan::Planner;
 use portal::routes::Route;
 use portal::testing::namespace::Mounts;
+use portal::testing::program::stack_of;
 use proxy_common::settings::{Lifetimes, Settings};
 use proxy_common::tables::{
     AffinityKey, AffinityValue, EmbryoValue, FlowKey, FlowValue, FragmentKey, FragmentValue,
@@ -414,29 +415,6 @@ fn bpftool(arguments: &[&str]) -> String {
     String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
-/// How many bytes of the stack a loaded program uses, as far down as its instructions reach from the frame
-/// pointer.
-fn stack_of(program: u32) -> u32 {
-    let text = bpftool(&["prog", "dump", "xlated", "id", &program.to_string()]);
-    assert!(!text.contains("call pc"), "a function of its own has a frame of its own");
-    let depth = |place: &str| place.trim_end_matches(')').parse::<u32>().unwrap_or_default();
-    let mut deepest = 0;
-    let mut copy = "";
-    for line in text.lines() {
-        let words: Vec<&str> = line.split_whitespace().collect();
-        if let Some((_, place)) = line.split_once("r10 -") {
-            deepest = deepest.max(depth(place.split_whitespace().next().unwrap_or_default()));
-        }
-        if let [.., register, "+=", distance] = words[..]
-            && register == copy
-        {
-            deepest = deepest.max(depth(distance.trim_start_matches('-')));
-        }
-        copy = if let [.., register, "=", "r10"] = words[..] { register } else { "" };
-    }
-    deepest
-}
-
 #[test]
 fn the_verifier_needs_no_more_than_its_budget() {
     on_bpffs(|options| {
@@ -455,7 +433,7 @@ fn the_verifier_needs_no_more_than_its_budget() {
             let info = program.info().unwrap();
             // 5.16 and later tell.
             let verified = info.verified_instruction_count().unwrap_or_default();
-            let (text, stack) = (info.size_jitted(), stack_of(info.id()));
+            let (text, stack) = (info.size_jitted(), stack_of(program.fd().unwrap()).unwrap());
             println!("{name:18} {verified:8} {stack:6} {text:6}");
             let is_hot = HOOKS.contains(&name);
             let budget = if is_hot { HOOK_BUDGET } else { STORY_BUDGET };

@@ -14,6 +14,7 @@ pub mod namespace;
 pub mod net;
 pub mod objects;
 mod offload;
+pub mod program;
 pub mod server;
 pub mod tunnel;
 pub mod world;
