@@ -16,10 +16,10 @@ use crate::model::{Cluster, Node, ObjectName, Owner};
 use crate::plan::{Change, Op, Planner, Refusal, Use};
 use crate::watch::{Kind, Update};
 
-/// Where a node's own sockets reach its host ports too.
 /// How many objects are planned at once while empty tables are filled.
 const AT_ONCE: usize = 512;
 
+/// Where a node's own sockets reach its host ports too.
 const LOOPBACK: [IpAddr; 2] = [IpAddr::V4(Ipv4Addr::LOCALHOST), IpAddr::V6(Ipv6Addr::LOCALHOST)];
 
 /// How far the kernel is in step with the cluster.

@@ -5,6 +5,7 @@ use std::fs;
 use std::net::Ipv4Addr;
 use std::path::Path;
 use std::process::Output;
+use std::time::Duration;
 
 use aya::maps::{HashMap, Map, MapData};
 use portal::testing::agent::{self, Agent, http, http_status, provide_api};
@@ -427,7 +428,8 @@ fn ten_thousand_services_of_ten_endpoints_take_less_than_80_megabytes() {
     let mut control = Control::new();
     fill_cluster(&control.api);
     control.launch(&["--kubeconfig", "/mnt/kubeconfig"]);
-    control.wait_ready();
+    let agent = control.agent.as_mut().unwrap();
+    agent.wait_ready_within(Duration::from_mins(3), &control.world.nodes[0]);
     let agent = control.agent.as_ref().unwrap();
     // What of it is the program itself depends on how it was built.
     let program = agent.memory("RssFile");

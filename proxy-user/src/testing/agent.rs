@@ -8,14 +8,15 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::{Arc, Mutex};
 use std::thread;
+use std::time::Duration;
 
 use nix::sched::{CloneFlags, setns};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use super::apiserver::ApiServer;
-use super::eventually;
 use super::world::{BPFFS, Node};
+use super::{patience, within};
 
 /// Where the API server stand-in listens on each node.
 const API_PORT: u16 = 6443;
@@ -112,7 +113,12 @@ impl Agent {
 
     /// Waits until the agent is in step with the cluster.
     pub fn wait_ready(&mut self, node: &Node) {
-        eventually("the agent is ready", || {
+        self.wait_ready_within(patience(), node);
+    }
+
+    /// As [`Agent::wait_ready`], of a large cluster.
+    pub fn wait_ready_within(&mut self, patience: Duration, node: &Node) {
+        within(patience, "the agent is ready", || {
             if let Ok(Some(status)) = self.child.try_wait() {
                 panic!("the agent has ended: {status}\n{}", self.log());
             }

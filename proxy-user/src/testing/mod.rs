@@ -38,8 +38,16 @@ const POLL: Duration = Duration::from_millis(5);
 ///
 /// # Panics
 /// If it does not in time; `what` is in the message.
-pub fn eventually<T>(what: &str, mut condition: impl FnMut() -> Option<T>) -> T {
-    let end = Instant::now() + patience();
+pub fn eventually<T>(what: &str, condition: impl FnMut() -> Option<T>) -> T {
+    within(patience(), what, condition)
+}
+
+/// As [`eventually`], of what takes longer.
+///
+/// # Panics
+/// If it does not in time.
+pub fn within<T>(patience: Duration, what: &str, mut condition: impl FnMut() -> Option<T>) -> T {
+    let end = Instant::now() + patience;
     loop {
         if let Some(value) = condition() {
             return value;

@@ -11,7 +11,7 @@ use crate::apt::Suite;
 use crate::steps::output;
 
 /// How long a machine may run. Only one that hangs does.
-const PATIENCE: Duration = Duration::from_mins(15);
+const PATIENCE: Duration = Duration::from_mins(25);
 /// How often it is looked whether it has ended.
 const POLL: Duration = Duration::from_millis(100);
 /// How many of a failed machine's last lines are shown.
