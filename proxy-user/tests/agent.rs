@@ -210,3 +210,29 @@ fn pods_count_only_if_they_are_asked_for() {
     list_all(&mut agent, &[], &[]);
     assert_eq!(agent.plan(Instant::now()), []);
 }
+
+/// Not all of a large cluster is planned at once, and none of it is left out.
+#[test]
+fn empty_tables_are_filled_part_by_part() {
+    const MANY: u32 = 1300;
+    let mut agent = agent(Capacity { services: 4 * MANY, ..ROOMY });
+    let names: Vec<String> = (0..MANY).map(|number| format!("s{number}")).collect();
+    for (number, name) in (0..).zip(&names) {
+        let vip = std::net::Ipv4Addr::from_bits(0x0a60_0000 + number);
+        let service = json!({
+            "metadata": {"name": name, "namespace": "default"},
+            "spec": {"clusterIP": vip, "ports": [{"port": 80}]},
+        });
+        agent.hear(Update::Service(Box::new(serde_json::from_value(service).unwrap())));
+    }
+    let names: Vec<&str> = names.iter().map(String::as_str).collect();
+    list_all(&mut agent, &names, &[]);
+    let now = Instant::now();
+    let mut parts = Vec::new();
+    while parts.is_empty() || agent.is_filling() {
+        parts.push(leads(&agent.plan(now)).len());
+    }
+    assert!(parts.len() > 2 && parts.iter().all(|part| *part < 600), "{parts:?}");
+    assert_eq!(parts.into_iter().sum::<usize>(), MANY as usize);
+    assert_eq!(agent.plan(now), []);
+}

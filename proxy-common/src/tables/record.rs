@@ -100,15 +100,15 @@ impl<F: Family> FlowRecord<'_, F> {
     /// before more come: then it is not counted.
     #[inline(always)]
     pub fn count(&self, bytes: u32) -> Option<()> {
-        let counts = self.place(FlowKey::<F>::WORDS + 2);
-        let more: u64 = bytemuck::cast([1, bytes]);
-        let before = self.word(FlowKey::<F>::WORDS + 2);
-        let [_, bytes]: [u32; 2] = bytemuck::cast(before);
-        if bytes >> 31 != 0 {
+        let counts = FlowKey::<F>::WORDS + 2;
+        let before = self.word(counts);
+        let [_, counted]: [u32; 2] = bytemuck::cast(before);
+        if is_large(counted) {
             return None;
         }
+        let more: u64 = bytemuck::cast([1, bytes]);
         // SAFETY: as for `word`. Two at once may count one less.
-        unsafe { counts.write_volatile(before.wrapping_add(more)) };
+        unsafe { self.place(counts).write_volatile(before.wrapping_add(more)) };
         Some(())
     }
 
@@ -124,8 +124,14 @@ impl<F: Family> FlowRecord<'_, F> {
     /// Whether so many bytes were counted that they should be taken before more come.
     #[inline(always)]
     pub fn is_count_large(&self) -> bool {
-        load!(self, bytes) >> 31 != 0
+        is_large(load!(self, bytes))
     }
+}
+
+/// Whether a count of bytes has half of its range behind it: the longest packet is far from the rest.
+#[inline(always)]
+const fn is_large(bytes: u32) -> bool {
+    bytes >> 31 != 0
 }
 
 impl<'a, F: Family> EmbryoRecord<'a, F> {

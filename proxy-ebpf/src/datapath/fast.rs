@@ -83,6 +83,7 @@ fn established<F: Wire, P: Frame, T: Tables<F>>(
     key: &FlowKey<F>,
     story: Story,
 ) -> Option<Next> {
+    // Asked for before there is a record whose fields would have to be put aside for it.
     let now = tables.now();
     let record = tables.flow(key)?;
     let mut other = FlowKey::zeroed();

@@ -81,25 +81,20 @@ impl<'a, const NETWORK: usize> Skb<'a, NETWORK> {
         present != 0 && tag & 0xfff != 0
     }
 
+    /// Bytes at an offset of which the verifier knows a bound.
     #[inline(always)]
-    fn pointer<T>(&self, offset: usize) -> Option<*mut T> {
-        if offset > MAX_OFFSET {
-            return None;
-        }
-        let start = self.data() + bounded(offset);
-        if start + size_of::<T>() > self.ctx.data_end() {
-            return None;
-        }
-        Some(start as *mut T)
-    }
-
-    #[inline(always)]
-    fn window_at(&mut self, offset: usize, length: usize) -> Option<Bytes<'_>> {
+    fn bytes(&self, offset: usize, length: usize) -> Option<Bytes<'_>> {
         let start = self.data() + offset;
         if start + length > self.ctx.data_end() {
             return None;
         }
         Some(Bytes { start, length, packet: PhantomData })
+    }
+
+    /// Bytes at any offset.
+    #[inline(always)]
+    fn bytes_at(&self, offset: usize, length: usize) -> Option<Bytes<'_>> {
+        if offset > MAX_OFFSET { None } else { self.bytes(bounded(offset), length) }
     }
 
     /// Where the packet begins. Volatile, or the compiler might read it again after a check of bounds,
@@ -111,15 +106,15 @@ impl<'a, const NETWORK: usize> Skb<'a, NETWORK> {
     }
 }
 
-/// Bytes of the packet that are reachable as long as nothing moves it: the borrow of the packet sees to that.
+/// Bytes of the packet, which are reachable as long as nothing moves it: what does so needs the packet for itself.
 struct Bytes<'a> {
     start: usize,
     length: usize,
-    packet: PhantomData<&'a mut ()>,
+    packet: PhantomData<&'a ()>,
 }
 
 impl Bytes<'_> {
-    /// Both numbers are constants wherever this is called, and so the check is the compiler's.
+    /// Offset and lengths are constants wherever this is called, and so the check is the compiler's.
     #[inline(always)]
     fn pointer<T>(&self, offset: usize) -> Option<*mut T> {
         (offset + size_of::<T>() <= self.length).then_some((self.start + offset) as *mut T)
@@ -129,13 +124,14 @@ impl Bytes<'_> {
 impl Window for Bytes<'_> {
     #[inline(always)]
     fn load<T: Pod>(&self, offset: usize) -> Option<T> {
-        // SAFETY: as for `Frame::load`.
+        // SAFETY: `pointer` checked the bounds; a Pod type is valid for any bytes. The address may be
+        // misaligned, which eBPF allows in packet memory (not on the stack).
         self.pointer::<T>(offset).map(|pointer| unsafe { *pointer })
     }
 
     #[inline(always)]
     fn store<T: Pod>(&mut self, offset: usize, value: T) -> Option<()> {
-        // SAFETY: as for `Frame::store`.
+        // SAFETY: as for `load`; the program owns the packet while it runs.
         self.pointer::<T>(offset).map(|pointer| unsafe { *pointer = value })
     }
 }
@@ -183,28 +179,22 @@ impl<const NETWORK: usize> Frame for Skb<'_, NETWORK> {
 
     #[inline(always)]
     fn load<T: Pod>(&self, offset: usize) -> Option<T> {
-        // SAFETY: `pointer` checked the bounds; a Pod type is valid for any bytes. The address may be
-        // misaligned, which eBPF allows in packet memory (not on the stack).
-        self.pointer::<T>(offset).map(|pointer| unsafe { *pointer })
+        self.bytes_at(offset, size_of::<T>())?.load(0)
     }
 
     #[inline(always)]
     fn store<T: Pod>(&mut self, offset: usize, value: T) -> Option<()> {
-        // SAFETY: as for `load`; the program owns the packet while it runs.
-        self.pointer::<T>(offset).map(|pointer| unsafe { *pointer = value })
+        self.bytes_at(offset, size_of::<T>())?.store(0, value)
     }
 
     #[inline(always)]
     fn headers(&mut self, length: usize) -> Option<impl Window> {
-        self.window_at(NETWORK, length)
+        self.bytes(NETWORK, length)
     }
 
     #[inline(always)]
     fn window(&mut self, offset: usize, length: usize) -> Option<impl Window> {
-        if offset > MAX_OFFSET {
-            return None;
-        }
-        self.window_at(bounded(offset), length)
+        self.bytes_at(offset, length)
     }
 
     #[inline(always)]

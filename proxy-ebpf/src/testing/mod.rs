@@ -1,12 +1,14 @@
 //! The datapath's surroundings on the host: a packet as a vector, tables as ordinary collections. Behind
 //! feature `testing`; never shipped.
 
+mod buffer;
+mod call;
+
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 
 use bytemuck::{Pod, Zeroable};
-use proxy_common::checksum::Delta;
 use proxy_common::settings::Settings;
 use proxy_common::tables::{
     AffinityKey, AffinityValue, Algorithm, Backend, Choice, EmbryoRecord, EmbryoValue, FlowKey,
@@ -14,139 +16,12 @@ use proxy_common::tables::{
     ServiceValue, SourceRange, Way, Work,
 };
 use proxy_common::testing::{Hook, LINK, MTU, NODE, Records, Service as ServiceSpec};
-use proxy_common::{Family, Outcome, Port, V4, V6, proto};
+use proxy_common::{Family, Outcome, Port, V4, V6};
 
-use crate::datapath::socket::Socket;
 use crate::datapath::{Client, Next, Refused, Service, Tables, Verdict, fast, tell};
-use crate::packet::{Frame, Window, Wire};
-
-/// A packet whose end may lie in other memory than its start, as a socket buffer's.
-pub struct Buffer {
-    /// Its bytes.
-    pub bytes: Vec<u8>,
-    reachable: usize,
-    /// Whether it may be changed.
-    pub writable: bool,
-    /// Whether hardware has yet to finish its transport checksum, which then covers the addresses only and is
-    /// no complement.
-    pub unfinished: bool,
-    /// Whether it was sent on past the host stack.
-    pub sent_on: bool,
-    /// The payload of the packets that it is to be cut into.
-    pub segment: usize,
-    /// Sockets of the host: who is at the other end of each, and where it is.
-    pub sockets: Vec<(SocketAddr, SocketAddr)>,
-}
-
-impl Buffer {
-    /// A packet of which nothing is reachable yet.
-    pub fn new(bytes: &[u8]) -> Self {
-        Self {
-            bytes: bytes.to_vec(),
-            reachable: 0,
-            writable: true,
-            unfinished: false,
-            sent_on: false,
-            segment: 0,
-            sockets: Vec::new(),
-        }
-    }
-
-    fn end<T>(&self, offset: usize) -> Option<usize> {
-        offset.checked_add(size_of::<T>()).filter(|end| *end <= self.reachable)
-    }
-}
-
-impl Frame for Buffer {
-    const NETWORK: usize = 14;
-
-    fn link(&self) -> u32 {
-        LINK
-    }
-
-    fn segment(&self) -> usize {
-        self.segment
-    }
-
-    fn was_sent_on(&self) -> bool {
-        self.sent_on
-    }
-
-    fn length(&self) -> u32 {
-        index(self.bytes.len())
-    }
-
-    fn has_socket<F: Family>(&self, key: &FlowKey<F>) -> bool {
-        let end = |address: F::Addr, port: Port| SocketAddr::new(address.into(), port.number());
-        self.sockets.contains(&(end(key.src, key.sport), end(key.dst, key.dport)))
-    }
-
-    fn want(&mut self, length: usize) {
-        self.reachable = self.reachable.max(length.min(self.bytes.len()));
-    }
-
-    fn load<T: Pod>(&self, offset: usize) -> Option<T> {
-        let end = self.end::<T>(offset)?;
-        Some(bytemuck::pod_read_unaligned(&self.bytes[offset..end]))
-    }
-
-    fn store<T: Pod>(&mut self, offset: usize, value: T) -> Option<()> {
-        let end = self.end::<T>(offset).filter(|_| self.writable)?;
-        self.bytes[offset..end].copy_from_slice(bytemuck::bytes_of(&value));
-        Some(())
-    }
-
-    fn headers(&mut self, length: usize) -> Option<impl Window> {
-        self.window(Self::NETWORK, length)
-    }
-
-    fn window(&mut self, offset: usize, length: usize) -> Option<impl Window> {
-        let end = offset.checked_add(length).filter(|end| *end <= self.reachable)?;
-        Some(Bytes { bytes: &mut self.bytes[offset..end], writable: self.writable })
-    }
-
-    fn resize(&mut self, length: usize) -> Option<()> {
-        self.bytes.resize(length, 0);
-        self.reachable = length;
-        self.writable.then_some(())
-    }
-
-    fn fix_l4<F: Family>(
-        &mut self,
-        offset: usize,
-        pseudo: Delta,
-        body: Delta,
-        optional: bool,
-    ) -> Option<()> {
-        let place = self.bytes.get_mut(offset..offset + 2)?;
-        let old = u16::from_ne_bytes([place[0], place[1]]);
-        if optional && old == 0 {
-            return Some(());
-        }
-        let new = if self.unfinished { !pseudo.apply(!old) } else { (pseudo + body).apply(old) };
-        let new = if optional && new == 0 { 0xffff } else { new };
-        place.copy_from_slice(&new.to_ne_bytes());
-        self.writable.then_some(())
-    }
-}
-
-/// A part of a [`Buffer`].
-struct Bytes<'a> {
-    bytes: &'a mut [u8],
-    writable: bool,
-}
-
-impl Window for Bytes<'_> {
-    fn load<T: Pod>(&self, offset: usize) -> Option<T> {
-        self.bytes.get(offset..offset + size_of::<T>()).map(bytemuck::pod_read_unaligned)
-    }
-
-    fn store<T: Pod>(&mut self, offset: usize, value: T) -> Option<()> {
-        let place = self.bytes.get_mut(offset..offset + size_of::<T>());
-        place.filter(|_| self.writable)?.copy_from_slice(bytemuck::bytes_of(&value));
-        Some(())
-    }
-}
+use crate::packet::{Frame, Wire};
+pub use buffer::Buffer;
+pub use call::Call;
 
 /// The bytes of a key: map types have no order of their own.
 fn bytes<T: Pod>(key: &T) -> Vec<u8> {
@@ -578,63 +453,5 @@ impl<F: HostFamily> Tables<F> for Host<F> {
 
     fn remember_peer(&self, key: &PeerKey<F>, value: &PeerValue<F>) {
         self.peers.borrow_mut().insert(bytes(key), *value);
-    }
-}
-
-/// A socket that makes a call.
-#[derive(Clone)]
-pub struct Call<F: Family> {
-    /// Where to.
-    pub address: (F::Addr, Port),
-    /// The socket's protocol.
-    pub protocol: u8,
-    /// The socket's cookie.
-    pub cookie: u64,
-    /// The cookie of its network namespace.
-    pub netns: u64,
-    /// The cookie of the machine's first one.
-    pub initial: u64,
-}
-
-impl<F: HostFamily> Call<F> {
-    /// A UDP socket's call.
-    ///
-    /// # Panics
-    /// If the address is of the other family.
-    pub fn new(to: SocketAddr, cookie: u64) -> Self {
-        let address =
-            (F::address(to.ip()).expect("an address of the family"), Port::new(to.port()));
-        Self { address, protocol: proto::UDP, cookie, netns: 1 << 40 | 7, initial: 1 }
-    }
-
-    /// Where it leads now.
-    pub fn to(&self) -> SocketAddr {
-        SocketAddr::new(self.address.0.into(), self.address.1.number())
-    }
-}
-
-impl<F: Family> Socket<F> for Call<F> {
-    fn address(&self) -> (F::Addr, Port) {
-        self.address
-    }
-
-    fn set_address(&mut self, address: F::Addr, port: Port) {
-        self.address = (address, port);
-    }
-
-    fn protocol(&self) -> u8 {
-        self.protocol
-    }
-
-    fn cookie(&self) -> u64 {
-        self.cookie
-    }
-
-    fn netns_cookie(&self) -> u64 {
-        self.netns
-    }
-
-    fn initial_cookie(&self) -> u64 {
-        self.initial
     }
 }
