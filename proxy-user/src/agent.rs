@@ -9,10 +9,10 @@ use proxy_common::tables::ServiceValue;
 
 use crate::desired::health::{HealthCheck, health_check};
 use crate::desired::node_ports::{NodePortAddresses, is_eligible};
-use crate::desired::{PortId, desired_of};
+use crate::desired::{Patch, PortId, desired_of, patch_of};
 use crate::events::Notice;
 use crate::model::from_k8s::{self, Problem};
-use crate::model::{Cluster, Node, ObjectName, Owner};
+use crate::model::{Cluster, Concerned, Node, ObjectName, Owner};
 use crate::plan::{Change, Op, Planner, Refusal, Use};
 use crate::watch::{Kind, Update};
 
@@ -21,6 +21,14 @@ const AT_ONCE: usize = 512;
 
 /// Where a node's own sockets reach its host ports too.
 const LOOPBACK: [IpAddr; 2] = [IpAddr::V4(Ipv4Addr::LOCALHOST), IpAddr::V6(Ipv6Addr::LOCALHOST)];
+
+/// How much of an object is to be planned anew.
+enum Scope {
+    /// All of it.
+    Whole,
+    /// Its endpoints at some addresses.
+    Endpoints(BTreeSet<IpAddr>),
+}
 
 /// How far the kernel is in step with the cluster.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -49,7 +57,7 @@ pub struct Agent {
     node_changed: bool,
     planner: Planner,
     /// What to plan anew.
-    dirty: BTreeSet<Owner>,
+    dirty: BTreeMap<Owner, Scope>,
     listed: HashSet<Kind>,
     progress: Progress,
     /// The ports of each object as last wanted.
@@ -83,7 +91,7 @@ impl Agent {
             checks_changed: false,
             node_changed: true,
             planner,
-            dirty: BTreeSet::new(),
+            dirty: BTreeMap::new(),
             listed: HashSet::new(),
             progress: Progress::Waiting,
             planned: HashMap::new(),
@@ -118,7 +126,7 @@ impl Agent {
                 let service = from_k8s::service(&raw, &mut problems);
                 self.report("Service", &name, problems);
                 if self.cluster.set_service(&name, service) {
-                    self.dirty.insert(Owner::Service(name));
+                    self.enqueue(Owner::Service(name));
                 }
             }
             // A folder of manifests may have pods that nobody asked for.
@@ -129,7 +137,7 @@ impl Agent {
                 let pod = from_k8s::pod(&raw, &self.node.name, &mut problems);
                 self.report("Pod", &name, problems);
                 if self.cluster.set_pod(&name, pod) {
-                    self.dirty.insert(Owner::Pod(name));
+                    self.enqueue(Owner::Pod(name));
                 }
             }
             Update::Slice(raw) => {
@@ -138,7 +146,7 @@ impl Agent {
                 let slice = from_k8s::slice(&raw, &self.node.name, &mut problems);
                 self.report("EndpointSlice", &name, problems);
                 let concerned = self.cluster.set_slice(&name, slice);
-                self.dirty.extend(concerned.into_iter().map(Owner::Service));
+                self.enqueue_endpoints(concerned);
             }
             Update::Node(raw) => self.set_node(from_k8s::node(&raw)),
             Update::Gone(kind, name) => self.forget(kind, &name),
@@ -154,7 +162,7 @@ impl Agent {
         if node != self.node {
             self.node = node;
             self.node_changed = true;
-            self.dirty.extend(self.cluster.owners());
+            self.enqueue_all();
         }
     }
 
@@ -216,23 +224,41 @@ impl Agent {
         self.planner.rewrite(is_concerned)
     }
 
+    fn enqueue(&mut self, owner: Owner) {
+        self.dirty.insert(owner, Scope::Whole);
+    }
+
+    fn enqueue_all(&mut self) {
+        self.dirty = self.cluster.owners().map(|owner| (owner, Scope::Whole)).collect();
+    }
+
+    fn enqueue_endpoints(&mut self, concerned: Concerned) {
+        for (service, addresses) in concerned {
+            let owner = Owner::Service(service);
+            match self.dirty.entry(owner).or_insert(Scope::Endpoints(BTreeSet::new())) {
+                Scope::Whole => {}
+                Scope::Endpoints(known) => known.extend(addresses),
+            }
+        }
+    }
+
     fn forget(&mut self, kind: Kind, name: &ObjectName) {
         match kind {
             Kind::Services => {
                 self.reported.remove(&("Service", name.clone()));
                 if self.cluster.set_service(name, None) {
-                    self.dirty.insert(Owner::Service(name.clone()));
+                    self.enqueue(Owner::Service(name.clone()));
                 }
             }
             Kind::Slices => {
                 self.reported.remove(&("EndpointSlice", name.clone()));
                 let concerned = self.cluster.set_slice(name, None);
-                self.dirty.extend(concerned.into_iter().map(Owner::Service));
+                self.enqueue_endpoints(concerned);
             }
             Kind::Pods => {
                 self.reported.remove(&("Pod", name.clone()));
                 if self.cluster.set_pod(name, None) {
-                    self.dirty.insert(Owner::Pod(name.clone()));
+                    self.enqueue(Owner::Pod(name.clone()));
                 }
             }
             // KP-138: the last node known goes on to count.
@@ -302,7 +328,7 @@ impl Agent {
         }
         let is_refused = |ports: &[PortId]| ports.iter().any(|p| self.refused.contains_key(p));
         let owners = self.planned.iter().filter(|(_, ports)| is_refused(ports));
-        self.dirty.extend(owners.map(|(owner, _)| owner.clone()));
+        self.dirty.extend(owners.map(|(owner, _)| (owner.clone(), Scope::Whole)));
     }
 
     /// The writes that make the kernel hold what it should. None before every kind was listed: until
@@ -312,19 +338,23 @@ impl Agent {
             return Vec::new();
         }
         let mut ops = self.plan_node();
-        let mut changes = Vec::new();
+        let (mut changes, mut patches) = (Vec::new(), Vec::new());
         if self.progress == Progress::Waiting {
             self.start(&mut changes);
         }
         let at_once = if self.is_filling() { AT_ONCE } else { usize::MAX };
         for _ in 0..at_once {
-            let Some(owner) = self.dirty.pop_first() else { break };
-            self.change(&owner, &mut changes);
+            let Some((owner, scope)) = self.dirty.pop_first() else { break };
+            match self.patches(&owner, &scope) {
+                Some(these) => patches.extend(these),
+                None => self.change(&owner, &mut changes),
+            }
         }
         if self.dirty.is_empty() {
             self.progress = Progress::Following;
         }
         let mut refusals = Vec::new();
+        ops.extend(self.planner.patch(now, &patches, &mut refusals));
         ops.extend(self.planner.plan(now, &changes, &mut refusals));
         self.report_refusals(&changes, refusals);
         ops
@@ -356,17 +386,31 @@ impl Agent {
     /// one plan must see.
     fn start(&mut self, changes: &mut Vec<Change>) {
         self.progress = Progress::Filling;
-        self.dirty = self.cluster.owners().collect();
+        self.enqueue_all();
         if self.planner.ports().next().is_none() {
             return;
         }
-        while let Some(owner) = self.dirty.pop_first() {
+        while let Some((owner, _)) = self.dirty.pop_first() {
             self.change(&owner, changes);
         }
         let wanted: HashSet<&PortId> = changes.iter().map(|(port, _)| port).collect();
         let gone = self.planner.ports().filter(|port| !wanted.contains(port));
         let gone: Vec<Change> = gone.map(|port| (port.clone(), None)).collect();
         changes.extend(gone);
+    }
+
+    /// What a change comes to that needs no look at the whole object; `None` if it does.
+    fn patches(&mut self, owner: &Owner, scope: &Scope) -> Option<Vec<Patch>> {
+        let (Owner::Service(name), Scope::Endpoints(addresses)) = (owner, scope) else {
+            return None;
+        };
+        let patch = |port: &PortId| {
+            let criteria = self.planner.criteria(port)?;
+            patch_of(&self.cluster, &self.node, port, criteria, addresses)
+        };
+        let patches = self.planned.get(owner)?.iter().map(patch).collect::<Option<_>>()?;
+        self.check(name);
+        Some(patches)
     }
 
     fn change(&mut self, owner: &Owner, changes: &mut Vec<Change>) {

@@ -1,11 +1,16 @@
-//! The golden cases of `golden/desired.yaml`: objects in, tables out.
+//! The golden cases of `golden/desired.yaml`: objects in, tables out; and that what is planned of a change of a few
+//! endpoints is what a look at all of them tells.
 
-use std::net::SocketAddr;
+use std::collections::BTreeSet;
+use std::net::{IpAddr, SocketAddr};
 
-use portal::desired::{Access, Backend, Frontend, Port, PortId, desired};
+use portal::desired::{Access, Backend, Frontend, Port, PortId, desired, patch_of};
 use portal::model::from_k8s::{self, Problem};
-use portal::model::{Cluster, Node, ObjectName, Protocol};
+use portal::model::{
+    Cluster, Endpoint, EndpointPort, Hints, IpFamily, Node, ObjectName, Protocol, Service, Slice,
+};
 use portal::watch::raw;
+use proptest::prelude::*;
 use proxy_common::tables::Algorithm;
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -155,4 +160,81 @@ fn backend(backend: &Backend) -> String {
         weight => format!(" x{weight}"),
     };
     backend.address.to_string() + &weight + &told
+}
+
+/// An endpoint in any condition; there are few addresses, so that some are there twice.
+fn any_endpoint() -> impl Strategy<Value = Endpoint> {
+    let zones = |here: bool| vec![if here { "here" } else { "there" }.to_owned()];
+    let hints = proptest::option::weighted(0.7, any::<bool>().prop_map(zones));
+    (1..8_u8, any::<[bool; 4]>(), 0..12_u16, hints).prop_map(
+        |(host, [ready, serving, terminating, local], weight, zones)| Endpoint {
+            address: IpAddr::from([10, 0, 0, host]),
+            ready,
+            serving,
+            terminating,
+            local,
+            weight: weight.min(1),
+            hints: zones.map(|zones| Box::new(Hints { zones, nodes: Vec::new() })),
+        },
+    )
+}
+
+fn any_slice() -> impl Strategy<Value = Slice> {
+    let port = |name: &str, port| EndpointPort { name: name.into(), protocol: Protocol::Tcp, port };
+    (any::<bool>(), proptest::collection::vec(any_endpoint(), 0..5)).prop_map(
+        move |(has_another, endpoints)| Slice {
+            service: ObjectName::new("default", "web"),
+            family: IpFamily::V4,
+            ports: vec![port("", 8080), port(if has_another { "" } else { "metrics" }, 9090)],
+            endpoints,
+        },
+    )
+}
+
+fn web() -> (ObjectName, Option<Service>) {
+    let raw = serde_json::from_value(json!({
+        "metadata": {"name": "web", "namespace": "default"},
+        "spec": {"clusterIP": "10.96.0.1", "ports": [{"port": 80}]},
+    }));
+    (ObjectName::new("default", "web"), from_k8s::service(&raw.unwrap(), &mut Vec::new()))
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 2000, failure_persistence: None, ..ProptestConfig::default() })]
+
+    /// What a patch makes of the backends of before is what a look at all endpoints gives.
+    #[test]
+    fn a_patch_comes_to_what_a_look_at_all_tells(
+        history in proptest::collection::vec((0..3_u8, proptest::option::weighted(0.8, any_slice())), 1..20)
+    ) {
+        let node = Node { zone: Some("here".to_owned()), ..Node::default() };
+        let mut cluster = Cluster::default();
+        let (web, service) = web();
+        cluster.set_service(&web, service);
+        for (number, slice) in history {
+            let before = desired(&cluster, &node);
+            let (id, before) = before.iter().next().unwrap();
+            let name = ObjectName::new("default", &format!("web-{number}"));
+            let concerned = cluster.set_slice(&name, slice);
+            let after = desired(&cluster, &node).remove(id).unwrap();
+            let none = BTreeSet::new();
+            let addresses = concerned.first().map_or(&none, |(_, addresses)| addresses);
+            match patch_of(&cluster, &node, id, before.criteria, addresses) {
+                Some(patch) => {
+                    let stay = before.backends.iter();
+                    let mut patched: Vec<Backend> =
+                        stay.filter(|b| !addresses.contains(&b.address.ip())).copied().collect();
+                    patched.extend(&patch.backends);
+                    patched.sort_unstable();
+                    prop_assert_eq!(patched, after.backends);
+                    prop_assert_eq!(before.criteria, after.criteria);
+                }
+                None => prop_assert!(
+                    before.criteria != after.criteria
+                        || cluster.repeats_addresses(&web)
+                        || cluster.slices(&web).flat_map(|s| &s.endpoints).any(|e| e.weight == 0)
+                ),
+            }
+        }
+    }
 }

@@ -6,7 +6,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
-use portal::desired::{Access, Backend, Frontend, Port, PortId, Tables};
+use portal::desired::{Access, Backend, Frontend, Patch, Port, PortId, Tables};
 use portal::model::{IpFamily, ObjectName, Protocol};
 use portal::plan::{
     Actual, ActualBackend, ActualService, BackendEntry, Capacity, Lead, Op, Planner, Refusal,
@@ -252,6 +252,7 @@ fn any_port(family: IpFamily) -> impl Strategy<Value = Port> {
             source_ranges: ranges.into_iter().map(|h| IpNet::from(address(family, h))).collect(),
             affinity: affinity * 100,
             algorithm,
+            ..Port::default()
         },
     )
 }
@@ -280,19 +281,47 @@ fn any_step() -> impl Strategy<Value = Step> {
     )
 }
 
+/// A step to a state that differs from another in endpoints only.
+fn with_other_endpoints(step: &Step, other: &Tables) -> Step {
+    let mut step = step.clone();
+    for (id, port) in &mut step.wanted {
+        if let Some(other) = other.get(id) {
+            port.backends.clone_from(&other.backends);
+        }
+    }
+    step
+}
+
+/// What has changed of a Service port, if that is endpoints alone.
+fn patch(id: &PortId, before: &Port, after: &Port) -> Option<Patch> {
+    if (Port { backends: Vec::new(), ..before.clone() })
+        != (Port { backends: Vec::new(), ..after.clone() })
+    {
+        return None;
+    }
+    let [old, new] = [before, after].map(|port| port.backends.iter().collect::<BTreeSet<_>>());
+    let addresses: BTreeSet<IpAddr> =
+        old.symmetric_difference(&new).map(|backend| backend.address.ip()).collect();
+    let there = after.backends.iter().filter(|b| addresses.contains(&b.address.ip()));
+    let backends = there.copied().collect();
+    Some(Patch { port: id.clone(), addresses, backends })
+}
+
 /// The agent's part of the work, on simulated maps.
 struct Agent {
     planner: Planner,
     maps: Maps,
     /// What was wanted last.
     held: Tables,
+    /// Plans changes of endpoints as such.
+    patches: bool,
     now: Instant,
 }
 
 impl Agent {
     fn new() -> Self {
         let (planner, maps) = (Planner::new(CAPACITY), Maps::default());
-        Self { planner, maps, held: Tables::new(), now: Instant::now() }
+        Self { planner, maps, held: Tables::new(), patches: true, now: Instant::now() }
     }
 
     fn restart(&mut self, wanted: &Tables) {
@@ -304,9 +333,18 @@ impl Agent {
     fn plan(&mut self, wanted: &Tables) -> Vec<Op> {
         let held: Vec<PortId> = self.planner.ports().cloned().collect();
         let gone = held.into_iter().filter(|port| !wanted.contains_key(port));
-        let put = wanted.iter().map(|(port, tables)| (port.clone(), Some(tables.clone())));
-        let changes: Vec<_> = gone.map(|port| (port, None)).chain(put).collect();
-        self.planner.plan(self.now, &changes, &mut Vec::new())
+        let mut changes: Vec<_> = gone.map(|port| (port, None)).collect();
+        let mut patches = Vec::new();
+        for (id, port) in wanted {
+            let before = self.held.get(id).filter(|_| self.planner.criteria(id).is_some());
+            match before.and_then(|before| patch(id, before, port)) {
+                Some(patch) if self.patches => patches.push(patch),
+                _ => changes.push((id.clone(), Some(port.clone()))),
+            }
+        }
+        let mut ops = self.planner.patch(self.now, &patches, &mut Vec::new());
+        ops.extend(self.planner.plan(self.now, &changes, &mut Vec::new()));
+        ops
     }
 
     /// Writes, and looks after each write whether every frontend leads to all the backends that its
@@ -382,6 +420,25 @@ proptest! {
         let mut agent = Agent::new();
         for step in &steps {
             agent.take(step);
+        }
+    }
+
+    /// Whether a change of endpoints is planned as such or by a look at all of them, the same comes of it.
+    #[test]
+    fn changes_of_endpoints_lead_where_whole_plans_lead(
+        first in any_step(),
+        others in proptest::collection::vec(any_tables(), 1..5),
+    ) {
+        let mut patching = Agent::new();
+        let mut whole = Agent { patches: false, ..Agent::new() };
+        let calm = Step { killed_after: None, restarted: false, ..first };
+        let steps = others.iter().map(|other| with_other_endpoints(&calm, other));
+        for step in [calm.clone()].into_iter().chain(steps) {
+            patching.take(&step);
+            whole.take(&step);
+            let leads = |agent: &Agent| agent.maps.resolved().collect::<Vec<_>>();
+            prop_assert_eq!(leads(&patching), leads(&whole));
+            prop_assert_eq!(patching.planner.usage(), whole.planner.usage());
         }
     }
 

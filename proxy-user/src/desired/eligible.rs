@@ -1,6 +1,7 @@
 //! Which endpoints a Service port has, and which of them take new flows.
 
-use std::net::SocketAddr;
+use std::collections::BTreeSet;
+use std::net::{IpAddr, SocketAddr};
 
 use super::{Backend, PortId};
 use crate::model::{Cluster, Endpoint, EndpointPort, Node, Slice};
@@ -9,33 +10,56 @@ use crate::model::{Cluster, Endpoint, EndpointPort, Node, Slice};
 ///
 /// Usable are the ready ones that the topology hints leave; if none is ready, those that still serve
 /// while they terminate (KP-49, 62). The same is decided for this node's endpoints alone (KP-63), where
-/// hints do not count (KP-67). There may be a hundred thousand: each is looked at twice.
-pub fn backends(cluster: &Cluster, node: &Node, id: &PortId) -> Vec<Backend> {
+/// hints do not count (KP-67). There may be a hundred thousand: each is looked at twice. Also says by what
+/// they were judged.
+pub fn backends(cluster: &Cluster, node: &Node, id: &PortId) -> (Vec<Backend>, Criteria) {
     let merged = merged(cluster, id);
-    let facts = Facts::of(&merged, node);
-    let serves = |endpoint: &Endpoint, any_ready: bool| {
-        if any_ready { endpoint.ready } else { endpoint.serving && endpoint.terminating }
-    };
-    let takes = |endpoint: &Endpoint| !facts.any_ready || facts.topology.takes(endpoint, node);
-    let backends = merged.iter().map(|(address, endpoint)| Backend {
-        address: *address,
-        usable: serves(endpoint, facts.any_ready) && takes(endpoint),
-        usable_local: endpoint.local && serves(endpoint, facts.local_ready),
-        serving: endpoint.serving || endpoint.ready,
-        local: endpoint.local,
-        weight: endpoint.weight,
-    });
+    let criteria = Criteria::of(&merged.iter().map(|(_, endpoint)| *endpoint), node);
+    let backends = merged.iter().map(|(address, e)| criteria.judge(*address, e, node));
     let mut backends: Vec<Backend> = backends.collect();
-    if facts.any_weightless {
+    if criteria.any_weightless {
         spare_weightless(&mut backends, |backend| &mut backend.usable);
         spare_weightless(&mut backends, |backend| &mut backend.usable_local);
     }
-    backends.retain(|backend| backend.usable || backend.usable_local || backend.serving);
-    backends
+    backends.retain(is_of_use);
+    (backends, criteria)
 }
 
-/// What is so of a Service port's endpoints together.
-struct Facts {
+/// The same of the endpoints at some addresses alone, if all others are judged as they were by `criteria`; `None`
+/// if not, or if only a look at all of them tells.
+pub fn backends_at(
+    cluster: &Cluster,
+    node: &Node,
+    id: &PortId,
+    criteria: Criteria,
+    addresses: &BTreeSet<IpAddr>,
+) -> Option<Vec<Backend>> {
+    if criteria.any_weightless || cluster.repeats_addresses(&id.service) {
+        return None;
+    }
+    let slices = cluster.slices(&id.service).filter(|slice| !ports(slice, id).is_empty());
+    if Criteria::of(&slices.flat_map(|slice| &slice.endpoints), node) != criteria {
+        return None;
+    }
+    let mut backends = Vec::with_capacity(addresses.len());
+    for (slice, endpoint) in addresses.iter().flat_map(|a| cluster.endpoints_at(&id.service, *a)) {
+        let addresses = ports(slice, id).into_iter().map(|p| SocketAddr::new(endpoint.address, p));
+        backends.extend(addresses.map(|address| criteria.judge(address, endpoint, node)));
+    }
+    backends.sort_unstable();
+    backends.dedup();
+    backends.retain(is_of_use);
+    Some(backends)
+}
+
+/// Whether a backend takes new flows or keeps old ones.
+const fn is_of_use(backend: &Backend) -> bool {
+    backend.usable || backend.usable_local || backend.serving
+}
+
+/// What is so of a Service port's endpoints together: each is judged by it.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
+pub struct Criteria {
     any_ready: bool,
     /// Of this node's.
     local_ready: bool,
@@ -43,19 +67,33 @@ struct Facts {
     topology: Topology,
 }
 
-impl Facts {
-    fn of(merged: &[(SocketAddr, &Endpoint)], node: &Node) -> Self {
+impl Criteria {
+    fn of<'a>(endpoints: &(impl Iterator<Item = &'a Endpoint> + Clone), node: &Node) -> Self {
         let (mut any_ready, mut local_ready, mut any_weightless) = (false, false, false);
         let mut all_hinted = true;
-        for (_, endpoint) in merged {
+        for endpoint in endpoints.clone() {
             any_ready |= endpoint.ready;
             local_ready |= endpoint.ready && endpoint.local;
             any_weightless |= endpoint.weight == 0;
             all_hinted &= !endpoint.ready || endpoint.hints.is_some();
         }
-        let endpoints = merged.iter().map(|(_, endpoint)| *endpoint);
-        let topology = if all_hinted { Topology::of(&endpoints, node) } else { Topology::Cluster };
+        let topology = if all_hinted { Topology::of(endpoints, node) } else { Topology::Cluster };
         Self { any_ready, local_ready, any_weightless, topology }
+    }
+
+    fn judge(self, address: SocketAddr, endpoint: &Endpoint, node: &Node) -> Backend {
+        let serves = |any_ready: bool| {
+            if any_ready { endpoint.ready } else { endpoint.serving && endpoint.terminating }
+        };
+        let is_meant = !self.any_ready || self.topology.takes(endpoint, node);
+        Backend {
+            address,
+            usable: serves(self.any_ready) && is_meant,
+            usable_local: endpoint.local && serves(self.local_ready),
+            serving: endpoint.serving || endpoint.ready,
+            local: endpoint.local,
+            weight: endpoint.weight,
+        }
     }
 }
 
@@ -69,9 +107,10 @@ fn spare_weightless(backends: &mut [Backend], usable: impl Fn(&mut Backend) -> &
 }
 
 /// Which endpoints the hints leave.
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
 enum Topology {
     /// All.
+    #[default]
     Cluster,
     /// Those for this node's zone.
     Zone,

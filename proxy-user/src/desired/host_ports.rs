@@ -7,7 +7,7 @@ use std::net::SocketAddr;
 use fnv::FnvHasher;
 use proxy_common::tables::Algorithm;
 
-use super::{Access, Backend, Frontend, Port, PortId, Tables};
+use super::{Access, Backend, Criteria, Frontend, Port, PortId, Tables};
 use crate::model::{HostPort, IpFamily, ObjectName, Pod};
 
 /// How the names of host ports begin: as no name of a Service's port can.
@@ -40,6 +40,7 @@ pub fn host_ports(name: &ObjectName, pod: &Pod) -> Tables {
                 created: pod.created.clone(),
                 frontends: BTreeMap::from([(Frontend { vip, port, protocol }, access)]),
                 backends: vec![backend],
+                criteria: Criteria::default(),
                 affinity: 0,
                 algorithm: Algorithm::default(),
                 source_ranges: Vec::new(),

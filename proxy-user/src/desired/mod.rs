@@ -11,7 +11,7 @@ pub mod health;
 mod host_ports;
 pub mod node_ports;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::hash::{Hash, Hasher};
 use std::net::{IpAddr, SocketAddr};
@@ -21,6 +21,7 @@ use proxy_common::tables::Algorithm;
 
 use crate::model::{Cluster, IpFamily, Node, ObjectName, Owner, Protocol};
 use doors::doors;
+pub use eligible::Criteria;
 use host_ports::{HOST_PORT, host_ports};
 
 /// The identity of a Service port in one family: what keeps its number over changes and restarts.
@@ -126,12 +127,25 @@ pub struct Port {
     pub frontends: BTreeMap<Frontend, Access>,
     /// Its endpoints, sorted by address, each address once (KP-14).
     pub backends: Vec<Backend>,
+    /// What was so of all endpoints together when those were judged.
+    pub criteria: Criteria,
     /// How an endpoint is chosen.
     pub algorithm: Algorithm,
     /// For how many seconds a client stays with its endpoint; 0 if it does not.
     pub affinity: u32,
     /// Who may come through frontends with source ranges, sorted.
     pub source_ranges: Vec<IpNet>,
+}
+
+/// A change of some endpoints of a Service port, all else being as it was.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Patch {
+    /// The Service port.
+    pub port: PortId,
+    /// Where endpoints came, went or changed.
+    pub addresses: BTreeSet<IpAddr>,
+    /// All that there are at these addresses now, sorted.
+    pub backends: Vec<Backend>,
 }
 
 /// What the kernel should hold, by Service port.
@@ -150,6 +164,21 @@ pub fn desired_of(cluster: &Cluster, node: &Node, owner: &Owner) -> Tables {
     }
 }
 
+/// What has changed of a Service port, if that is no more than endpoints at these addresses: those were judged by
+/// `criteria` and all others still are. `None` if [`desired_of`] must tell.
+pub fn patch_of(
+    cluster: &Cluster,
+    node: &Node,
+    port: &PortId,
+    criteria: Criteria,
+    addresses: &BTreeSet<IpAddr>,
+) -> Option<Patch> {
+    let of_family = addresses.iter().filter(|address| IpFamily::of(**address) == port.family);
+    let addresses: BTreeSet<IpAddr> = of_family.copied().collect();
+    let backends = eligible::backends_at(cluster, node, port, criteria, &addresses)?;
+    Some(Patch { port: port.clone(), addresses, backends })
+}
+
 fn desired_service(cluster: &Cluster, node: &Node, name: &ObjectName) -> Tables {
     let Some(service) = cluster.service(name) else { return Tables::new() };
     let mut tables = Tables::new();
@@ -162,10 +191,12 @@ fn desired_service(cluster: &Cluster, node: &Node, name: &ObjectName) -> Tables 
                 protocol: port.protocol,
                 family: IpFamily::of(*cluster_ip),
             };
+            let (backends, criteria) = eligible::backends(cluster, node, &id);
             let wanted = Port {
                 created: service.created.clone(),
                 frontends: doors.frontends(port),
-                backends: eligible::backends(cluster, node, &id),
+                backends,
+                criteria,
                 algorithm: service.algorithm.unwrap_or(node.algorithm),
                 affinity: service.affinity.unwrap_or_default(),
                 source_ranges: doors.ranges.clone(),

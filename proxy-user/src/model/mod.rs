@@ -7,7 +7,7 @@ pub mod from_k8s;
 mod pods;
 mod slices;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
@@ -166,7 +166,7 @@ pub struct Slice {
 }
 
 /// An endpoint, its conditions resolved (KP-11).
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug)]
 #[allow(clippy::struct_excessive_bools, reason = "independent facts, each with a name")]
 pub struct Endpoint {
     /// Its address.
@@ -198,7 +198,7 @@ impl Endpoint {
 }
 
 /// For whom an endpoint is meant.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub struct Hints {
     /// The zones.
     pub zones: Vec<String>,
@@ -241,6 +241,9 @@ pub enum Owner {
     Pod(ObjectName),
 }
 
+/// The Services that a change of a slice concerns, with the addresses of the endpoints that are others now.
+pub type Concerned = Vec<(ObjectName, BTreeSet<IpAddr>)>;
+
 /// Everything known of the cluster.
 #[derive(Clone, Default, Debug)]
 pub struct Cluster {
@@ -269,8 +272,8 @@ impl Cluster {
 
     /// Puts a slice in the place of the one of that name; `None` removes it. Returns the Services that
     /// this concerns: one, or two if the slice has moved.
-    pub fn set_slice(&mut self, name: &ObjectName, slice: Option<Slice>) -> Vec<ObjectName> {
-        let mut concerned = Vec::new();
+    pub fn set_slice(&mut self, name: &ObjectName, slice: Option<Slice>) -> Concerned {
+        let mut concerned = Concerned::new();
         let owner = slice.as_ref().map(|slice| slice.service.clone());
         let before = self.owners.get(name).cloned();
         if before.is_some() && before != owner {
@@ -278,23 +281,24 @@ impl Cluster {
         }
         if let (Some(owner), Some(slice)) = (owner, slice) {
             let slices = self.slices.entry(owner.clone()).or_default();
-            if slices.get(&name.name) != Some(&slice) {
+            let before = slices.get(&name.name);
+            if before != Some(&slice) {
+                concerned.push((owner.clone(), slices::changed(before, &slice)));
                 slices.set(&name.name, slice);
-                concerned.push(owner.clone());
             }
             self.owners.insert(name.clone(), owner);
         }
         concerned
     }
 
-    fn take_slice(&mut self, name: &ObjectName) -> Option<ObjectName> {
+    fn take_slice(&mut self, name: &ObjectName) -> Option<(ObjectName, BTreeSet<IpAddr>)> {
         let owner = self.owners.remove(name)?;
         let slices = self.slices.get_mut(&owner)?;
-        slices.remove(&name.name);
+        let slice = slices.remove(&name.name)?;
         if slices.is_empty() {
             self.slices.remove(&owner);
         }
-        Some(owner)
+        Some((owner, slices::addresses(&slice)))
     }
 
     /// The Service of that name.
@@ -303,13 +307,28 @@ impl Cluster {
     }
 
     /// The slices of the Service of that name, in the order of their names.
-    pub fn slices(&self, service: &ObjectName) -> impl Iterator<Item = &Slice> {
+    pub fn slices(&self, service: &ObjectName) -> impl Iterator<Item = &Slice> + Clone {
         self.slices.get(service).into_iter().flat_map(Slices::iter)
     }
 
     /// How many endpoints the Service of that name has, in all slices.
     pub fn endpoints(&self, service: &ObjectName) -> usize {
         self.slices.get(service).map_or(0, Slices::endpoints)
+    }
+
+    /// The endpoints at an address of the Service of that name, each with its slice, in the order of the names of
+    /// those.
+    pub fn endpoints_at(
+        &self,
+        service: &ObjectName,
+        address: IpAddr,
+    ) -> impl Iterator<Item = (&Slice, &Endpoint)> {
+        self.slices.get(service).into_iter().flat_map(move |slices| slices.at(address))
+    }
+
+    /// Whether endpoints of the Service of that name have one address.
+    pub fn repeats_addresses(&self, service: &ObjectName) -> bool {
+        self.slices.get(service).is_some_and(Slices::repeats_addresses)
     }
 
     /// Hands all endpoints of the Service of that name to `each`, in the order of their addresses; those at one

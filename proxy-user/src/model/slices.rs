@@ -1,6 +1,7 @@
 //! The slices of one Service, with their endpoints in order: a change costs in proportion to the change, and
 //! a plan one walk.
 
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 
 use super::{Endpoint, Slice};
@@ -54,7 +55,7 @@ impl Slices {
     }
 
     /// All slices, in the order of their names.
-    pub fn iter(&self) -> impl Iterator<Item = &Slice> {
+    pub fn iter(&self) -> impl Iterator<Item = &Slice> + Clone {
         let of = |(_, number): &(String, u32)| self.all[*number as usize].as_ref();
         self.by_name.iter().filter_map(of).map(|(_, slice)| slice)
     }
@@ -62,6 +63,22 @@ impl Slices {
     /// Where a name is among the names, or would be.
     fn find(&self, name: &str) -> Result<usize, usize> {
         self.by_name.binary_search_by(|(known, _)| known.as_str().cmp(name))
+    }
+
+    /// The endpoints at an address, each with its slice, in the order of the names of those.
+    pub fn at(&self, address: IpAddr) -> impl Iterator<Item = (&Slice, &Endpoint)> {
+        let address = halves(address);
+        let first = self.order.partition_point(|place| place.address < address);
+        let places = self.order[first..].iter().take_while(move |place| place.address == address);
+        places.filter_map(|place| {
+            let (_, slice) = self.all[place.slice as usize].as_ref()?;
+            Some((slice, &slice.endpoints[place.position as usize]))
+        })
+    }
+
+    /// Whether endpoints have one address.
+    pub fn repeats_addresses(&self) -> bool {
+        self.order.windows(2).any(|pair| pair[0].address == pair[1].address)
     }
 
     /// Hands all endpoints to `each`, in the order of their addresses; those at one address in the order of the
@@ -87,11 +104,13 @@ impl Slices {
         self.remove(name);
         let free = self.all.iter().position(Option::is_none).unwrap_or(self.all.len());
         let number = u32::try_from(free).expect("a Service has fewer slices");
-        self.order.extend((0..).zip(&slice.endpoints).map(|(position, endpoint)| Place {
+        let places = (0..).zip(&slice.endpoints).map(|(position, endpoint)| Place {
             address: halves(endpoint.address),
             slice: number,
             position,
-        }));
+        });
+        let mut places: Vec<Place> = places.collect();
+        places.sort_by_key(|place| place.address);
         if free == self.all.len() {
             // Most Services have one.
             self.all.reserve_exact(usize::from(free == 0));
@@ -101,20 +120,50 @@ impl Slices {
         let place = self.find(name).unwrap_or_else(|place| place);
         self.by_name.reserve_exact(usize::from(self.by_name.is_empty()));
         self.by_name.insert(place, (name.to_owned(), number));
-        let name_of =
-            |place: &Place| self.all[place.slice as usize].as_ref().map(|(name, _)| name.as_str());
-        // Those of before are in order: this merges the new ones into them.
-        self.order.sort_by(|a, b| {
-            let by_name = || name_of(a).cmp(&name_of(b)).then(a.position.cmp(&b.position));
-            a.address.cmp(&b.address).then_with(by_name)
+        let name_of = |known: &Place| self.all[known.slice as usize].as_ref().map(|(name, _)| name);
+        merge(&mut self.order, &places, |known, new| {
+            known.address < new.address
+                || known.address == new.address && name_of(known) < name_of(new)
         });
     }
 
     /// Removes the slice of that name.
-    pub fn remove(&mut self, name: &str) {
-        let Ok(place) = self.find(name) else { return };
+    pub fn remove(&mut self, name: &str) -> Option<Slice> {
+        let place = self.find(name).ok()?;
         let (_, number) = self.by_name.remove(place);
-        self.all[number as usize] = None;
         self.order.retain(|place| place.slice != number);
+        self.all[number as usize].take().map(|(_, slice)| slice)
     }
+}
+
+/// Puts `new` ones among others, where they belong by `is_before`; both are in order. What lies between two of them is
+/// moved once.
+fn merge(order: &mut Vec<Place>, new: &[Place], is_before: impl Fn(&Place, &Place) -> bool) {
+    let mut end = order.len();
+    order.extend_from_slice(new);
+    let mut free = order.len();
+    for place in new.iter().rev() {
+        let at = order[..end].partition_point(|known| is_before(known, place));
+        order.copy_within(at..end, free - (end - at));
+        free -= end - at + 1;
+        order[free] = *place;
+        end = at;
+    }
+}
+
+/// The addresses of the endpoints that a slice has and the one before it had not, or the other way round.
+pub fn changed(before: Option<&Slice>, after: &Slice) -> BTreeSet<IpAddr> {
+    let Some(before) = before else { return addresses(after) };
+    // Of endpoints at one address their order tells which counts.
+    let repeats = |slice: &Slice| addresses(slice).len() < slice.endpoints.len();
+    if before.ports != after.ports || repeats(before) || repeats(after) {
+        return &addresses(before) | &addresses(after);
+    }
+    let [old, new] = [before, after].map(|slice| slice.endpoints.iter().collect::<BTreeSet<_>>());
+    old.symmetric_difference(&new).map(|endpoint| endpoint.address).collect()
+}
+
+/// The addresses of a slice's endpoints.
+pub fn addresses(slice: &Slice) -> BTreeSet<IpAddr> {
+    slice.endpoints.iter().map(|endpoint| endpoint.address).collect()
 }

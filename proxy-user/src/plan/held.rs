@@ -10,7 +10,7 @@ use proxy_common::tables::{Algorithm, Choice, ServiceValue};
 use super::allocate::Numbers;
 use super::op::{BackendEntry, Lead, Op, flags_of};
 use super::slots::{Candidates, Part, Slots};
-use crate::desired::{Access, Backend, Frontend, Port};
+use crate::desired::{Access, Backend, Criteria, Frontend, Patch, Port};
 use crate::model::IpFamily;
 
 /// A backend's number, and what is written there.
@@ -42,6 +42,8 @@ pub struct Held {
     pub ranges: BTreeSet<IpNet>,
     /// Its backends by address.
     pub backends: Vec<Numbered>,
+    /// By what those were judged.
+    pub criteria: Criteria,
 }
 
 impl Held {
@@ -59,6 +61,7 @@ impl Held {
             strays: Vec::new(),
             ranges: BTreeSet::new(),
             backends: Vec::new(),
+            criteria: Criteria::default(),
         }
     }
 
@@ -123,6 +126,39 @@ impl Held {
         (leaving, all)
     }
 
+    /// The same, if only those at some addresses have changed.
+    pub fn patch_backends(
+        &mut self,
+        numbers: &mut Numbers,
+        patch: &Patch,
+        ops: &mut Vec<Op>,
+    ) -> (Leaving, bool) {
+        let counted = self.algorithm == Algorithm::LeastConn;
+        let mut writes =
+            BackendWrites { family: patch.port.family, service: self.id, counted, ops };
+        let before = std::mem::take(&mut self.backends);
+        self.backends.reserve_exact(before.len() + patch.backends.len());
+        let (mut rest, mut wanted) = (&before[..], &patch.backends[..]);
+        let (mut leaving, mut all) = (Leaving::new(), true);
+        for address in &patch.addresses {
+            let (stay, others) =
+                rest.split_at(rest.partition_point(|(_, e)| e.address.ip() < *address));
+            let (held, others) =
+                others.split_at(others.partition_point(|(_, e)| e.address.ip() == *address));
+            let (these, later) =
+                wanted.split_at(wanted.partition_point(|b| b.address.ip() <= *address));
+            let (merged, gone, whole) = merge(held.to_vec(), these, numbers, &mut writes);
+            self.backends.extend_from_slice(stay);
+            self.backends.extend(merged);
+            leaving.extend(gone);
+            all &= whole;
+            (rest, wanted) = (others, later);
+        }
+        self.backends.extend_from_slice(rest);
+        self.backends.shrink_to_fit();
+        (leaving, all)
+    }
+
     /// Lets in clients from the wanted source ranges, as far as there is room. False if that was not for all.
     pub fn allow(&mut self, room: &mut usize, wanted: &Port, ops: &mut Vec<Op>) -> bool {
         for range in &wanted.source_ranges {
@@ -172,6 +208,7 @@ impl Held {
         self.asks_for_local = wanted.frontends.values().any(asks_for_local);
         self.affinity = wanted.affinity;
         self.algorithm = wanted.algorithm;
+        self.criteria = wanted.criteria;
     }
 
     /// Its frontends that are not wanted any more.
@@ -180,31 +217,40 @@ impl Held {
         gone.map(|(frontend, _)| frontend).collect()
     }
 
-    /// Says how much room the slots for its backends would take.
-    pub fn note(&mut self, slots: &mut Slots) {
-        let [cluster, local] = self.candidates();
-        slots.note(&mut self.cluster, self.algorithm, &cluster);
-        slots.note(&mut self.local, self.algorithm, &local);
+    /// Says how much room the slots for these would take.
+    pub fn note(&mut self, [cluster, local]: &[Candidates; 2], slots: &mut Slots) {
+        slots.note(&mut self.cluster, self.algorithm, cluster);
+        slots.note(&mut self.local, self.algorithm, local);
     }
 
-    /// Has slots lead to the backends that take new flows. False if there was no room for that.
-    pub fn fill(&mut self, now: Instant, slots: &mut Slots, ops: &mut Vec<Op>) -> bool {
+    /// Has slots lead to its candidates. False if there was no room for that.
+    pub fn fill(
+        &mut self,
+        now: Instant,
+        candidates: &[Candidates; 2],
+        slots: &mut Slots,
+        ops: &mut Vec<Op>,
+    ) -> bool {
         let mut done = true;
-        let candidates = self.candidates();
         for (part, candidates) in [&mut self.cluster, &mut self.local].into_iter().zip(candidates) {
-            done &= slots.fill(now, part, self.algorithm, &candidates, ops);
+            done &= slots.fill(now, part, self.algorithm, candidates, ops);
         }
         done
     }
 
     /// The backends to choose from: of the cluster, and of this node if that is asked for.
-    fn candidates(&self) -> [Candidates; 2] {
+    pub fn candidates(&self) -> [Candidates; 2] {
         let local = if self.asks_for_local {
             Candidates::of(&self.backends, |entry| entry.usable_local)
         } else {
             Candidates::default()
         };
         [Candidates::of(&self.backends, |entry| entry.usable), local]
+    }
+
+    /// The frontends that lead here.
+    pub fn led(&self) -> Vec<Frontend> {
+        self.frontends.iter().map(|(frontend, _)| *frontend).collect()
     }
 
     /// Where one of its frontends leads.

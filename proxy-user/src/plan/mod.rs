@@ -26,11 +26,11 @@ pub(crate) use self::allocate::Numbers;
 pub(crate) use self::op::flags_of;
 pub use self::op::{BackendEntry, Capacity, Change, Lead, Op, Refusal};
 pub use self::recover::{Actual, ActualBackend, ActualService};
-use crate::desired::{Frontend, Port, PortId};
+use crate::desired::{Criteria, Frontend, Patch, Port, PortId};
 use crate::model::IpFamily;
 use frontends::Frontends;
 use held::{Held, Leaving};
-use slots::Slots;
+use slots::{Candidates, Slots};
 
 /// How long a number or a slot stays out of use after its last reader could have seen it. A packet
 /// takes microseconds; a second is beyond doubt.
@@ -211,7 +211,8 @@ impl Planner {
         // Before anyone takes room: all that is to come is known.
         let has_moved = self.slots.choose_level();
         for (port, _, entry) in &mut entered {
-            self.fill(now, port, entry, &mut ops, refusals);
+            let candidates = self.held[*port].candidates();
+            self.fill(now, port, &candidates, entry, &mut ops, refusals);
         }
         for (port, wanted, entry) in &entered {
             self.lead(port, wanted, entry, &mut ops, refusals);
@@ -228,6 +229,54 @@ impl Planner {
         let has_moved = self.slots.choose_level() || has_moved;
         self.equalise(now, has_moved, &mut ops);
         ops
+    }
+
+    /// By what the backends of a Service port were judged when they were planned last; `None` if that plan is not
+    /// in force whole, so that no patch can be put on it.
+    pub fn criteria(&self, port: &PortId) -> Option<Criteria> {
+        self.held.get(port).filter(|held| held.planned != 0).map(|held| held.criteria)
+    }
+
+    /// Plans changes of some backends of Service ports that are held, before [`Self::plan`]: what is looked at anew is
+    /// those, and what is written anew the run of all backends' numbers.
+    pub fn patch(
+        &mut self,
+        now: Instant,
+        patches: &[Patch],
+        refusals: &mut Vec<Refusal>,
+    ) -> Vec<Op> {
+        self.reclaim(now);
+        let mut ops = Vec::new();
+        for patch in patches {
+            self.patch_port(now, patch, &mut ops, refusals);
+        }
+        ops
+    }
+
+    fn patch_port(
+        &mut self,
+        now: Instant,
+        patch: &Patch,
+        ops: &mut Vec<Op>,
+        refusals: &mut Vec<Refusal>,
+    ) {
+        let Some(held) = self.held.get_mut(&patch.port) else { return };
+        let numbers = self.backends.get_mut(&patch.port.family).expect("both families are there");
+        let (leaving, all) = held.patch_backends(numbers, patch, ops);
+        if !all {
+            refusals.push(Refusal::Full { port: patch.port.clone(), table: "backends" });
+        }
+        let candidates = held.candidates();
+        held.note(&candidates, &mut self.slots);
+        let mark = if all { digest(&(held.planned, &patch.addresses)) } else { 0 };
+        let mut entry = Entry { leaving, mark };
+        self.fill(now, &patch.port, &candidates, &mut entry, ops, refusals);
+        let held = self.held.get_mut(&patch.port).expect("it is held");
+        held.planned = entry.mark;
+        for frontend in held.led() {
+            self.settle(frontend, ops);
+        }
+        self.withdraw(now, patch.port.family, entry.leaving, ops);
     }
 
     /// Gives back what has been out of use for long enough.
@@ -250,12 +299,10 @@ impl Planner {
         for _ in 0..AT_ONCE.min(self.unequal.len()) {
             let Some(port) = self.unequal.pop_first() else { return };
             let Some(held) = self.held.get_mut(&port) else { continue };
-            held.fill(now, &mut self.slots, ops);
+            held.fill(now, &held.candidates(), &mut self.slots, ops);
             let has_room = !held.parts().any(|part| self.slots.is_of_other_level(part));
             // Whatever has moved: what it had before is given back.
-            let frontends: Vec<Frontend> =
-                held.frontends.iter().map(|(frontend, _)| *frontend).collect();
-            frontends.into_iter().for_each(|frontend| self.settle(frontend, ops));
+            held.led().into_iter().for_each(|frontend| self.settle(frontend, ops));
             if !has_room {
                 // There is none before others have made some.
                 self.unequal.insert(port);
@@ -296,7 +343,7 @@ impl Planner {
             full("source ranges");
         }
         held.want(wanted);
-        held.note(&mut self.slots);
+        held.note(&held.candidates(), &mut self.slots);
         self.held.insert(port.clone(), held);
         Some(Entry { leaving, mark: if is_whole { mark } else { 0 } })
     }
@@ -306,12 +353,13 @@ impl Planner {
         &mut self,
         now: Instant,
         port: &PortId,
+        candidates: &[Candidates; 2],
         entry: &mut Entry,
         ops: &mut Vec<Op>,
         refusals: &mut Vec<Refusal>,
     ) {
         let held = self.held.get_mut(port).expect("it was taken in");
-        if !held.fill(now, &mut self.slots, ops) {
+        if !held.fill(now, candidates, &mut self.slots, ops) {
             entry.mark = 0;
             refusals.push(Refusal::Full { port: port.clone(), table: "slots" });
         }
@@ -384,15 +432,20 @@ impl Planner {
             self.frontends.release(frontend, port);
             self.settle(frontend, ops);
         }
-        let numbers = self.backends.get_mut(&port.family).expect("both families are there");
-        for (number, entry) in leaving {
-            ops.push(Op::Backend { family: port.family, number, backend: entry.withdrawn() });
-            numbers.retire(now + GRACE, number);
-        }
+        self.withdraw(now, port.family, leaving, ops);
         let held = self.held.get_mut(port).expect("it is held");
         held.strays.drain(..).for_each(|part| self.slots.remove(now, &part));
         let room = self.ranges.get_mut(&port.family).expect("both families are there");
         held.forbid(room, wanted, ops);
+    }
+
+    /// Writes that backends are gone, and gives their numbers back.
+    fn withdraw(&mut self, now: Instant, family: IpFamily, leaving: Leaving, ops: &mut Vec<Op>) {
+        let numbers = self.backends.get_mut(&family).expect("both families are there");
+        for (number, entry) in leaving {
+            ops.push(Op::Backend { family, number, backend: entry.withdrawn() });
+            numbers.retire(now + GRACE, number);
+        }
     }
 
     fn remove(&mut self, now: Instant, port: &PortId, ops: &mut Vec<Op>) {
