@@ -233,6 +233,10 @@ impl Agent {
     }
 
     fn enqueue_endpoints(&mut self, concerned: Concerned) {
+        // The first plan is of everything; until then no list of it is kept.
+        if self.progress == Progress::Waiting {
+            return;
+        }
         for (service, addresses) in concerned {
             let owner = Owner::Service(service);
             match self.dirty.entry(owner).or_insert(Scope::Endpoints(BTreeSet::new())) {

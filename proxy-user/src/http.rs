@@ -36,6 +36,7 @@ pub struct Status {
     /// How full the tables were that are counted by sweeps.
     swept_tables: Mutex<Vec<Use>>,
     refusals: AtomicUsize,
+    reattached: AtomicUsize,
     usage: Mutex<Vec<Use>>,
 }
 
@@ -52,6 +53,7 @@ impl Status {
             swept_records: AtomicUsize::new(0),
             swept_tables: Mutex::default(),
             refusals: AtomicUsize::new(0),
+            reattached: AtomicUsize::new(0),
             usage: Mutex::default(),
         }
     }
@@ -80,6 +82,11 @@ impl Status {
         self.refusals.fetch_add(1, Ordering::Relaxed);
     }
 
+    /// Notes that so many programs were put back where they had been taken off.
+    pub fn reattached(&self, programs: usize) {
+        self.reattached.fetch_add(programs, Ordering::Relaxed);
+    }
+
     /// Notes how much of each table is in use that the agent fills.
     pub fn used(&self, usage: Vec<Use>) {
         *self.usage.lock().expect("no panic while locked") = usage;
@@ -100,6 +107,8 @@ impl Status {
         metric("portal_swept_records_total", "counter", help, load(&self.swept_records));
         let help = "How often the kernel refused a write to the maps.";
         metric("portal_refused_writes_total", "counter", help, load(&self.refusals));
+        let help = "Programs put back where someone had taken them off.";
+        metric("portal_reattached_programs_total", "counter", help, load(&self.reattached));
         let mut usage = self.usage.lock().expect("no panic while locked").clone();
         usage.extend(self.swept_tables.lock().expect("no panic while locked").iter().cloned());
         for (name, help, value) in [

@@ -13,11 +13,13 @@ pub mod events;
 pub mod health;
 pub mod http;
 pub mod kernel;
+pub mod links;
 pub mod memory;
 pub mod model;
 pub mod netlink;
 pub mod node;
 pub mod plan;
+pub mod retries;
 pub mod routes;
 pub mod run;
 #[cfg(feature = "testing")]

@@ -7,11 +7,12 @@ use std::io::ErrorKind;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use portal::testing::client::{Connection, exchange, tcp, tcp_from_port, udp, udp_socket};
 use portal::testing::cluster::{Cluster, PORT, VIPS, at};
-use portal::testing::world::{CNIS, Cni, Pod};
-use portal::testing::{capture::Capture, eventually, objects, server};
+use portal::testing::world::{BPFFS, CNIS, Cni, Pod};
+use portal::testing::{agent::http, capture::Capture, eventually, objects, server, within};
 
 fn start(cni: Cni) -> Cluster {
     Cluster::start(cni, Path::new(env!("CARGO_BIN_EXE_portal")), &[])
@@ -483,6 +484,15 @@ fn a_pods_link_may_come_and_go_and_clsact_serves_where_there_is_no_tcx() {
         assert_eq!(reach(&cluster, &next, vip), "server");
     }
     assert_eq!(filters(&cluster), 2);
+    // Whoever cleans up after an agent with other pins leaves them alone.
+    let node = &cluster.world.nodes[0];
+    let other = format!("{BPFFS}/other");
+    node.mounts.run(|| std::fs::create_dir_all(format!("{other}/maps")).unwrap());
+    let cleanup = portal::testing::agent::command(node, portal, false)
+        .args(["cleanup", "--bpffs-root", &other])
+        .status();
+    assert!(cleanup.unwrap().success());
+    assert_eq!(filters(&cluster), 2);
     // One that attaches in another way leaves none of them.
     cluster.agents[0].take().unwrap().kill();
     cluster.arguments = vec!["--tc".to_owned(), "tcx".to_owned()];
@@ -491,4 +501,34 @@ fn a_pods_link_may_come_and_go_and_clsact_serves_where_there_is_no_tcx() {
     for vip in VIPS {
         assert_eq!(reach(&cluster, &next, vip), "server");
     }
+}
+
+/// F5: what someone else takes off comes back, and is counted.
+#[test]
+fn what_is_taken_off_a_link_or_the_cgroup_is_put_back() {
+    let cluster = start(Cni::Bridge);
+    let (client, server) = (cluster.pod(0, "client"), cluster.server(1, "server"));
+    cluster.expose("web", &VIPS, &[&server]);
+    cluster.wait_backends(VIPS[0], 1);
+    tcp(&client.namespace, at(VIPS[0])).unwrap();
+    let node = &cluster.world.nodes[0];
+    let pins = node.pins("links");
+    let of_client: Vec<&String> = pins
+        .iter()
+        .filter(|pin| {
+            pin.starts_with(&format!("tc-{}-", client.ifindex)) || *pin == "cgroup-connect4"
+        })
+        .collect();
+    assert_eq!(of_client.len(), 3, "{pins:?}");
+    let links = Path::new(BPFFS).join("portal/links");
+    node.mounts
+        .run(|| of_client.iter().for_each(|pin| std::fs::remove_file(links.join(pin)).unwrap()));
+    // With the next sweep.
+    let counted = "portal_reattached_programs_total 3";
+    within(Duration::from_mins(2), "they are put back", || {
+        let metrics = http(node, 10249, "/metrics").unwrap();
+        metrics.contains(counted).then_some(())
+    });
+    assert_eq!(tcp(&client.namespace, at(VIPS[0])).unwrap().server, "server");
+    assert!(cluster.probe(0, "tcp", at(VIPS[0])).unwrap().starts_with("server "));
 }

@@ -63,7 +63,7 @@ fn files_of(tier: Tier) -> &'static [&'static str] {
         Tier::Pure | Tier::Kernels => &[],
         Tier::Kernel => &["kernel"],
         Tier::Control => &["control"],
-        Tier::Network => &["network", "doors", "scenarios", "load", "kernels"],
+        Tier::Network => &["network", "doors", "scenarios", "worlds", "load", "kernels"],
     }
 }
 

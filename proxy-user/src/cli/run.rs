@@ -17,8 +17,8 @@ use tracing_subscriber::EnvFilter;
 use super::Place;
 use crate::desired::node_ports::NodePortAddresses;
 use crate::kernel::{Options, Sizes, SocketLb, TcMode, probe};
+use crate::links::{Pattern, Role, Rule};
 use crate::model::from_k8s::parse_range;
-use crate::netlink::{Pattern, Role, Rule};
 use crate::run::{Settings, run};
 use crate::watch::{ApiServer, Source};
 

@@ -22,30 +22,44 @@ impl PinnedLinks {
         Ok(Self { folder })
     }
 
-    /// Makes sure that `program` runs at `at` by the link of that name.
-    pub fn ensure(&mut self, name: &str, program: impl AsFd, at: AttachPoint) -> Result<()> {
+    /// Makes sure that `program` runs at `at` by the link of that name. True if there was no such link. One that is there
+    /// and can't be given the program stays as it is.
+    pub fn ensure(&mut self, name: &str, program: impl AsFd, at: AttachPoint) -> Result<bool> {
         let path = self.folder.join(name);
         if Self::renew(&path, &program, at)? {
-            return Ok(());
+            return Ok(false);
         }
+        fs::create_dir_all(&self.folder)
+            .with_context(|| format!("cannot make {}", self.folder.display()))?;
         let link = sys::link_create(&program, at)?;
-        sys::pin(link, &path).with_context(|| format!("cannot pin {}", path.display()))
+        sys::pin(link, &path).with_context(|| format!("cannot pin {}", path.display()))?;
+        Ok(true)
     }
 
     /// Puts the program into the link, if it is there and still attached to that place.
     fn renew(path: &Path, program: impl AsFd, at: AttachPoint) -> Result<bool> {
         let Ok(link) = sys::get(path) else { return Ok(false) };
-        let renewed = sys::link_is_at(&link, at)? && sys::link_update(&link, program).is_ok();
-        if !renewed {
-            // The device is gone, and its index or its name has come back with another.
-            fs::remove_file(path).with_context(|| format!("cannot remove {}", path.display()))?;
+        if sys::link_is_at(&link, at)? {
+            match sys::link_update(&link, program) {
+                Err(error) if error.raw_os_error() == Some(libc::ENOLINK) => {}
+                updated => return Ok(updated.map(|()| true)?),
+            }
         }
-        Ok(renewed)
+        // The device is gone, and its index or its name has come back with another.
+        fs::remove_file(path).with_context(|| format!("cannot remove {}", path.display()))?;
+        Ok(false)
     }
 
-    /// Removes a link, and with it the program from its hook.
+    /// Removes a link, and with it the program from its hook: at once, so that another can take its place.
     pub fn remove(&mut self, name: &str) {
-        match fs::remove_file(self.folder.join(name)) {
+        let path = self.folder.join(name);
+        if let Ok(link) = sys::get(&path)
+            && let Err(error) = sys::link_detach(&link)
+        {
+            // Its device or cgroup may have gone; and with its pin it goes in any case.
+            tracing::debug!("cannot detach the pinned link {name}: {error}");
+        }
+        match fs::remove_file(path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
                 tracing::warn!("cannot remove the pinned link {name}: {error}");
             }

@@ -23,7 +23,7 @@ mod tc;
 mod ways;
 mod writer;
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs;
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
@@ -37,7 +37,7 @@ use nix::fcntl::{Flock, FlockArg};
 use proxy_common::Outcome;
 use proxy_common::settings::Lifetimes;
 
-use crate::netlink::{Exits, Role};
+use crate::links::{Exits, Role};
 use crate::plan::{Capacity, Op, Planner, Use};
 use crate::routes::Routes;
 pub use contract::{Shape, name_of, shapes};
@@ -129,9 +129,10 @@ pub struct Datapath {
     tails: Tails,
     links: PinnedLinks,
     writer: Writer,
-    tc: TcMode,
+    tc: tc::Place,
     /// The network links that this agent has attached to.
-    attached: HashSet<u32>,
+    attached: HashMap<u32, Role>,
+    options: Options,
     maps: PathBuf,
     max_flows: usize,
     /// Held while this agent runs.
@@ -161,7 +162,7 @@ impl Datapath {
         let mut ebpf = load::load(options, &maps)?;
         let mut links = PinnedLinks::new(links_folder(&options.bpffs_root))?;
         let mut writer = Writer::open(&maps)?;
-        let tc = tc::resolve(options.tc, &ebpf)?;
+        let tc = tc::resolve(options.tc, &options.bpffs_root, &ebpf)?;
         let tails = Tails::install(&mut ebpf, &links_folder(&options.bpffs_root))?;
         let planner = recover(&mut writer)?;
         // Last, so that nothing is attached if anything fails.
@@ -172,10 +173,21 @@ impl Datapath {
             tails.remove();
             return Err(error);
         }
-        let attached = HashSet::new();
+        let (attached, options) = (HashMap::new(), options.clone());
         let max_flows = writer::open(&maps, "flows_v4")?.info()?.max_entries() as usize;
         Ok((
-            Self { ebpf, tails, links, writer, tc, attached, maps, max_flows, _lock: lock },
+            Self {
+                ebpf,
+                tails,
+                links,
+                writer,
+                tc,
+                attached,
+                options,
+                maps,
+                max_flows,
+                _lock: lock,
+            },
             planner,
         ))
     }
@@ -227,32 +239,45 @@ impl Datapath {
         self.writer.set_exits(exits)
     }
 
-    /// Attaches the datapath to a link, or renews it there.
+    /// Attaches the datapath to a link, or renews it there. Says how many programs were not there.
     ///
     /// # Errors
     /// If the kernel refuses, most often because the link has just gone.
-    pub fn attach(&mut self, ifindex: u32, name: &str, role: Role) -> Result<()> {
+    pub fn attach(&mut self, ifindex: u32, role: Role) -> Result<usize> {
         if role == Role::Tunnel {
             self.tails.add_tunnels(&mut self.ebpf)?;
         }
-        tc::attach(&mut self.ebpf, &mut self.links, self.tc, ifindex, name, role)?;
-        self.attached.insert(ifindex);
-        Ok(())
+        let fresh = tc::attach(&mut self.ebpf, &mut self.links, self.tc, ifindex, role)?;
+        self.attached.insert(ifindex, role);
+        Ok(fresh)
     }
 
     /// Detaches the datapath from a link that is gone or has another role.
-    pub fn detach(&mut self, ifindex: u32, name: &str) {
+    pub fn detach(&mut self, ifindex: u32) {
         self.attached.remove(&ifindex);
-        tc::detach(&mut self.links, self.tc, ifindex, name);
+        tc::detach(&mut self.links, self.tc, ifindex);
     }
 
-    /// Detaches what an earlier agent has left on links that are none of ours any more, and all that it
-    /// attached in another way than this one does.
-    /// On links in `failed` an earlier agent's programs stay, since this one's could not take their place.
-    pub fn detach_others(&mut self, failed: &HashSet<u32>) {
-        let kept = self.attached.union(failed).copied().collect();
-        tc::detach_others(&mut self.links, self.tc, &kept);
-        if failed.is_empty() {
+    /// The links that the datapath is attached to.
+    pub fn attached(&self) -> Vec<(u32, Role)> {
+        self.attached.iter().map(|(ifindex, role)| (*ifindex, *role)).collect()
+    }
+
+    /// Attaches the socket hooks, or renews them. Says how many programs were not there.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn attach_sockets(&mut self) -> Result<usize> {
+        sockets::attach(&mut self.ebpf, &mut self.links, &self.options)
+    }
+
+    /// Detaches what this agent or an earlier one has left on links that are none of `ours`, and all that an earlier one
+    /// attached in another way than this one does. Where this one's programs could not take the place of an earlier
+    /// one's, those stay.
+    pub fn detach_others(&mut self, ours: &HashSet<u32>) {
+        self.attached.retain(|ifindex, _| ours.contains(ifindex));
+        tc::detach_others(&mut self.links, self.tc, ours);
+        if ours.iter().all(|ifindex| self.attached.contains_key(ifindex)) {
             self.tails.remove_others();
         }
     }
@@ -317,7 +342,7 @@ pub fn cleanup(bpffs_root: &Path) -> Result<()> {
         return Ok(());
     }
     let _lock = lock(bpffs_root)?;
-    tc::remove_filters(|_| false);
+    tc::remove_filters(tc::handle_of(bpffs_root), |_| false);
     let mut problems = Vec::new();
     for folder in [links_folder(bpffs_root), maps_folder(bpffs_root)] {
         let Ok(entries) = fs::read_dir(&folder) else { continue };

@@ -42,22 +42,25 @@ const HOOKS: [(&str, &str, u32); 8] = [
     ("portal_getpeer6", "cgroup-getpeername6", 30),
 ];
 
-/// Attaches the hooks, or takes off those that an earlier agent left if they are not wanted.
-pub fn attach(ebpf: &mut Ebpf, links: &mut PinnedLinks, options: &Options) -> Result<()> {
+/// Attaches the hooks, or takes off those that an earlier agent left if they are not wanted. Says how many were not
+/// there.
+pub fn attach(ebpf: &mut Ebpf, links: &mut PinnedLinks, options: &Options) -> Result<usize> {
     let Some(root) = options.cgroup_root.as_ref().filter(|_| options.socket_lb.is_on()) else {
         HOOKS.iter().for_each(|(_, pin, _)| links.remove(pin));
-        return Ok(());
+        return Ok(0);
     };
     let directory = File::open(root).with_context(|| format!("cannot open {}", root.display()))?;
     let id = directory.metadata()?.ino();
+    let mut fresh = 0;
     for (name, pin, attach_type) in HOOKS {
         let program = program(ebpf, name)?;
         let at = AttachPoint::Cgroup { directory: directory.as_raw_fd(), id, attach_type };
-        links
+        let is_fresh = links
             .ensure(pin, program.fd()?, at)
             .with_context(|| format!("cannot attach {name} to cgroup {}", root.display()))?;
+        fresh += usize::from(is_fresh);
     }
-    Ok(())
+    Ok(fresh)
 }
 
 fn program<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut CgroupSockAddr> {

@@ -16,6 +16,7 @@ const BPF_MAP_LOOKUP_AND_DELETE_ELEM: libc::c_int = 21;
 const BPF_MAP_LOOKUP_BATCH: libc::c_int = 24;
 const BPF_LINK_CREATE: libc::c_int = 28;
 const BPF_LINK_UPDATE: libc::c_int = 29;
+const BPF_LINK_DETACH: libc::c_int = 34;
 
 /// Puts a link before all others on its hook.
 const BPF_F_BEFORE: u32 = 1 << 3;
@@ -137,6 +138,13 @@ pub fn link_update(link: impl AsFd, program: impl AsFd) -> io::Result<()> {
     let (link, program) = (raw(&link), raw(&program));
     let mut attributes = LinkUpdateAttributes { link, program, flags: 0, old_program: 0 };
     bpf(BPF_LINK_UPDATE, &mut attributes).map(drop)
+}
+
+/// Takes a link's program off its hook (kernel 5.9). Without this a link holds until the last descriptor of it is closed,
+/// and a little longer.
+pub fn link_detach(link: impl AsFd) -> io::Result<()> {
+    let mut link = raw(&link);
+    bpf(BPF_LINK_DETACH, &mut link).map(drop)
 }
 
 #[repr(C)]

@@ -1,6 +1,9 @@
 //! The programs of a network link: tcx where the kernel has it (6.6), clsact before.
 
 use std::collections::HashSet;
+use std::hash::Hasher;
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
 
 use anyhow::{Context, Result};
 use aya::Ebpf;
@@ -9,11 +12,12 @@ use aya::programs::tc::{
     NlOptions, SchedClassifier, SchedClassifierLink, TcAttachOptions, TcAttachType, TcError,
     TcHandle, qdisc_add_clsact,
 };
+use fnv::FnvHasher;
 
 use super::links::PinnedLinks;
 use super::load::shortened;
 use super::sys::{self, AttachPoint};
-use crate::netlink::Role;
+use crate::links::Role;
 
 /// How programs are attached to network links.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, clap::ValueEnum)]
@@ -42,13 +46,36 @@ const fn programs(role: Role) -> [&'static str; 2] {
     }
 }
 
-/// Our place among clsact filters: fixed, so that a later agent finds its filters again, and first,
-/// since any filter may end the chain.
-const PRIORITY: u16 = 1;
-const HANDLE: TcHandle = TcHandle::new(0, 0x706f);
+/// How programs are attached to a node's links, and as whose.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Place {
+    /// By what; never [`TcMode::Auto`].
+    pub mode: TcMode,
+    /// Our filters' handle, by which they are found again.
+    handle: TcHandle,
+}
 
-/// Decides how to attach, by trying on nothing: a link index that does not exist.
-pub fn resolve(mode: TcMode, ebpf: &Ebpf) -> Result<TcMode> {
+/// The first among clsact filters, since any may end the chain.
+const PRIORITY: u16 = 1;
+
+/// The handle of the filters that belong to a folder of pins: an agent with other pins has others, and neither touches
+/// what is the other's.
+pub fn handle_of(bpffs_root: &Path) -> TcHandle {
+    let mut hasher = FnvHasher::default();
+    hasher.write(bpffs_root.as_os_str().as_bytes());
+    let hash = hasher.finish();
+    // Zero stands for a handle of the kernel's choice.
+    let [a, b, ..] = (hash ^ hash >> 32).to_le_bytes();
+    TcHandle::new(0, u16::from_le_bytes([a, b]).max(1))
+}
+
+/// Decides how to attach.
+pub fn resolve(mode: TcMode, bpffs_root: &Path, ebpf: &Ebpf) -> Result<Place> {
+    Ok(Place { mode: resolve_mode(mode, ebpf)?, handle: handle_of(bpffs_root) })
+}
+
+/// By trying on nothing: a link index that does not exist.
+fn resolve_mode(mode: TcMode, ebpf: &Ebpf) -> Result<TcMode> {
     if mode == TcMode::Clsact {
         return Ok(mode);
     }
@@ -67,15 +94,15 @@ pub fn resolve(mode: TcMode, ebpf: &Ebpf) -> Result<TcMode> {
     Ok(if has_tcx { TcMode::Tcx } else { TcMode::Clsact })
 }
 
-/// Attaches both programs to a link, or renews them there.
+/// Attaches both programs to a link, or renews them there. Says how many were not there.
 pub fn attach(
     ebpf: &mut Ebpf,
     links: &mut PinnedLinks,
-    mode: TcMode,
+    place: Place,
     ifindex: u32,
-    name: &str,
     role: Role,
-) -> Result<()> {
+) -> Result<usize> {
+    let mut fresh = 0;
     for (program, (direction, side, attach_type)) in programs(role).into_iter().zip(HOOKS) {
         let program: &mut SchedClassifier = ebpf
             .program_mut(program)
@@ -85,15 +112,17 @@ pub fn attach(
         if program.fd().is_err() {
             program.load().map_err(shortened)?;
         }
-        if mode == TcMode::Tcx {
+        let is_fresh = if place.mode == TcMode::Tcx {
             let at = AttachPoint::Tcx { ifindex, attach_type };
             links.ensure(&pin(ifindex, side), program.fd()?, at)
         } else {
-            attach_filter(program, name, direction)
-        }
-        .with_context(|| format!("cannot attach to {side} of link {name} ({ifindex})"))?;
+            attach_filter(program, place.handle, ifindex, direction)
+        };
+        let is_fresh = is_fresh
+            .with_context(|| format!("cannot attach to {side} of the link with index {ifindex}"))?;
+        fresh += usize::from(is_fresh);
     }
-    Ok(())
+    Ok(fresh)
 }
 
 /// The name of a pin. By index and not by name: a link's name may hold a dot, which bpffs refuses, and
@@ -110,44 +139,59 @@ fn pinned(links: &PinnedLinks) -> HashSet<u32> {
 
 /// Takes all programs off links that are not `attached`, and off all links those that are attached in
 /// the other mode.
-pub fn detach_others(links: &mut PinnedLinks, mode: TcMode, attached: &HashSet<u32>) {
-    let stays = |by: TcMode, ifindex: u32| mode == by && attached.contains(&ifindex);
+pub fn detach_others(links: &mut PinnedLinks, place: Place, attached: &HashSet<u32>) {
+    let stays = |by: TcMode, ifindex: u32| place.mode == by && attached.contains(&ifindex);
     for ifindex in pinned(links).into_iter().filter(|ifindex| !stays(TcMode::Tcx, *ifindex)) {
-        detach(links, TcMode::Tcx, ifindex, "");
+        detach(links, Place { mode: TcMode::Tcx, ..place }, ifindex);
     }
-    remove_filters(|ifindex| stays(TcMode::Clsact, ifindex));
+    remove_filters(place.handle, |ifindex| stays(TcMode::Clsact, ifindex));
 }
 
 /// Takes both programs off a link.
-pub fn detach(links: &mut PinnedLinks, mode: TcMode, ifindex: u32, name: &str) {
+pub fn detach(links: &mut PinnedLinks, place: Place, ifindex: u32) {
     for (direction, side, _) in HOOKS {
-        if mode == TcMode::Tcx {
+        if place.mode == TcMode::Tcx {
             links.remove(&pin(ifindex, side));
-        } else {
-            remove_filter(name, direction);
+        } else if let Ok(name) = name_of(ifindex) {
+            remove_filter(&name, place.handle, direction);
         }
     }
 }
 
-fn attach_filter(program: &mut SchedClassifier, name: &str, direction: TcAttachType) -> Result<()> {
+/// The name that a link has now: links are often renamed right after they were made.
+fn name_of(ifindex: u32) -> Result<String> {
+    let name = nix::net::if_::if_indextoname(ifindex)?;
+    name.into_string().context("its name is not UTF-8")
+}
+
+/// True if the filter was not there.
+fn attach_filter(
+    program: &mut SchedClassifier,
+    handle: TcHandle,
+    ifindex: u32,
+    direction: TcAttachType,
+) -> Result<bool> {
+    let name = &name_of(ifindex)?;
     if let Err(error) = qdisc_add_clsact(name)
         && !exists(&error)
     {
         return Err(error).context("cannot add a clsact qdisc");
     }
-    let options = NlOptions { priority: PRIORITY, handle: HANDLE, ..NlOptions::default() };
+    let options = NlOptions { priority: PRIORITY, handle, ..NlOptions::default() };
+    let mut is_fresh = true;
     let id = match program.attach_with_options(name, direction, TcAttachOptions::Netlink(options)) {
         Ok(id) => id,
         Err(ProgramError::TcError(error)) if exists(&error) => {
             // An earlier agent's filter: only its program is replaced.
-            let link = SchedClassifierLink::attached(name, direction, PRIORITY, HANDLE, None)?;
+            is_fresh = false;
+            let link = SchedClassifierLink::attached(name, direction, PRIORITY, handle, None)?;
             program.attach_to_link(link)?
         }
         Err(error) => return Err(error.into()),
     };
     // Dropping the link would take the filter off.
     std::mem::forget(program.take_link(id)?);
-    Ok(())
+    Ok(is_fresh)
 }
 
 /// Whether the kernel has the qdisc or the filter already. A clsact qdisc of another's serves as well.
@@ -158,16 +202,16 @@ fn exists(error: &TcError) -> bool {
     }
 }
 
-fn remove_filter(name: &str, direction: TcAttachType) {
+fn remove_filter(name: &str, handle: TcHandle, direction: TcAttachType) {
     // Dropping a link takes its filter off. A link that is gone has taken it along.
-    drop(SchedClassifierLink::attached(name, direction, PRIORITY, HANDLE, None));
+    drop(SchedClassifierLink::attached(name, direction, PRIORITY, handle, None));
 }
 
 /// Removes our clsact filters from all links of this network namespace but those that keep theirs.
-pub fn remove_filters(keeps: impl Fn(u32) -> bool) {
+pub fn remove_filters(handle: TcHandle, keeps: impl Fn(u32) -> bool) {
     let Ok(interfaces) = nix::net::if_::if_nameindex() else { return };
     for interface in interfaces.iter().filter(|interface| !keeps(interface.index())) {
         let name = interface.name().to_string_lossy();
-        HOOKS.iter().for_each(|(direction, ..)| remove_filter(&name, *direction));
+        HOOKS.iter().for_each(|(direction, ..)| remove_filter(&name, handle, *direction));
     }
 }

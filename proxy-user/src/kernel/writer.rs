@@ -18,8 +18,8 @@ use super::read::{FromIp, read_actual};
 use super::sweep::Counted;
 use super::ways::Ways;
 use crate::desired::{Frontend, PortId};
+use crate::links::Exits;
 use crate::model::IpFamily;
-use crate::netlink::Exits;
 use crate::plan::{Actual, BackendEntry, Capacity, Lead, Op, Use, flags_of};
 use crate::routes::{Known, Route, Routes};
 

@@ -44,7 +44,11 @@ pub struct Cluster {
 impl Cluster {
     /// A cluster with its agents ready.
     pub fn start(cni: Cni, portal: &Path, arguments: &[&str]) -> Self {
-        let world = World::new(cni);
+        Self::start_in(World::new(cni), portal, arguments)
+    }
+
+    /// The same in a world that was made before.
+    pub fn start_in(world: World, portal: &Path, arguments: &[&str]) -> Self {
         let api = ApiServer::new();
         for node in &world.nodes {
             provide_api(node, &api);

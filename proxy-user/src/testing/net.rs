@@ -4,9 +4,12 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::AsRawFd;
 
 use rtnetlink::packet_route::address::AddressHeaderFlags;
+use rtnetlink::packet_route::link::{LinkAttribute, MacVlanMode};
+use rtnetlink::packet_route::neighbour::NeighbourFlags;
 use rtnetlink::packet_route::route::RouteMessage;
 use rtnetlink::{
-    Handle, LinkBridge, LinkMessageBuilder, LinkUnspec, LinkVeth, LinkVxlan, RouteMessageBuilder,
+    Handle, LinkBridge, LinkMacVlan, LinkMessageBuilder, LinkUnspec, LinkVeth, LinkVxlan,
+    RouteMessageBuilder,
 };
 
 use super::namespace::Namespace;
@@ -108,6 +111,55 @@ impl Net {
         request.message_mut().header.flags = AddressHeaderFlags::Nodad;
         let added = request.execute().await;
         added.unwrap_or_else(|error| panic!("{address} on {link}: {error}"));
+    }
+
+    /// Takes an address away from a link.
+    pub async fn unaddress(&self, link: &str, address: IpAddr) {
+        use futures::TryStreamExt;
+        let index = self.index(link).await;
+        let request = self.handle.address().get().set_link_index_filter(index);
+        let mut found = request.set_address_filter(address).execute();
+        let message = found.try_next().await.ok().flatten();
+        let message = message.unwrap_or_else(|| panic!("no {address} on {link}"));
+        self.handle.address().del(message).execute().await.expect("the address goes");
+    }
+
+    /// Makes a link by which another namespace has a station of its own on `parent`.
+    pub async fn macvlan(&self, name: &str, parent: &str, namespace: &Namespace) {
+        let passing = format!("{name}-mv");
+        let parent = self.index(parent).await;
+        let link = LinkMacVlan::new(&passing, parent, MacVlanMode::Bridge).build();
+        self.handle.link().add(link).execute().await.expect("a macvlan link");
+        let index = self.index(&passing).await;
+        let fd = namespace.fd().as_raw_fd();
+        let moved = LinkUnspec::new_with_index(index).setns_by_fd(fd).name(name.to_owned());
+        self.handle.link().set(moved.build()).execute().await.expect("the link moves");
+    }
+
+    /// Gives a bridge the link-layer address of one of its ports, which stays then.
+    pub async fn pin_address(&self, bridge: &str, port: &str) {
+        use futures::TryStreamExt;
+        let mut found = self.handle.link().get().match_name(port.to_owned()).execute();
+        let message = found.try_next().await.ok().flatten().expect("the port is there");
+        let own = message.attributes.into_iter().find_map(|attribute| match attribute {
+            LinkAttribute::Address(address) => Some(address),
+            _ => None,
+        });
+        let own = own.expect("it has one");
+        self.set(bridge, |message| message.address(own)).await;
+    }
+
+    /// Answers at a link for an IPv6 address that another link has: with IPv4 every link answers for all.
+    pub async fn answer_for(&self, link: &str, address: Ipv6Addr) {
+        let index = self.index(link).await;
+        let request = self.handle.neighbours().add(index, address.into());
+        let added = request.flags(NeighbourFlags::Proxy).execute().await;
+        added.unwrap_or_else(|error| panic!("{address} on {link}: {error}"));
+    }
+
+    /// Gives a link another name.
+    pub async fn rename(&self, link: &str, name: &str) {
+        self.set(link, |message| message.name(name.to_owned())).await;
     }
 
     /// Adds a route by a gateway.

@@ -1,6 +1,8 @@
 //! The running agent: what is heard becomes writes, at once, and links are attached as they come.
 
-use std::collections::{BTreeSet, HashMap};
+mod attach;
+
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -16,9 +18,10 @@ use crate::events::Events;
 use crate::health::{Failure, HealthChecks};
 use crate::http::Status;
 use crate::kernel::{Datapath, Swept};
+use crate::links::{self, Change, Exits};
 use crate::memory;
-use crate::netlink::{self, Change, Exits, Role};
 use crate::plan::{Op, Use};
+use crate::retries::Retries;
 use crate::routes::Resolver;
 use crate::watch::Update;
 
@@ -35,6 +38,14 @@ const FIRST_WAIT: Duration = Duration::from_secs(2);
 const LONGEST_WAIT: Duration = Duration::from_secs(30);
 /// How often what did not fit is tried again with the next pulses: what was given up for it becomes free.
 const TRIES: u32 = 3;
+
+/// Until a moment, or for ever.
+async fn until(moment: Option<Instant>) {
+    match moment {
+        Some(moment) => tokio::time::sleep_until(moment.into()).await,
+        None => std::future::pending().await,
+    }
+}
 
 /// Ticks from one period on.
 fn interval_at(period: Duration) -> Interval {
@@ -73,8 +84,8 @@ pub struct Node {
     except: BTreeSet<IpNet>,
     /// By which addresses pods leave the cluster, where that is to be written.
     exits: Option<Exits>,
-    /// Links that could not be attached to, to be tried again.
-    failed: HashMap<u32, (String, Role)>,
+    /// Links that could not be attached to.
+    retries: Retries,
     /// The sweep that runs, on a thread of its own.
     sweeping: JoinSet<Result<Swept>>,
     /// How often live flows found no room, at the last pulse.
@@ -110,7 +121,7 @@ impl Node {
             name,
             except,
             exits: None,
-            failed: HashMap::new(),
+            retries: Retries::default(),
             sweeping: JoinSet::new(),
             unplaced: 0,
             said: BTreeSet::new(),
@@ -154,10 +165,12 @@ impl Node {
                         sweeps.reset_after(HASTE);
                     }
                 }
+                () = until(self.retries.next()) => self.attach_again(),
                 _ = pulses.tick() => self.pulse().await,
                 _ = sweeps.tick() => {
                     self.sweep();
-                    self.try_again();
+                    self.reattach();
+                    self.agent.retry();
                     self.sync().await;
                 }
                 else => return,
@@ -328,32 +341,25 @@ impl Node {
     /// Takes in a change of links or addresses. Says where other ways may lead to backends.
     fn take_in(&mut self, change: Change) -> Vec<IpNet> {
         match change {
-            Change::Came { ifindex, name, role } => self.attach(ifindex, name, role),
+            Change::Came { ifindex, name, role } => {
+                if self.attach(ifindex, role) {
+                    tracing::info!("attached to {} {name} ({ifindex})", role.label());
+                }
+            }
             Change::Went { ifindex, name } => {
-                self.failed.remove(&ifindex);
-                self.datapath.detach(ifindex, &name);
+                self.retries.remove(ifindex);
+                self.datapath.detach(ifindex);
                 tracing::info!("detached from {name} ({ifindex})");
             }
-            Change::Listed => self.datapath.detach_others(&self.failed.keys().copied().collect()),
+            Change::Listed(links) => self.datapath.detach_others(&links),
             Change::Addresses(addresses) => {
                 self.agent.set_addresses(addresses);
-                return netlink::everywhere().into();
+                return links::everywhere().into();
             }
             Change::Exits(exits) => self.exits = Some(exits),
             Change::Routes(ranges) => return ranges,
         }
         Vec::new()
-    }
-
-    fn attach(&mut self, ifindex: u32, name: String, role: Role) {
-        match self.datapath.attach(ifindex, &name, role) {
-            Ok(()) => tracing::info!("attached to {} {name} ({ifindex})", role.label()),
-            // Most often it has just gone; then netlink says so next.
-            Err(error) => {
-                tracing::warn!("{error:#}");
-                self.failed.insert(ifindex, (name, role));
-            }
-        }
     }
 
     /// Sweeps the flow tables, if that is not being done.
@@ -423,14 +429,6 @@ impl Node {
             self.say(used * 5 > size * 4, text);
         }
         self.status.used(usage);
-    }
-
-    /// Tries again what failed.
-    fn try_again(&mut self) {
-        for (ifindex, (name, role)) in std::mem::take(&mut self.failed) {
-            self.attach(ifindex, name, role);
-        }
-        self.agent.retry();
     }
 
     /// Starts the health checks that are not served yet, and says which can't be (KP-107).

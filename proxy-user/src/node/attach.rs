@@ -1,0 +1,60 @@
+//! Attaching to links as they come, again where it failed, and again where someone has taken a program off.
+
+use std::time::Instant;
+
+use super::Node;
+use crate::links::Role;
+
+impl Node {
+    /// Attaches to a link. False if that is to be tried again.
+    pub(super) fn attach(&mut self, ifindex: u32, role: Role) -> bool {
+        match self.datapath.attach(ifindex, role) {
+            Ok(_) => {
+                self.retries.remove(ifindex);
+                true
+            }
+            Err(error) => {
+                self.try_again(ifindex, role, &error);
+                false
+            }
+        }
+    }
+
+    fn try_again(&mut self, ifindex: u32, role: Role, error: &anyhow::Error) {
+        match self.retries.insert(ifindex, role, Instant::now()) {
+            // Most often it has just gone; then netlink says so next.
+            2 => tracing::warn!("{error:#}; is tried again"),
+            tries => tracing::debug!("{error:#} (try {tries})"),
+        }
+    }
+
+    /// Attaches to the links that it is time to try again.
+    pub(super) fn attach_again(&mut self) {
+        for (ifindex, role) in self.retries.due(Instant::now()) {
+            if self.attach(ifindex, role) {
+                tracing::info!("attached to {} {ifindex}", role.label());
+            }
+        }
+    }
+
+    /// Puts back what someone else has taken off, and counts it.
+    pub(super) fn reattach(&mut self) {
+        let mut fresh = 0;
+        for (ifindex, role) in self.datapath.attached() {
+            match self.datapath.attach(ifindex, role) {
+                Ok(programs) => fresh += programs,
+                Err(error) => self.try_again(ifindex, role, &error),
+            }
+        }
+        let sockets = self.datapath.attach_sockets();
+        fresh += sockets.as_ref().map_or(0, |programs| *programs);
+        let text = "the node's own sockets may not be led to Services; is tried again".to_owned();
+        self.say(sockets.is_err(), text);
+        if fresh > 0 {
+            tracing::warn!(
+                "{fresh} programs had been taken off their links or cgroup, and are back"
+            );
+            self.status.reattached(fresh);
+        }
+    }
+}

@@ -1,0 +1,82 @@
+//! Links that could not be attached to, each tried again after a while, and after twice that if it fails again.
+
+use std::collections::HashMap;
+use std::time::{Duration, Instant};
+
+use crate::links::Role;
+
+/// How long until the first new try.
+const FIRST: Duration = Duration::from_millis(100);
+/// How long at most.
+const LONGEST: Duration = Duration::from_secs(30);
+
+/// What is to be tried again.
+#[derive(Default)]
+pub struct Retries {
+    /// By index.
+    links: HashMap<u32, Retry>,
+}
+
+struct Retry {
+    role: Role,
+    tries: u32,
+    wait: Duration,
+    when: Instant,
+}
+
+impl Retries {
+    /// Notes that a link could not be attached to. Says how often that was by now.
+    pub fn insert(&mut self, ifindex: u32, role: Role, now: Instant) -> u32 {
+        let before = self.links.get(&ifindex).filter(|before| before.role == role);
+        let (tries, wait) =
+            before.map_or((1, FIRST), |before| (before.tries + 1, (before.wait * 2).min(LONGEST)));
+        self.links.insert(ifindex, Retry { role, tries, wait, when: now + wait });
+        tries
+    }
+
+    /// Notes that a link was attached to, or is gone.
+    pub fn remove(&mut self, ifindex: u32) {
+        self.links.remove(&ifindex);
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.links.is_empty()
+    }
+
+    /// When the next is due.
+    pub fn next(&self) -> Option<Instant> {
+        self.links.values().map(|retry| retry.when).min()
+    }
+
+    /// Which are due.
+    pub fn due(&self, now: Instant) -> Vec<(u32, Role)> {
+        let due = self.links.iter().filter(|(_, retry)| retry.when <= now);
+        due.map(|(ifindex, retry)| (*ifindex, retry.role)).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_try_waits_twice_as_long_as_the_one_before_up_to_half_a_minute() {
+        let (mut retries, mut now) = (Retries::default(), Instant::now());
+        let mut waits = Vec::new();
+        for tries in 1..=12 {
+            assert_eq!(retries.insert(7, Role::Pod, now), tries);
+            assert!(retries.due(now).is_empty());
+            let next = retries.next().unwrap();
+            waits.push((next - now).as_millis());
+            now = next;
+            assert_eq!(retries.due(now), [(7, Role::Pod)]);
+        }
+        assert_eq!(waits[..4], [100, 200, 400, 800]);
+        assert_eq!(waits[10..], [30_000, 30_000]);
+        // Another role is another matter.
+        assert_eq!(retries.insert(7, Role::Uplink, now), 1);
+        retries.remove(7);
+        assert!(retries.is_empty() && retries.next().is_none());
+    }
+}
