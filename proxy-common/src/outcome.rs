@@ -63,6 +63,8 @@ outcomes! {
     NotAllowed = "not_allowed",
     /// No way is known from this node to the backend, so the flow can't be masqueraded: dropped.
     NoRoute = "no_route",
+    /// A packet of a masqueraded flow that has been through as many routers as it may: dropped.
+    HopLimit = "hop_limit",
     /// Every source port that was tried belongs to a flow that is alive: dropped.
     NoPort = "no_port",
     /// A flow is live, but the table of live flows has no room: it is served from where flows can be

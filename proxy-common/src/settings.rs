@@ -112,8 +112,11 @@ map_type! {
         pub port_count: u32,
         /// How many CPUs there may be.
         pub cpus: u32,
-        /// 1: ICMP echo to VIPs is answered.
+        /// 1: ICMP echo to `ClusterIPs` is answered.
         pub vip_ping: u32,
+        /// Until this tick TCP segments to VIPs in the middle of connections that nobody here knows are another proxy's
+        /// before; 0: there was none.
+        pub takeover_until: u32,
         /// 1: pods' flows to `ClusterIPs` are masqueraded too (KP-82).
         pub masquerade_all: u32,
         /// 1: what pods send out of the cluster is masqueraded.
@@ -150,6 +153,7 @@ impl Settings {
         port_count: 32_768,
         cpus: 1,
         vip_ping: 1,
+        takeover_until: 0,
         masquerade_all: 0,
         masquerade_pods: 0,
         local_by_cidr: 1,

@@ -169,6 +169,8 @@ impl Agent {
     /// Takes in which addresses this node has.
     pub fn set_addresses(&mut self, addresses: BTreeSet<IpAddr>) {
         self.node_changed |= self.addresses.as_ref() != Some(&addresses);
+        let concerned = self.cluster.set_own(&addresses);
+        self.enqueue_endpoints(concerned);
         self.addresses = Some(addresses);
     }
 

@@ -23,6 +23,8 @@ pub struct Route {
     pub link: u32,
     /// The longest IP packet that it takes; 0 if it is not known.
     pub mtu: u16,
+    /// The gateway that packets are handed to, if there is one, of the same family.
+    pub hop: Option<IpAddr>,
 }
 
 /// Ways that have changed, by destination; `None` where there is none any more.
@@ -162,7 +164,7 @@ fn route_mtu(metrics: &[RouteMetric]) -> u16 {
 }
 
 fn route(answer: &RouteMessage) -> Option<Route> {
-    let (mut source, mut link, mut mtu) = (None, None, 0);
+    let (mut source, mut link, mut mtu, mut hop) = (None, None, 0, None);
     let mut is_passing = false;
     for attribute in &answer.attributes {
         match attribute {
@@ -172,6 +174,8 @@ fn route(answer: &RouteMessage) -> Option<Route> {
             RouteAttribute::PrefSource(RouteAddress::Inet6(address)) => {
                 source = Some((*address).into());
             }
+            RouteAttribute::Gateway(RouteAddress::Inet(address)) => hop = Some((*address).into()),
+            RouteAttribute::Gateway(RouteAddress::Inet6(address)) => hop = Some((*address).into()),
             RouteAttribute::Oif(index) => link = Some(*index),
             RouteAttribute::Metrics(metrics) => mtu = route_mtu(metrics),
             RouteAttribute::CacheInfo(info) => is_passing = info.expires != 0,
@@ -180,5 +184,5 @@ fn route(answer: &RouteMessage) -> Option<Route> {
     }
     // What the kernel has learnt of the path holds for a while only; whoever asks too much is told anew.
     let mtu = if is_passing { 0 } else { mtu };
-    Some(Route { source: source?, link: link?, mtu })
+    Some(Route { source: source?, link: link?, mtu, hop })
 }

@@ -172,6 +172,7 @@ fn any_endpoint() -> impl Strategy<Value = Endpoint> {
             ready,
             serving,
             terminating,
+            named_here: local,
             local,
             weight: weight.min(1),
             hints: zones.map(|zones| Box::new(Hints { zones, nodes: Vec::new() })),

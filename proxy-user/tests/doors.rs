@@ -5,9 +5,10 @@ use std::collections::BTreeSet;
 use std::io::{Read, Write};
 use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
+use std::time::Duration;
 
 use portal::testing::client::{
-    Connection, exchange, is_refused, tcp, tcp_from_port, udp, udp_socket,
+    Connection, exchange, is_refused, ping, tcp, tcp_from_port, udp, udp_socket,
 };
 use portal::testing::cluster::{Cluster, VIPS, at};
 use portal::testing::namespace::Namespace;
@@ -15,7 +16,6 @@ use portal::testing::objects::node_ports;
 use portal::testing::world::{CNIS, Cni, OUTSIDER4, OUTSIDER6, Pod};
 use portal::testing::{eventually, objects, server};
 use serde_json::{Value, json};
-use socket2::{Domain, Protocol, Socket, Type};
 
 fn start(cni: Cni) -> Cluster {
     Cluster::start(
@@ -178,7 +178,7 @@ fn a_datagram_in_fragments_passes_through_a_node_without_the_pod() {
     over_all_ways(|stage, v6| {
         let datagram: Vec<u8> = (0..4000_u32).map(|i| (i % 251) as u8).collect();
         let socket = udp_socket(&stage.outsider, v6, 0).unwrap();
-        socket.set_read_timeout(Some(std::time::Duration::from_millis(100))).unwrap();
+        socket.set_read_timeout(Some(Duration::from_millis(100))).unwrap();
         // By a tunnel with a smaller MTU the first may be lost: its sender is told, and cuts it smaller.
         let answer = eventually("it passes", || exchange(&socket, stage.at(0, v6), &datagram).ok());
         assert_eq!(answer.from, stage.at(0, v6));
@@ -219,7 +219,7 @@ fn through_an_overlay_its_smaller_mtu_is_told() {
         });
         // The sender has learnt, and cuts it.
         eventually("it arrives in pieces", || {
-            socket.set_read_timeout(Some(std::time::Duration::from_millis(100))).unwrap();
+            socket.set_read_timeout(Some(Duration::from_millis(100))).unwrap();
             socket.send(&long).ok()?;
             socket.recv(&mut [0; 2048]).ok()
         });
@@ -283,27 +283,10 @@ fn vips_answer_when_they_are_pinged() {
     let client = stage.cluster.pod(0, "client");
     for vip in VIPS {
         for from in [&client.namespace, &stage.outsider] {
-            ping(from, vip).unwrap_or_else(|error| panic!("{vip}: {error}"));
+            ping(from, vip, Duration::from_secs(20))
+                .unwrap_or_else(|error| panic!("{vip}: {error}"));
         }
     }
-}
-
-/// Sends an echo request by a datagram ICMP socket and waits for its answer.
-fn ping(from: &Namespace, to: IpAddr) -> std::io::Result<()> {
-    from.sysctl("net/ipv4/ping_group_range", "0 0");
-    let (domain, protocol, kind) = match to {
-        IpAddr::V4(_) => (Domain::IPV4, Protocol::ICMPV4, [8, 0]),
-        IpAddr::V6(_) => (Domain::IPV6, Protocol::ICMPV6, [128, 129]),
-    };
-    let socket = from.run(|| Socket::new(domain, Type::DGRAM, Some(protocol)))?;
-    socket.set_read_timeout(Some(std::time::Duration::from_secs(20)))?;
-    socket.connect(&SocketAddr::new(to, 0).into())?;
-    let request = [kind[0], 0, 0, 0, 0, 0, 0, 1, b'h', b'i'];
-    socket.send(&request)?;
-    let mut answer = [0; 64];
-    let length = (&socket).read(&mut answer)?;
-    assert_eq!((answer[0], &answer[8..length]), (kind[1], &b"hi"[..]));
-    Ok(())
 }
 
 #[test]
@@ -331,8 +314,7 @@ fn the_balancer_is_told_which_node_has_pods_kp_101_to_108() {
     let stage = Stage::new(Cni::Routed, &more);
     let ask = |node: usize, v6: bool| -> Option<String> {
         let to = SocketAddr::new(stage.cluster.world.nodes[node].address(v6), 32_123);
-        let connect =
-            || std::net::TcpStream::connect_timeout(&to, std::time::Duration::from_secs(20));
+        let connect = || std::net::TcpStream::connect_timeout(&to, Duration::from_secs(20));
         let mut stream = stage.outsider.run(connect).ok()?;
         // A port that is closed meanwhile resets who has just come in.
         stream.write_all(b"POST /any HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").ok()?;
@@ -632,7 +614,7 @@ fn pods_leave_the_cluster_with_the_nodes_address_if_that_is_asked_for() {
                 let answer = exchange(&socket, to, datagram).unwrap();
                 assert_eq!((answer.seen_as.ip(), answer.bytes.len()), (node, datagram.len()));
             }
-            ping(&pod.namespace, to.ip()).unwrap();
+            ping(&pod.namespace, to.ip(), Duration::from_secs(20)).unwrap();
             // Within the cluster pods keep their address; and so does who asks them from outside.
             let to = SocketAddr::new(far.address(v6), 8080);
             assert_eq!(tcp(&pod.namespace, to).unwrap().seen_as.ip(), pod.address(v6));

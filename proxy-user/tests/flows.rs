@@ -16,7 +16,7 @@ use proxy_common::tables::{self, ServiceKey, Side};
 use proxy_common::testing::{Hook, LINK, Packet, ends};
 use proxy_common::{Outcome, Port, V4, V6};
 use proxy_ebpf::datapath::Service;
-use proxy_ebpf::datapath::socket::send;
+use proxy_ebpf::datapath::socket::{Act, send};
 use proxy_ebpf::testing::{Call, Host, HostFamily};
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -248,7 +248,7 @@ fn add_hint(endpoint: &mut Value, hint: &str) {
 fn host<F: HostFamily>(case: &Case, ops: &[Op]) -> Host<F> {
     let mut host = Host::<F>::new();
     let source = addresses(case).into_iter().find_map(F::address).unwrap_or(zero::<F>());
-    host.way = tables::Way { source, link: LINK, mtu: 0, pad: 0 };
+    host.way = tables::Way { source, link: LINK, mtu: 0, pad: 0, hop: zero::<F>() };
     host.settings.masquerade_all = case.masquerade_all.into();
     let pods: SocketAddr =
         if F::BITS == 32 { "10.0.0.0:8" } else { "[fd00:10::]:32" }.parse().unwrap();
@@ -366,7 +366,7 @@ fn called<F: HostFamily>(
 ) -> String {
     let mut call = Call::<F>::new(to, cookie);
     call.protocol = protocol.number();
-    match send(&mut call, host) {
+    match send(&mut call, host, Act::Send) {
         Outcome::SocketTranslated => call.to().to_string(),
         Outcome::SocketRefused => "REJECT".to_owned(),
         Outcome::NotService => "-".to_owned(),

@@ -56,6 +56,7 @@ fn options() -> Options {
         tc: TcMode::Auto,
         sizes: Sizes { flows: 1000, embryos: 1000, ..Sizes::SMALL },
         lifetimes: Lifetimes::DEFAULT,
+        takeover_grace: 0,
         masquerade_ports: (32_768, 65_535),
         trace: false,
         vip_ping: true,
@@ -153,7 +154,7 @@ impl Bench {
         let backends = services.iter().flat_map(|service| &service.backends);
         let route = |backend: &SocketAddr| {
             let source = NODE[usize::from(backend.is_ipv6())];
-            (backend.ip(), Some(Route { source, link: LINK, mtu: MTU }))
+            (backend.ip(), Some(Route { source, link: LINK, mtu: MTU, hop: None }))
         };
         self.datapath.set_routes(&backends.map(route).collect());
         let ops = self.planner.plan(now, &changes, &mut refusals);
@@ -286,6 +287,7 @@ fn verdict(outcome: Outcome) -> i32 {
         | Outcome::NoLocal
         | Outcome::NotAllowed
         | Outcome::NoRoute
+        | Outcome::HopLimit
         | Outcome::Silent
         | Outcome::NoPort
         | Outcome::NotWritable => 2,

@@ -1,15 +1,18 @@
 //! Nodes as people have them: addresses that come and go, NICs in bridges or without addresses, several ways back to a client.
 
 use std::collections::BTreeSet;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::Path;
+use std::time::Duration;
 
-use portal::testing::client::{Connection, tcp, udp};
+use portal::testing::capture::{Capture, Seen};
+use portal::testing::client::{Connection, exchange, ping, tcp, udp, udp_socket};
 use portal::testing::cluster::{Cluster, VIPS};
-use portal::testing::eventually;
 use portal::testing::namespace::Namespace;
-use portal::testing::objects::{NODE_PORT, node_ports};
-use portal::testing::world::{Cni, Node, Pod, World};
+use portal::testing::objects::{self, NODE_PORT, node_ports};
+use portal::testing::world::{Cni, Node, OUTSIDER4, OUTSIDER6, Pod, World};
+use portal::testing::{eventually, server};
+use serde_json::json;
 
 fn start(world: World, arguments: &[&str]) -> Cluster {
     let cidr = ["--cluster-cidr", "10.244.0.0/16,fd00:244::/32"];
@@ -20,6 +23,7 @@ fn start(world: World, arguments: &[&str]) -> Cluster {
 struct Stage {
     cluster: Cluster,
     outsider: Namespace,
+    pods: [Pod; 2],
     /// Where node 0 has them.
     doors: Vec<SocketAddr>,
 }
@@ -41,7 +45,7 @@ impl Stage {
             let own = [false, true].map(|v6| cluster.world.nodes[0].address(v6));
             doors.extend(own.map(|address| SocketAddr::new(address, NODE_PORT + number)));
         }
-        Self { cluster, outsider, doors }
+        Self { cluster, outsider, pods, doors }
     }
 
     /// Whether everybody is served by every door of node 0, of the families that it has.
@@ -70,7 +74,7 @@ impl Stage {
 fn beside(ip: IpAddr, number: u16) -> IpAddr {
     match ip {
         IpAddr::V4(ip) => Ipv4Addr::from_bits(ip.to_bits() + u32::from(number)).into(),
-        IpAddr::V6(ip) => std::net::Ipv6Addr::from_bits(ip.to_bits() + u128::from(number)).into(),
+        IpAddr::V6(ip) => Ipv6Addr::from_bits(ip.to_bits() + u128::from(number)).into(),
     }
 }
 
@@ -106,7 +110,9 @@ fn an_address_that_comes_and_goes_breaks_no_connection() {
         for connection in &mut connections {
             assert_eq!(connection.echo(&[round]).unwrap(), [round]);
         }
-        doors.iter().for_each(|door| assert!(tcp(&stage.outsider, *door).is_ok(), "round {round}"));
+        for door in &doors {
+            eventually("new connections too", || tcp(&stage.outsider, *door).ok());
+        }
     }
 }
 
@@ -156,4 +162,282 @@ fn the_nics_bridge_is_an_uplink_whatever_else_is_in_it() {
         restore(&net, node, &world.nodes[1]).await;
     });
     Stage::new(world, &[]).assert_served();
+}
+
+/// Who asks from behind a router that both LANs have.
+const FAR: [IpAddr; 2] = [
+    IpAddr::V4(Ipv4Addr::new(203, 0, 113, 5)),
+    IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 5, 0, 0, 0, 0, 5)),
+];
+/// The router in the first LAN, which is the nodes' default gateway there; in the second; and before [`FAR`].
+const ROUTER: [[IpAddr; 2]; 3] = [
+    [
+        IpAddr::V4(Ipv4Addr::new(192, 168, 50, 254)),
+        IpAddr::V6(Ipv6Addr::new(0xfd00, 0x50, 0, 0, 0, 0, 0, 0xfe)),
+    ],
+    [
+        IpAddr::V4(Ipv4Addr::new(192, 168, 51, 254)),
+        IpAddr::V6(Ipv6Addr::new(0xfd00, 0x51, 0, 0, 0, 0, 0, 0xfe)),
+    ],
+    [
+        IpAddr::V4(Ipv4Addr::new(203, 0, 113, 1)),
+        IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 5, 0, 0, 0, 0, 1)),
+    ],
+];
+/// Node 0 in the second LAN.
+const SECOND: [IpAddr; 2] = [
+    IpAddr::V4(Ipv4Addr::new(192, 168, 51, 1)),
+    IpAddr::V6(Ipv6Addr::new(0xfd00, 0x51, 0, 0, 0, 0, 0, 1)),
+];
+
+/// Any address of a family.
+fn any(v6: bool) -> IpAddr {
+    if v6 { Ipv6Addr::UNSPECIFIED.into() } else { Ipv4Addr::UNSPECIFIED.into() }
+}
+
+const fn bits(v6: bool) -> u8 {
+    if v6 { 64 } else { 24 }
+}
+
+/// Node 0 with a NIC in each of two LANs, and someone behind a router that is in both.
+struct TwoLans {
+    /// The router and the second LAN's switch, which live as long as this.
+    _others: [Namespace; 2],
+    far: Namespace,
+}
+
+impl TwoLans {
+    fn new(world: &World) -> Self {
+        let (router, far, second) = (Namespace::new(), Namespace::new(), Namespace::new());
+        let node = &world.nodes[0];
+        router.sysctl("net/ipv4/ip_forward", "1");
+        router.sysctl("net/ipv6/conf/all/forwarding", "1");
+        world.wire.netlink(async |net| {
+            net.veth("router", "lan0", &router).await;
+            net.enslave("router", "wire").await;
+            net.up("router").await;
+        });
+        second.netlink(async |net| {
+            net.bridge("lan").await;
+            net.veth("node", "eth1", &node.namespace).await;
+            net.veth("router", "lan1", &router).await;
+            for port in ["node", "router"] {
+                net.enslave(port, "lan").await;
+                net.up(port).await;
+            }
+            net.up("lan").await;
+        });
+        router.netlink(async |net| {
+            net.veth("far", "eth0", &far).await;
+            for (link, own) in ["lan0", "lan1", "far"].into_iter().zip(ROUTER) {
+                net.up(link).await;
+                for address in own {
+                    net.address(link, address, bits(address.is_ipv6())).await;
+                }
+            }
+        });
+        far.netlink(async |net| {
+            net.up("eth0").await;
+            for (own, gateway) in FAR.into_iter().zip(ROUTER[2]) {
+                net.address("eth0", own, bits(own.is_ipv6())).await;
+                net.route(any(own.is_ipv6()), 0, gateway).await;
+            }
+        });
+        node.namespace.netlink(async |net| {
+            net.up("eth1").await;
+            for own in SECOND {
+                net.address("eth1", own, bits(own.is_ipv6())).await;
+            }
+        });
+        for link in ["all", "eth0", "eth1"] {
+            // Loose: who comes by one NIC may be led to by the other.
+            node.namespace.sysctl(&format!("net/ipv4/conf/{link}/rp_filter"), "0");
+        }
+        Self { _others: [router, second], far }
+    }
+}
+
+/// Leads what node 0 sends to anyone by the router's second leg.
+fn default_by_second(world: &World) {
+    world.nodes[0].namespace.netlink(async |net| {
+        for (first, second) in ROUTER[0].into_iter().zip(ROUTER[1]) {
+            net.unroute(any(first.is_ipv6()), 0, first).await;
+            net.route(any(first.is_ipv6()), 0, second).await;
+        }
+    });
+}
+
+/// Case 8: the way back to a client is by another NIC than the one that he came by.
+#[test]
+fn answers_go_by_the_nic_that_leads_to_the_client() {
+    let world = World::new(Cni::Bridge);
+    let lans = TwoLans::new(&world);
+    default_by_second(&world);
+    let stage = Stage { outsider: lans.far.clone(), ..Stage::new(world, &[]) };
+    stage.assert_served();
+    // A connection goes on when the way changes under it.
+    let mut connections: Vec<Connection> =
+        stage.doors.iter().map(|door| tcp(&lans.far, *door).unwrap()).collect();
+    stage.cluster.world.nodes[0].namespace.netlink(async |net| {
+        for (first, second) in ROUTER[0].into_iter().zip(ROUTER[1]) {
+            net.unroute(any(first.is_ipv6()), 0, second).await;
+            net.route(any(first.is_ipv6()), 0, first).await;
+        }
+        net.remove("eth1").await;
+    });
+    for connection in &mut connections {
+        assert_eq!(connection.echo(b"still here").unwrap(), b"still here");
+    }
+}
+
+/// A rule by the source wins over the default route: by the frontend's address, whatever the pod's asks for, as AWS' CNI has it
+/// for pods of a second NIC.
+#[test]
+fn answers_go_by_what_rules_say_of_the_frontends_address() {
+    for of_pods in [false, true] {
+        let world = World::new(Cni::Routed);
+        let lans = TwoLans::new(&world);
+        let stage = Stage { outsider: lans.far.clone(), ..Stage::new(world, &[]) };
+        let node = &stage.cluster.world.nodes[0];
+        if !of_pods {
+            default_by_second(&stage.cluster.world);
+        }
+        for v6 in [false, true] {
+            let leg = ROUTER[usize::from(of_pods)][usize::from(v6)];
+            let source = if of_pods { stage.pods[0].address(v6) } else { node.address(v6) };
+            node.namespace.netlink(async |net| net.route_from(source, 100, leg).await);
+        }
+        let second = Capture::start(&node.namespace, "eth1");
+        stage.assert_served();
+        let doors = |packet: &Seen| stage.doors.iter().any(|door| door.ip() == packet.src);
+        let strays: Vec<_> = second.seen().into_iter().filter(doors).collect();
+        assert!(strays.is_empty(), "of pods: {of_pods}: {strays:?}");
+    }
+}
+
+/// As with flannel: what goes from node to node's pods takes a tunnel, what goes to a node does not.
+#[test]
+fn pods_and_nodes_reach_node_ports_of_other_nodes_over_an_overlay() {
+    for cni in [Cni::Bridge, Cni::Routed] {
+        let world = World::new(cni);
+        world.overlay();
+        let stage = Stage::new(world, &[]);
+        let client = stage.cluster.pod(1, "client");
+        for door in &stage.doors {
+            for from in
+                [&client.namespace, &stage.cluster.world.nodes[1].namespace, &stage.outsider]
+            {
+                let mut connection = eventually("it is served", || tcp(from, *door).ok());
+                assert_eq!(connection.echo(b"x").unwrap(), b"x");
+                assert!(udp(from, *door, b"x").is_ok());
+            }
+        }
+    }
+}
+
+/// Case 7: an endpoint that is the node's own address, and does not say on which node it is.
+#[test]
+fn a_server_of_the_node_itself_needs_no_node_name() {
+    let stage = Stage::new(World::new(Cni::Bridge), &[]);
+    let (cluster, node) = (&stage.cluster, &stage.cluster.world.nodes[0]);
+    for v6 in [false, true] {
+        server::tcp(&node.namespace, "host", node.address(v6), 8085);
+        server::udp(&node.namespace, "host", node.address(v6), 8085);
+        let mut slice = objects::slice(
+            &format!("s0-{}", if v6 { "v6" } else { "v4" }),
+            "s0",
+            &[("tcp", "TCP", 8085), ("udp", "UDP", 8085)],
+            &[json!({"addresses": [node.address(v6)]})],
+        );
+        slice["addressType"] = if v6 { "IPv6" } else { "IPv4" }.into();
+        cluster.api.put(slice);
+        let door = SocketAddr::new(node.address(v6), NODE_PORT);
+        let own: IpAddr = if v6 { OUTSIDER6.into() } else { OUTSIDER4.into() };
+        let seen_as = eventually("the node's server answers", || {
+            let connection = tcp(&stage.outsider, door).ok()?;
+            (connection.server == "host").then_some(connection.seen_as.ip())
+        });
+        assert_eq!(seen_as, own);
+        let answer = udp(&stage.outsider, door, b"x").unwrap();
+        assert_eq!((answer.server.as_str(), answer.seen_as.ip()), ("host", own));
+        let pod = &stage.pods[0].namespace;
+        assert_eq!(
+            tcp(pod, SocketAddr::new(beside(VIPS[usize::from(v6)], 0), 80)).unwrap().server,
+            "host"
+        );
+    }
+}
+
+/// Case 14: a socket of the node has the number of a `NodePort`, and asks someone outside.
+#[test]
+fn answers_to_the_nodes_own_sockets_reach_them() {
+    let stage = Stage::new(World::new(Cni::Bridge), &[]);
+    let node = &stage.cluster.world.nodes[0];
+    for (v6, own) in [(false, IpAddr::V4(OUTSIDER4)), (true, IpAddr::V6(OUTSIDER6))] {
+        server::udp(&stage.outsider, "outside", own, 53);
+        for number in [NODE_PORT, NODE_PORT + 1] {
+            let socket = udp_socket(&node.namespace, v6, number).unwrap();
+            for _ in 0..3 {
+                let answer = exchange(&socket, SocketAddr::new(own, 53), b"x").unwrap();
+                assert_eq!(answer.server, "outside");
+            }
+            // Others still reach the pod.
+            let door = SocketAddr::new(node.address(v6), number);
+            assert!(udp(&stage.outsider, door, b"x").unwrap().server.starts_with("on-n"));
+        }
+    }
+}
+
+/// Case 15: an external IP that is another machine's address, which is down.
+#[test]
+fn nobody_answers_pings_for_a_machine_that_is_down() {
+    let stage = Stage::new(World::new(Cni::Bridge), &[]);
+    let (cluster, other) = (&stage.cluster, &stage.cluster.world.nodes[1]);
+    let externals: Vec<IpAddr> = vec![other.v4().into(), other.v6().into()];
+    let spec = json!({"spec": {"externalIPs": externals}});
+    cluster.expose_with("outer", &VIPS.map(|vip| beside(vip, 5)), &[&stage.pods[0]], &spec);
+    cluster.wait_backends(other.v4().into(), 1);
+    let pod = &stage.pods[0].namespace;
+    other.namespace.netlink(async |net| net.remove("eth0").await);
+    for (external, own) in externals.into_iter().zip(VIPS) {
+        assert!(ping(pod, external, Duration::from_secs(1)).is_err(), "{external}");
+        ping(pod, beside(own, 5), Duration::from_secs(20)).unwrap();
+    }
+}
+
+/// Case 17: `NodeLocal DNSCache` has the `ClusterIP` on the node, with a server of its own.
+#[test]
+fn a_cluster_ip_that_the_node_serves_itself_is_its_own_while_it_does() {
+    let stage = Stage::new(World::new(Cni::Bridge), &[]);
+    let (cluster, node) = (&stage.cluster, &stage.cluster.world.nodes[0]);
+    let client = cluster.pod(0, "client");
+    for vip in [beside(VIPS[0], 1), beside(VIPS[1], 1)] {
+        let to = SocketAddr::new(vip, 80);
+        let prefix = if vip.is_ipv4() { 32 } else { 128 };
+        let asked = |protocol: &str| {
+            let from_pod = match protocol {
+                "tcp" => tcp(&client.namespace, to).unwrap().server,
+                _ => udp(&client.namespace, to, b"x").unwrap().server,
+            };
+            let from_node = cluster.probe(0, protocol, to).unwrap();
+            [from_pod, from_node.split(' ').next().unwrap().to_owned()]
+        };
+        for protocol in ["tcp", "udp"] {
+            assert_eq!(asked(protocol), ["on-n1", "on-n1"]);
+        }
+        node.namespace.netlink(async |net| net.address("lo", vip, prefix).await);
+        server::tcp(&node.namespace, "cache", vip, 80);
+        server::udp(&node.namespace, "cache", vip, 80);
+        for protocol in ["tcp", "udp"] {
+            eventually(&format!("the cache answers by {protocol}"), || {
+                (asked(protocol) == ["cache", "cache"]).then_some(())
+            });
+        }
+        node.namespace.netlink(async |net| net.unaddress("lo", vip).await);
+        for protocol in ["tcp", "udp"] {
+            eventually(&format!("the pod answers by {protocol} again"), || {
+                (asked(protocol) == ["on-n1", "on-n1"]).then_some(())
+            });
+        }
+    }
 }

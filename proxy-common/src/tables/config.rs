@@ -12,6 +12,8 @@ map_type! {
         pub seed: u32,
         /// How long flows live, as the programs were told.
         pub lifetimes: Lifetimes,
+        /// See [`crate::settings::Settings::takeover_until`]: kept, so that it does not begin anew with each agent.
+        pub takeover_until: u32,
     }
 }
 

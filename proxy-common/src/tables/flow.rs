@@ -174,7 +174,7 @@ impl State {
 pub struct Origin {
     /// The backend's number; [`Origin::NO_BACKEND`] for flows that have none.
     pub backend: u32,
-    /// The link that the client's packets come in by, of clients outside the node; 0 otherwise.
+    /// The link that the client's first packet came in by, of clients outside the node; 0 otherwise.
     pub client_link: u32,
     /// The backend's generation when it was chosen.
     pub generation: u16,
@@ -195,6 +195,12 @@ impl Origin {
     /// A flow without a Service, by the host stack.
     pub const NONE: Self =
         Self { backend: Self::NO_BACKEND, client_link: 0, generation: 0, kind: 0 };
+
+    /// Whether it is the record of answers to a client outside the node: those leave by the link that leads to him.
+    #[inline(always)]
+    pub const fn answers_outside(self) -> bool {
+        self.is(Self::REPLY) && self.client_link != 0
+    }
 
     /// Whether one of these kinds is set.
     #[inline(always)]
@@ -271,7 +277,8 @@ map_type! {
         pub bytes: u32,
         /// When this direction was last used, in ticks.
         pub seen: u32,
-        /// The short cut past the host stack: the link. 0: there is none.
+        /// The link that leads to a client outside, of his answers: as the host's routes were when a story saw one, which
+        /// is once a tick. 0: not asked yet.
         pub link: u32,
         /// The short cut's next hop, as a link-layer address.
         pub hop: [u8; 6],
@@ -322,6 +329,7 @@ const _: () = {
             && offset_of!(FlowValue<F>, tag) % 8 == 0
             && offset_of!(FlowValue<F>, client_link) == offset_of!(FlowValue<F>, tag) + 8
             && offset_of!(FlowValue<F>, packets) == offset_of!(FlowValue<F>, tag) + 16
+            && offset_of!(FlowValue<F>, seen) == offset_of!(FlowValue<F>, tag) + 24
     }
     assert!(alike::<V4>() && alike::<crate::V6>());
     assert!(size_of::<FlowValue<V4>>() == 56 && size_of::<FlowValue<crate::V6>>() == 80);
@@ -370,6 +378,8 @@ pub struct Facts {
     pub state: State,
     /// When it was last used, in ticks.
     pub seen: u32,
+    /// See [`FlowValue::link`]. Means nothing if the flow is not live.
+    pub link: u32,
 }
 
 impl Facts {
@@ -412,9 +422,9 @@ impl<F: Family> FlowValue<F> {
 
     /// What the record says.
     pub const fn facts(&self) -> Facts {
-        let Self { backend, client_link, generation, kind, state, seen, .. } = *self;
+        let Self { backend, client_link, generation, kind, state, seen, link, .. } = *self;
         let state = State::of(state);
-        Facts { origin: Origin { backend, client_link, generation, kind }, state, seen }
+        Facts { origin: Origin { backend, client_link, generation, kind }, state, seen, link }
     }
 }
 
@@ -442,7 +452,7 @@ impl<F: Family> EmbryoValue<F> {
     pub const fn facts(&self) -> Facts {
         let Self { backend, client_link, generation, kind, state, seen, .. } = *self;
         let state = State::of(state);
-        Facts { origin: Origin { backend, client_link, generation, kind }, state, seen }
+        Facts { origin: Origin { backend, client_link, generation, kind }, state, seen, link: 0 }
     }
 }
 

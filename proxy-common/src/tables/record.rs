@@ -65,12 +65,13 @@ impl<F: Family> FlowRecord<'_, F> {
         let [low, high, kind, state] = rest.to_ne_bytes();
         let origin =
             Origin { backend, client_link, generation: u16::from_ne_bytes([low, high]), kind };
-        let facts = Facts { origin, state: State::of(state), seen: load!(self, seen) };
+        let [seen, link] = bytemuck::cast(self.word(FlowKey::<F>::WORDS + 3));
+        let facts = Facts { origin, state: State::of(state), seen, link };
         (vouched == tag(key, other, origin)).then_some(facts)
     }
 
     /// Where the word of that number lies: first the other direction's key, then tag and backend, then the rest of
-    /// what never changes with the state, then packets and bytes.
+    /// what never changes with the state, then packets and bytes, then `seen` and the link.
     #[inline(always)]
     const fn place(&self, position: usize) -> *mut u64 {
         // SAFETY: a record begins with more words than are asked for, as is asserted where it is laid out.
@@ -88,6 +89,12 @@ impl<F: Family> FlowRecord<'_, F> {
     #[inline(always)]
     pub fn touch(&self, now: u32) {
         store!(self, seen, now);
+    }
+
+    /// Notes which link leads to the client.
+    #[inline(always)]
+    pub fn set_link(&self, link: u32) {
+        store!(self, link, link);
     }
 
     /// Notes how far the record's direction has come.

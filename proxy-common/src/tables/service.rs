@@ -247,6 +247,8 @@ map_type! {
         pub mtu: u16,
         /// Zero.
         pub pad: u16,
+        /// The gateway that packets are handed to there. Zeros: the kernel is asked for it.
+        pub hop: F::Addr,
     }
 }
 

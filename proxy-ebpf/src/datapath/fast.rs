@@ -9,7 +9,7 @@ use bytemuck::Zeroable;
 use proxy_common::tables::{FlowKey, Origin, ServiceKey, ServiceValue, Side, State};
 use proxy_common::{Family, Outcome, proto};
 
-use super::{Client, Next, Story, Tables, live, refuse, rewrite};
+use super::{Client, Leg, Next, Story, Tables, live, refuse, rewrite};
 use crate::packet::{Frame, Plain, Wire, tcp};
 
 /// A packet that comes in from a client's link.
@@ -98,9 +98,18 @@ fn established<F: Wire, P: Frame, T: Tables<F>>(
     if plain.is(proto::UDP) && live::is_stale(origin, tables) {
         return Some(Next::Story(story));
     }
-    let (link, mtu) = live::way(origin, tables, other.src);
-    if origin.is(Origin::REDIRECT)
-        && (link == 0 || refuse::is_too_big::<F, P>(frame, P::NETWORK + F::HEADER, key.proto, mtu))
+    let leg = if origin.answers_outside() {
+        Leg { link: facts.link, ..Leg::NONE }
+    } else if story == Story::ToClient {
+        // What goes out is sent on by nobody's way.
+        Leg::NONE
+    } else {
+        live::way(origin, tables, other.src)
+    };
+    let is_led = origin.is(Origin::REDIRECT) || origin.answers_outside();
+    if is_led
+        && (leg.link == 0
+            || refuse::is_too_big::<F, P>(frame, P::NETWORK + F::HEADER, key.proto, leg.mtu))
     {
         return Some(Next::Story(story));
     }
@@ -111,7 +120,7 @@ fn established<F: Wire, P: Frame, T: Tables<F>>(
     if rewrite::translate_plain(frame, plain, &other, &change).is_none() {
         return Some(Outcome::NotWritable.into());
     }
-    match rewrite::send::<F, P>(frame, origin, link, origin.translated()) {
+    match rewrite::send::<F, P>(frame, origin, leg, origin.translated()) {
         verdict if verdict.outcome == Outcome::NotWritable => Some(Next::Done(verdict)),
         verdict => Some(Next::Counted(verdict)),
     }

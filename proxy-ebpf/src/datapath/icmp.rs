@@ -6,10 +6,10 @@
 //! the error had sent.
 
 use proxy_common::checksum::Delta;
-use proxy_common::tables::{Origin, Packet, Part, ServiceKey, ServiceValue, State, Work};
+use proxy_common::tables::{FlowKey, Origin, Packet, Part, ServiceKey, ServiceValue, State, Work};
 use proxy_common::{Address, Outcome, Port, proto};
 
-use super::{Tables, Verdict, live, rewrite};
+use super::{Leg, Tables, Verdict, live, rewrite};
 use crate::packet::{Frame, REACH, Wire, forget, has_ports, tcp};
 
 /// The length of ICMP's header, behind which the quoted packet begins.
@@ -31,13 +31,16 @@ pub fn inbound<F: Wire, P: Frame, T: Tables<F>>(
         return error(frame, tables, work);
     }
     let outcome = match tables.service(&ServiceKey::mark(work.key.dst)) {
-        Some(mark) if !mark.has(ServiceValue::NODE) => match echo(frame, work, request, reply) {
-            Some(()) => Outcome::EchoReply,
-            None => Outcome::NotWritable,
-        },
+        // ClusterIPs are nobody's. Other VIPs may be a machine's address, which answers or is down.
+        Some(mark) if mark.has(ServiceValue::REFUSES) && !mark.has(ServiceValue::NODE) => {
+            match echo(frame, work, request, reply) {
+                Some(()) => Outcome::EchoReply,
+                None => Outcome::NotWritable,
+            }
+        }
         _ => Outcome::NotService,
     };
-    Verdict { outcome, link: 0 }
+    Verdict::of(outcome)
 }
 
 /// Turns a request into its answer. Swapped addresses leave every sum as it is.
@@ -60,14 +63,13 @@ pub fn error<F: Wire, P: Frame, T: Tables<F>>(
     tables: &T,
     work: &mut Work<F>,
 ) -> Verdict {
-    let (outcome, link) = match find(frame, tables, work) {
+    match find(frame, tables, work) {
         Some(origin) => match translate(frame, work) {
-            Some(()) => way(frame, tables, origin, work.other.src),
-            None => (Outcome::NotWritable, 0),
+            Some(()) => way(frame, tables, origin, (&work.key, &work.other)),
+            None => Verdict::of(Outcome::NotWritable),
         },
-        None => (Outcome::NotService, 0),
-    };
-    Verdict { outcome, link }
+        None => Verdict::of(Outcome::NotService),
+    }
 }
 
 /// Which way a translated error goes.
@@ -76,19 +78,26 @@ fn way<F: Wire, P: Frame, T: Tables<F>>(
     frame: &mut P,
     tables: &T,
     origin: Origin,
-    to: F::Addr,
-) -> (Outcome, u32) {
+    keys: (&FlowKey<F>, &FlowKey<F>),
+) -> Verdict {
     if origin.is(Origin::REDIRECT) {
-        let (link, _) = live::way(origin, tables, to);
-        return if link == 0 { (Outcome::NoRoute, 0) } else { (Outcome::Masqueraded, link) };
-    }
-    if origin.is(Origin::TURN) {
-        return match rewrite::turn_around(frame) {
-            Some(()) => (Outcome::Hairpin, 0),
-            None => (Outcome::NotWritable, 0),
+        let Leg { link, way, .. } = if origin.answers_outside() {
+            live::way_back(frame, tables, origin, keys)
+        } else {
+            live::way(origin, tables, keys.1.src)
+        };
+        return match link {
+            0 => Verdict::of(Outcome::NoRoute),
+            link => Verdict { outcome: Outcome::Masqueraded, link, way },
         };
     }
-    (Outcome::IcmpError, 0)
+    if origin.is(Origin::TURN) {
+        return Verdict::of(match rewrite::turn_around(frame) {
+            Some(()) => Outcome::Hairpin,
+            None => Outcome::NotWritable,
+        });
+    }
+    Verdict::of(Outcome::IcmpError)
 }
 
 /// The flow of the packet that the error quotes. What the receiver of the error had sent is then in

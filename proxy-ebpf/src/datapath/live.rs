@@ -6,8 +6,8 @@ use proxy_common::tables::{
 };
 use proxy_common::{Family, proto};
 
-use super::Tables;
-use crate::packet::tcp;
+use super::{Leg, Tables};
+use crate::packet::{Frame, tcp};
 
 /// For how many ticks a connection whose backend was withdrawn must be silent before a SYN on its ports is taken
 /// for a new one: anybody can send one.
@@ -80,21 +80,40 @@ pub fn is_stale<F: Family, T: Tables<F>>(origin: Origin, tables: &T) -> bool {
     }
 }
 
-/// The link that a packet leaves by which is sent on past the host stack, and the longest packet that
-/// passes there, 0 if that is not known; toward `to`: what leads there now. No link if it is not sent on, or
-/// nothing is known of the way any more.
+/// How a client's packet leaves that is sent on past the host stack toward `to`: by what leads there now. No link if it is
+/// not sent on, or nothing is known of the way any more.
 #[inline(always)]
-pub fn way<F: Family, T: Tables<F>>(origin: Origin, tables: &T, to: F::Addr) -> (u32, u32) {
-    if !origin.is(Origin::REDIRECT) {
-        return (0, 0);
-    }
-    if origin.is(Origin::REPLY) {
-        return (origin.client_link, 0);
+pub fn way<F: Family, T: Tables<F>>(origin: Origin, tables: &T, to: F::Addr) -> Leg {
+    if !origin.is(Origin::REDIRECT) || origin.is(Origin::REPLY) {
+        return Leg::NONE;
     }
     // A backend that was withdrawn keeps its row until the number is another's.
     let backend = tables.backend(origin.backend).filter(|backend| backend.addr == to);
-    let way = backend.and_then(|backend| tables.way(backend.way));
-    way.map_or((0, 0), |way| (way.link, way.mtu.into()))
+    let Some(backend) = backend else { return Leg::NONE };
+    tables.way(backend.way).map_or(Leg::NONE, |way| Leg {
+        link: way.link,
+        mtu: way.mtu.into(),
+        way: backend.way,
+    })
+}
+
+/// How an answer leaves to a client outside: by the link that the host's routes have from the frontend's address, and
+/// where those lead nowhere by the one that he came by. A live flow's record notes it.
+#[inline(always)]
+pub fn way_back<F: Family, P: Frame, T: Tables<F>>(
+    frame: &P,
+    tables: &T,
+    origin: Origin,
+    (key, other): (&FlowKey<F>, &FlowKey<F>),
+) -> Leg {
+    let link = match frame.route::<F>(&other.dst, &other.src) {
+        0 => origin.client_link,
+        link => link,
+    };
+    if let Some(record) = tables.flow(key) {
+        record.set_link(link);
+    }
+    Leg { link, ..Leg::NONE }
 }
 
 /// The other direction's part of what never changes.

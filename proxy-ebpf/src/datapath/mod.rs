@@ -137,8 +137,34 @@ impl Story {
 pub struct Verdict {
     /// What is done.
     pub outcome: Outcome,
-    /// The link that [`Outcome::Masqueraded`] packets leave by.
+    /// The link that it leaves by; 0 if that is the stack's to say.
     pub link: u32,
+    /// The number of the way that says to which gateway it is handed; 0 if the kernel is to be asked.
+    pub way: u32,
+}
+
+impl Verdict {
+    /// That, and by the stack.
+    #[inline(always)]
+    pub const fn of(outcome: Outcome) -> Self {
+        Self { outcome, link: 0, way: 0 }
+    }
+}
+
+/// How a packet leaves that is sent on past the host stack.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Leg {
+    /// The link; 0 if nothing leads there.
+    pub link: u32,
+    /// The longest IP packet that passes; 0 if it is not known.
+    pub mtu: u32,
+    /// See [`Verdict::way`].
+    pub way: u32,
+}
+
+impl Leg {
+    /// None.
+    pub const NONE: Self = Self { link: 0, mtu: 0, way: 0 };
 }
 
 /// What comes of a packet, or who is to say.
@@ -155,7 +181,7 @@ pub enum Next {
 impl From<Outcome> for Next {
     #[inline(always)]
     fn from(outcome: Outcome) -> Self {
-        Self::Done(Verdict { outcome, link: 0 })
+        Self::Done(Verdict::of(outcome))
     }
 }
 

@@ -38,10 +38,19 @@ pub fn open<F: Family, P: Frame, T: Tables<F>>(
     memory: &mut Memory<F>,
     (mark, client): (&Service, Client),
 ) -> Result<Opening, Failure> {
-    if mark.has(ServiceValue::NODE) && is_hosts(frame, packet, key) {
+    let is_hosts = if mark.has(ServiceValue::NODE) {
+        is_hosts(frame, packet, key)
+    } else {
+        was_of_another_proxy(tables, packet)
+    };
+    if is_hosts {
         return Err(Failure::NotService);
     }
     let service = choose::frontend(tables, mark, key.dst, key.dport, key.proto)?;
+    // A ClusterIP that the node has itself, with a server there: NodeLocal DNSCache.
+    if mark.has(ServiceValue::NODE) && service.has(ServiceValue::REFUSES) && frame.listens(key) {
+        return Err(Failure::NotService);
+    }
     let asker = asker(tables, memory, &service, (key, client));
     memory.affinity = AffinityKey { client: key.src, service: service.id, netns: [0; 2] };
     let draw = || draw(tables, &service, key);
@@ -76,6 +85,15 @@ fn is_hosts<F: Family, P: Frame>(frame: &P, packet: &Packet, key: &FlowKey<F>) -
     }
     // Only who was asked answers with a SYN.
     packet.flags & (tcp::SYN | tcp::RST) != 0 || frame.has_socket(key)
+}
+
+/// Whether a segment without a record may be of a connection that another proxy led to its backend before this one was
+/// there: then the kernel's own table of connections knows it.
+#[inline(always)]
+fn was_of_another_proxy<F: Family, T: Tables<F>>(tables: &T, packet: &Packet) -> bool {
+    packet.proto == proto::TCP
+        && !tcp::opens(packet.flags)
+        && tables.now() < tables.setting(|s| &s.takeover_until)
 }
 
 /// Puts into `other` the key of the answers of a flow to `backend`, with the client's own port. Says what the

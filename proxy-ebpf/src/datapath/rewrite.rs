@@ -5,7 +5,7 @@ use proxy_common::crc32c;
 use proxy_common::tables::{FlowKey, Origin, Part, Side};
 use proxy_common::{Address, Family, Outcome, Port, proto};
 
-use super::Verdict;
+use super::{Leg, Verdict};
 use crate::packet::{Frame, Plain, Window, Wire, tcp};
 
 /// Where SCTP's checksum lies.
@@ -124,20 +124,25 @@ fn set_identifier<F: Wire, P: Frame>(
     frame.fix_l4::<F>(l4 + F::ECHO_CHECKSUM, pseudo, ports, false)
 }
 
-/// Says which way a translated packet goes: on; or by a link, where it counts as a hop; or back to the pod
-/// that it came from.
+/// Says which way a translated packet goes: on; or by a link, where it counts as a hop if the host stack has not counted
+/// it; or back to the pod that it came from. An answer to a client outside goes on if the stack has chosen the link that
+/// leads to him.
 #[inline(always)]
 pub fn send<F: Wire, P: Frame>(
     frame: &mut P,
     origin: Origin,
-    link: u32,
+    Leg { link, way, .. }: Leg,
     outcome: Outcome,
 ) -> Verdict {
     if origin.is(Origin::REDIRECT) {
         return match F::hop(frame, P::NETWORK) {
-            Some(()) => Verdict { outcome: Outcome::Masqueraded, link },
-            None => Verdict { outcome: Outcome::NotWritable, link: 0 },
+            Some(true) => Verdict { outcome: Outcome::Masqueraded, link, way },
+            Some(false) => Verdict::of(Outcome::HopLimit),
+            None => Verdict::of(Outcome::NotWritable),
         };
+    }
+    if origin.answers_outside() && link != frame.link() {
+        return Verdict { outcome, link, way };
     }
     let outcome = if origin.is(Origin::TURN) {
         match turn_around(frame) {
@@ -147,7 +152,7 @@ pub fn send<F: Wire, P: Frame>(
     } else {
         outcome
     };
-    Verdict { outcome, link: 0 }
+    Verdict::of(outcome)
 }
 
 /// Mends SCTP's checksum, which covers no addresses. A zero is left to the hardware that is to fill

@@ -26,11 +26,32 @@ pub trait Socket<F: Family> {
     fn netns_cookie(&self) -> u64;
     /// The cookie of the machine's first network namespace.
     fn initial_cookie(&self) -> u64;
+    /// Whether a socket of the same network namespace is bound to the very address and port.
+    fn is_bound(&self) -> bool;
+}
+
+/// What a socket does.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Act {
+    /// It connects. A datagram socket only notes where to send: that never fails, and is how programs find out by which
+    /// address they would send.
+    Connect,
+    /// It sends to an address.
+    Send,
 }
 
 /// connect or sendmsg to an address: led to a backend if the address is a Service's.
 #[inline(always)]
-pub fn send<F: Family, S: Socket<F>, T: Tables<F>>(socket: &mut S, tables: &T) -> Outcome {
+pub fn send<F: Family, S: Socket<F>, T: Tables<F>>(
+    socket: &mut S,
+    tables: &T,
+    act: Act,
+) -> Outcome {
+    let failed = if act == Act::Connect && socket.protocol() == proto::UDP {
+        Outcome::NotService
+    } else {
+        Outcome::SocketRefused
+    };
     let cookie = socket.netns_cookie();
     let netns = halves(cookie);
     let is_node = match tables.setting(|s| &s.netns) {
@@ -52,12 +73,18 @@ pub fn send<F: Family, S: Socket<F>, T: Tables<F>>(socket: &mut S, tables: &T) -
     let service = match choose::frontend(tables, &mark, address, port, socket.protocol()) {
         Ok(service) => service,
         Err(Failure::NotService) => return Outcome::NotService,
-        Err(_) => return Outcome::SocketRefused,
+        Err(_) => return failed,
     };
+    // A ClusterIP that the node has itself, with a server there: NodeLocal DNSCache.
+    let may_be_nodes =
+        is_node && mark.has(ServiceValue::NODE) && service.has(ServiceValue::REFUSES);
+    if may_be_nodes && socket.is_bound() {
+        return Outcome::NotService;
+    }
     match lead(socket, tables, &service, netns) {
         Ok(()) => Outcome::SocketTranslated,
         Err(Failure::NotService) => Outcome::NotService,
-        Err(_) => Outcome::SocketRefused,
+        Err(_) => failed,
     }
 }
 

@@ -13,7 +13,9 @@ use proxy_common::tables::{
 };
 
 use super::choose::Failure;
-use super::{Client, Next, Story, Tables, leave, live, open, pending, place, refuse, rewrite};
+use super::{
+    Client, Next, Service, Story, Tables, leave, live, open, pending, place, refuse, rewrite,
+};
 use crate::packet::{Frame, Wire, fragment_key, has_ports, parse};
 
 impl From<Failure> for Next {
@@ -117,8 +119,18 @@ pub fn arrive<F: Wire, P: Frame, T: Tables<F>>(frame: &P, tables: &T, work: &mut
     }
     match open::open(frame, tables, packet, (key, other), memory, (&mark, client)) {
         Ok(opening) => ask(tables, work, opening),
+        Err(Failure::NotService) if client == Client::Outside && returns(frame, &mark, key) => {
+            Failure::Refused.into()
+        }
         Err(failure) => failure.into(),
     }
+}
+
+/// Whether the host would send a packet back out of the link that it came by: a VIP that routers lead here, at a port
+/// that it has not, would go round until its hops are used up.
+#[inline(always)]
+fn returns<F: Wire, P: Frame>(frame: &P, mark: &Service, key: &FlowKey<F>) -> bool {
+    !mark.has(ServiceValue::NODE) && frame.route::<F>(&key.src, &key.dst) == frame.link()
 }
 
 /// A flow that begins at egress, if it is to be translated.
@@ -176,15 +188,19 @@ pub fn send<F: Wire, P: Frame, T: Tables<F>>(
     work: &mut Work<F>,
 ) -> Next {
     let (packet, origin) = (&work.packet, work.decision.origin());
-    let (link, mtu) = live::way(origin, tables, work.other.src);
+    let leg = if origin.answers_outside() {
+        live::way_back(frame, tables, origin, (&work.key, &work.other))
+    } else {
+        live::way(origin, tables, work.other.src)
+    };
     if origin.is(Origin::REDIRECT) {
-        if link == 0 {
+        if leg.link == 0 {
             return Outcome::NoRoute.into();
         }
         if !packet.is(Part::Later)
-            && refuse::is_too_big::<F, P>(frame, packet.l4(), packet.proto, mtu)
+            && refuse::is_too_big::<F, P>(frame, packet.l4(), packet.proto, leg.mtu)
         {
-            work.mtu = mtu;
+            work.mtu = leg.mtu;
             return Next::Story(Story::TooBig);
         }
     }
@@ -199,7 +215,7 @@ pub fn send<F: Wire, P: Frame, T: Tables<F>>(
     };
     let (l4, number) = (packet.l4(), packet.proto);
     match rewrite::translate(frame, l4, number, part, &work.key, &work.other) {
-        Some(()) => Next::Done(rewrite::send::<F, P>(frame, origin, link, outcome)),
+        Some(()) => Next::Done(rewrite::send::<F, P>(frame, origin, leg, outcome)),
         None => Outcome::NotWritable.into(),
     }
 }

@@ -1,10 +1,48 @@
-//! Sockets of the host that a packet is on.
+//! What the host that a packet is on has: sockets and routes.
 
-use aya_ebpf::bindings::{bpf_sock, bpf_sock_tuple};
-use aya_ebpf::helpers::{bpf_sk_lookup_udp, bpf_sk_release, bpf_skc_lookup_tcp};
+use core::ffi::c_void;
+use core::mem::zeroed;
+
+use aya_ebpf::bindings::{
+    BPF_FIB_LKUP_RET_NO_NEIGH, BPF_FIB_LKUP_RET_SUCCESS, bpf_fib_lookup, bpf_sock, bpf_sock_tuple,
+};
+use aya_ebpf::helpers::{
+    bpf_fib_lookup as look_up_route, bpf_sk_lookup_tcp, bpf_sk_lookup_udp, bpf_sk_release,
+    bpf_skc_lookup_tcp,
+};
 use aya_ebpf::programs::TcContext;
 use proxy_common::tables::FlowKey;
-use proxy_common::{Family, proto};
+use proxy_common::{Family, V4, proto};
+
+/// Address families, as the kernel numbers them.
+pub const AF_INET: u8 = 2;
+/// As [`AF_INET`].
+pub const AF_INET6: u8 = 10;
+
+/// How long the kernel's struct is.
+const SIZE: i32 = 64;
+const _: () = assert!(size_of::<bpf_fib_lookup>() == 64);
+
+/// The link by which the host forwards from one address to another what comes in by `link`; 0 if nowhere.
+#[inline(always)]
+pub fn route<F: Family>(ctx: &TcContext, link: u32, from: &F::Addr, to: &F::Addr) -> u32 {
+    // SAFETY: the kernel's struct of plain numbers, for which zeros are valid.
+    let mut question: bpf_fib_lookup = unsafe { zeroed() };
+    question.family = if F::ETHERTYPE == V4::ETHERTYPE { AF_INET } else { AF_INET6 };
+    question.ifindex = link;
+    let source = (&raw mut question.__bindgen_anon_3).cast::<F::Addr>();
+    let destination = (&raw mut question.__bindgen_anon_4).cast::<F::Addr>();
+    // SAFETY: both places are unions as long as the longest address, and aligned to four bytes as addresses are.
+    unsafe {
+        source.write(*from);
+        destination.write(*to);
+    }
+    // SAFETY: the helper reads and writes that many bytes of a live struct.
+    let answer = unsafe { look_up_route(ctx.skb.skb.cast(), &raw mut question, SIZE, 0) };
+    let leads =
+        answer == BPF_FIB_LKUP_RET_SUCCESS.into() || answer == BPF_FIB_LKUP_RET_NO_NEIGH.into();
+    if leads { question.ifindex } else { 0 }
+}
 
 /// The network namespace of the packet's link.
 const OWN_NAMESPACE: u64 = u64::MAX;
@@ -49,4 +87,38 @@ fn look<F: Family>(
     // SAFETY: it is released once.
     unsafe { bpf_sk_release(socket.cast()) };
     key.proto != proto::TCP || state != LISTEN
+}
+
+/// Whether a socket of the host is bound to the very address that packets of this key go to: one that takes what comes
+/// to any address is not.
+#[inline(always)]
+pub fn listens<F: Family>(ctx: *mut c_void, key: &FlowKey<F>) -> bool {
+    // As in `look`.
+    let tuple = core::ptr::from_ref(key).cast_mut().cast::<bpf_sock_tuple>();
+    let size = 2 * size_of::<F::Addr>() as u32 + 4;
+    let socket = if key.proto == proto::TCP {
+        // SAFETY: the helper reads `size` bytes of the tuple.
+        unsafe { bpf_sk_lookup_tcp(ctx, tuple, size, OWN_NAMESPACE, 0) }
+    } else if key.proto == proto::UDP {
+        // SAFETY: as above.
+        unsafe { bpf_sk_lookup_udp(ctx, tuple, size, OWN_NAMESPACE, 0) }
+    } else {
+        return false;
+    };
+    if socket.is_null() {
+        return false;
+    }
+    // SAFETY: the helper gave a socket, which stays until it is released. Volatile, so that it is read before that,
+    // and in words, as the verifier demands.
+    let bound: [u32; 4] = unsafe {
+        if F::ETHERTYPE == V4::ETHERTYPE {
+            [(&raw const (*socket).src_ip4).read_volatile(), 0, 0, 0]
+        } else {
+            let words = (&raw const (*socket).src_ip6).cast::<u32>();
+            [0, 1, 2, 3].map(|at| words.add(at).read_volatile())
+        }
+    };
+    // SAFETY: it is released once.
+    unsafe { bpf_sk_release(socket.cast()) };
+    bytemuck::bytes_of(&bound).starts_with(bytemuck::bytes_of(&key.dst))
 }

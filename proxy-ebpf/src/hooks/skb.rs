@@ -168,6 +168,16 @@ impl<const NETWORK: usize> Frame for Skb<'_, NETWORK> {
     }
 
     #[inline(always)]
+    fn listens<F: Family>(&self, key: &FlowKey<F>) -> bool {
+        host::listens(self.ctx.skb.skb.cast(), key)
+    }
+
+    #[inline(always)]
+    fn route<F: Family>(&self, from: &F::Addr, to: &F::Addr) -> u32 {
+        host::route::<F>(self.ctx, self.link(), from, to)
+    }
+
+    #[inline(always)]
     fn want(&mut self, length: usize) {
         let reachable = self.ctx.data_end() - self.ctx.data();
         let packet = self.ctx.len() as usize;

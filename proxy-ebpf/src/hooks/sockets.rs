@@ -7,10 +7,13 @@ use aya_ebpf::bindings::bpf_sock_addr;
 use aya_ebpf::helpers::{bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_set_retval};
 use aya_ebpf::macros::cgroup_sock_addr;
 use aya_ebpf::programs::SockAddrContext;
+use bytemuck::Zeroable;
+use proxy_common::tables::{FlowKey, Side};
 use proxy_common::{Addr4, Addr6, Family, Outcome, Port, V4, V6, proto};
 use proxy_ebpf::datapath::Tables;
-use proxy_ebpf::datapath::socket::{Socket, restore, send};
+use proxy_ebpf::datapath::socket::{Act, Socket, restore, send};
 
+use super::host;
 use crate::maps::{self, Tables4, Tables6};
 
 const ECONNREFUSED: i32 = 111;
@@ -30,9 +33,9 @@ macro_rules! hooks {
 
 hooks! {
     /// An IPv4 socket connects.
-    portal_connect4(connect4): send4;
+    portal_connect4(connect4): connect4;
     /// An IPv6 socket connects.
-    portal_connect6(connect6): send6;
+    portal_connect6(connect6): connect6;
     /// An IPv4 UDP socket sends to an address.
     portal_sendmsg4(sendmsg4): send4;
     /// An IPv6 UDP socket sends to an address.
@@ -48,16 +51,31 @@ hooks! {
 }
 
 #[inline(always)]
+fn connect4(ctx: *mut bpf_sock_addr) -> i32 {
+    sent(&mut Ipv4 { ctx }, &Tables4, Act::Connect)
+}
+
+#[inline(always)]
+fn connect6(ctx: *mut bpf_sock_addr) -> i32 {
+    sent6(ctx, Act::Connect)
+}
+
+#[inline(always)]
 fn send4(ctx: *mut bpf_sock_addr) -> i32 {
-    sent(&mut Ipv4 { ctx }, &Tables4)
+    sent(&mut Ipv4 { ctx }, &Tables4, Act::Send)
 }
 
 #[inline(always)]
 fn send6(ctx: *mut bpf_sock_addr) -> i32 {
+    sent6(ctx, Act::Send)
+}
+
+#[inline(always)]
+fn sent6(ctx: *mut bpf_sock_addr, act: Act) -> i32 {
     if is_mapped(ctx) {
-        sent(&mut Mapped { ctx }, &Tables4)
+        sent(&mut Mapped { ctx }, &Tables4, act)
     } else {
-        sent(&mut Ipv6 { ctx }, &Tables6)
+        sent(&mut Ipv6 { ctx }, &Tables6, act)
     }
 }
 
@@ -77,8 +95,12 @@ fn restore6(ctx: *mut bpf_sock_addr) -> i32 {
 
 /// Leads a call to a backend. 1 lets the call go on, 0 makes it fail.
 #[inline(always)]
-fn sent<F: Family, S: Socket<F> + Loopback, T: Tables<F>>(socket: &mut S, tables: &T) -> i32 {
-    let outcome = send(socket, tables);
+fn sent<F: Family, S: Socket<F> + Loopback, T: Tables<F>>(
+    socket: &mut S,
+    tables: &T,
+    act: Act,
+) -> i32 {
+    let outcome = send(socket, tables, act);
     if outcome == Outcome::NotService {
         return 1;
     }
@@ -254,6 +276,14 @@ macro_rules! socket {
             fn initial_cookie(&self) -> u64 {
                 // SAFETY: as above; without a context it tells of the first namespace.
                 unsafe { bpf_get_netns_cookie(core::ptr::null_mut()) }
+            }
+
+            #[inline(always)]
+            fn is_bound(&self) -> bool {
+                let nobody = (<$family as Family>::Addr::zeroed(), Port::new(0));
+                let key =
+                    FlowKey::<$family>::new(nobody, self.address(), self.protocol(), Side::Ingress);
+                host::listens(self.ctx.cast(), &key)
             }
         }
     };

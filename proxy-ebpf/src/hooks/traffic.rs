@@ -1,18 +1,25 @@
 //! tc ingress and egress of pods' host-side links and of uplinks.
 
-use aya_ebpf::bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC};
+use core::mem::zeroed;
+
+use aya_ebpf::bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC, bpf_redir_neigh};
 use aya_ebpf::helpers::{bpf_redirect, bpf_redirect_neigh, bpf_skb_change_head};
 use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
+use bytemuck::Zeroable;
 use proxy_common::{Family, Outcome, V4, V6};
-use proxy_ebpf::datapath::{Client, Next, Story, Verdict, fast, tell};
+use proxy_ebpf::datapath::{Client, Next, Story, Tables, Verdict, fast, tell};
 
+use super::host::{AF_INET, AF_INET6};
 use super::skb::Skb;
 use super::trace;
 use crate::maps::{self, Tables4, Tables6};
 
 /// The length of an Ethernet header.
 const ETHERNET: usize = 14;
+/// How long the kernel's struct is.
+const NEIGHBOUR: i32 = 20;
+const _: () = assert!(size_of::<bpf_redir_neigh>() == 20);
 
 macro_rules! hooks {
     ($($(#[$doc:meta])+ $name:ident<$network:literal>: $fast:ident($client:ident);)+) => {$(
@@ -22,18 +29,18 @@ macro_rules! hooks {
         pub fn $name(ctx: TcContext) -> i32 {
             let mut skb = Skb::<$network>::new(&ctx);
             if skb.is_of_vlan() {
-                return verdict::<$network>(&ctx, NOT_OURS);
+                return leave_alone(&ctx, Outcome::NotService);
             }
             match skb.ethertype() {
                 V4::ETHERTYPE => {
-                    let next = fast::$fast(&mut skb, &Tables4 , Client::$client);
+                    let next = fast::$fast(&mut skb, &Tables4, Client::$client);
                     go_on::<$network>(&ctx, next, false)
                 }
                 V6::ETHERTYPE => {
-                    let next = fast::$fast(&mut skb, &Tables6 , Client::$client);
+                    let next = fast::$fast(&mut skb, &Tables6, Client::$client);
                     go_on::<$network>(&ctx, next, true)
                 }
-                _ => verdict::<$network>(&ctx, Verdict { outcome: Outcome::NotIp, link: 0 }),
+                _ => leave_alone(&ctx, Outcome::NotIp),
             }
         }
     )+};
@@ -62,7 +69,7 @@ macro_rules! stories {
         pub fn $name(ctx: TcContext) -> i32 {
             let mut skb = Skb::<$network>::new(&ctx);
             let Some(work) = $tables.work() else {
-                return verdict::<$network>(&ctx, NOT_OURS);
+                return leave_alone(&ctx, Outcome::NotService);
             };
             let next = tell(Story::$story, &mut skb, &$tables, work);
             go_on::<$network>(&ctx, next, $is_v6)
@@ -119,35 +126,41 @@ stories! {
     portal_l3icmpout6<0>(Tables6, true): IcmpOut;
 }
 
-/// A packet of nobody's that we know.
-const NOT_OURS: Verdict = Verdict { outcome: Outcome::NotService, link: 0 };
-
 /// What comes of a packet, in this program or in the next one. Where the next is missing, which happens
 /// to none that the agent has installed, the packet is left alone.
 #[inline(always)]
 fn go_on<const NETWORK: usize>(ctx: &TcContext, next: Next, is_v6: bool) -> i32 {
-    match next {
-        Next::Counted(done) => action::<NETWORK>(ctx, done),
-        Next::Done(done) => verdict::<NETWORK>(ctx, done),
+    let done = match next {
+        Next::Counted(done) => done,
+        Next::Done(done) => {
+            maps::count(done.outcome, 1);
+            trace::log(ctx, done.outcome);
+            done
+        }
         Next::Story(story) => {
             maps::tail_call(ctx, story, is_v6, NETWORK != 0);
-            verdict::<NETWORK>(ctx, NOT_OURS)
+            return leave_alone(ctx, Outcome::NotService);
         }
+    };
+    if done.link == 0 {
+        action::<NETWORK>(ctx, done.outcome)
+    } else {
+        send_on::<NETWORK>(ctx, done, is_v6)
     }
 }
 
-/// Counts what is done with the packet, and does it.
+/// Counts that nothing is done with the packet.
 #[inline(always)]
-fn verdict<const NETWORK: usize>(ctx: &TcContext, done: Verdict) -> i32 {
-    maps::count(done.outcome, 1);
-    trace::log(ctx, done.outcome);
-    action::<NETWORK>(ctx, done)
+fn leave_alone(ctx: &TcContext, outcome: Outcome) -> i32 {
+    maps::count(outcome, 1);
+    trace::log(ctx, outcome);
+    TC_ACT_UNSPEC
 }
 
-/// What the kernel does with the packet. "On" is UNSPEC and not OK, so that the programs behind ours
-/// run too.
+/// What the kernel does with a packet that the stack sends on, or nobody. "On" is UNSPEC and not OK, so that the programs
+/// behind ours run too.
 #[inline(always)]
-fn action<const NETWORK: usize>(ctx: &TcContext, Verdict { outcome, link }: Verdict) -> i32 {
+fn action<const NETWORK: usize>(ctx: &TcContext, outcome: Outcome) -> i32 {
     match outcome {
         Outcome::NotIp
         | Outcome::NotService
@@ -163,14 +176,16 @@ fn action<const NETWORK: usize>(ctx: &TcContext, Verdict { outcome, link }: Verd
         | Outcome::Unreachable
         | Outcome::TooBig
         | Outcome::EchoReply => send_back::<NETWORK>(ctx),
-        Outcome::Masqueraded => send_on::<NETWORK>(ctx, link),
         Outcome::FragmentUnknown
         | Outcome::Silent
         | Outcome::NoLocal
         | Outcome::NotAllowed
         | Outcome::NoRoute
+        | Outcome::HopLimit
         | Outcome::NoPort
         | Outcome::NotWritable
+        // Not without a link to leave by.
+        | Outcome::Masqueraded
         // Not what becomes of a packet.
         | Outcome::TableFull
         | Outcome::SocketTranslated
@@ -179,9 +194,9 @@ fn action<const NETWORK: usize>(ctx: &TcContext, Verdict { outcome, link }: Verd
     }
 }
 
-/// Out of a link, to the neighbour that leads to the packet's destination there.
+/// Out of a link, to the gateway that its way names, or else to the neighbour that leads to the packet's destination there.
 #[inline(always)]
-fn send_on<const NETWORK: usize>(ctx: &TcContext, link: u32) -> i32 {
+fn send_on<const NETWORK: usize>(ctx: &TcContext, done: Verdict, is_v6: bool) -> i32 {
     if NETWORK == 0 {
         // The kernel sends on only what has a link-layer header, which it then replaces.
         // SAFETY: the helper checks all; packet pointers are not used any more.
@@ -190,9 +205,38 @@ fn send_on<const NETWORK: usize>(ctx: &TcContext, link: u32) -> i32 {
         }
     }
     Skb::<NETWORK>::mark_sent_on(ctx);
-    // SAFETY: the helper only notes where to send the packet after the program's end; without
-    // parameters it looks up the neighbour itself.
-    unsafe { bpf_redirect_neigh(link, core::ptr::null_mut(), 0, 0) as i32 }
+    // SAFETY: plain numbers, for which zeros are valid.
+    let mut neighbour: bpf_redir_neigh = unsafe { zeroed() };
+    let mut length = 0;
+    if done.way != 0 && fill(&mut neighbour, done.way, is_v6) {
+        length = NEIGHBOUR;
+    }
+    let parameters = if length == 0 { core::ptr::null_mut() } else { &raw mut neighbour };
+    // SAFETY: the helper reads so much of the parameters, and notes where to send the packet after the program's end;
+    // without parameters it looks up the neighbour itself.
+    unsafe { bpf_redirect_neigh(done.link, parameters, length, 0) as i32 }
+}
+
+/// Puts in the gateway of a way. False if it has none.
+#[inline(always)]
+fn fill(neighbour: &mut bpf_redir_neigh, way: u32, is_v6: bool) -> bool {
+    if is_v6 {
+        let hop: [u32; 4] = bytemuck::cast(gateway(&Tables6, way));
+        neighbour.nh_family = AF_INET6.into();
+        neighbour.__bindgen_anon_1.ipv6_nh = hop;
+        hop != [0; 4]
+    } else {
+        let hop: u32 = bytemuck::cast(gateway(&Tables4, way));
+        neighbour.nh_family = AF_INET.into();
+        neighbour.__bindgen_anon_1.ipv4_nh = hop;
+        hop != 0
+    }
+}
+
+/// The gateway of a way; zeros if it has none.
+#[inline(always)]
+fn gateway<F: Family, T: Tables<F>>(tables: &T, way: u32) -> F::Addr {
+    tables.way(way).map_or_else(F::Addr::zeroed, |way| way.hop)
 }
 
 /// Out of the link it came from.

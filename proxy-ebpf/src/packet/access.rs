@@ -30,6 +30,13 @@ pub trait Frame {
     /// connected, or for datagrams any that would get them.
     fn has_socket<F: Family>(&self, key: &FlowKey<F>) -> bool;
 
+    /// Whether a socket of the host is bound to the very address and port that packets of this key go to.
+    fn listens<F: Family>(&self, key: &FlowKey<F>) -> bool;
+
+    /// The link by which the host's routes and rules lead from one address to another, for a packet that it forwards;
+    /// 0 if they lead nowhere. The neighbour there need not be known.
+    fn route<F: Family>(&self, from: &F::Addr, to: &F::Addr) -> u32;
+
     /// Makes the first `length` bytes reachable, if the packet is that long. A packet's end may lie in
     /// other memory than its start; loads and stores beyond what is reachable fail.
     fn want(&mut self, length: usize);

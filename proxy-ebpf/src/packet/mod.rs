@@ -27,8 +27,8 @@ pub trait Wire: Family {
     /// into `key`. `None` if it is cut short or no valid header.
     fn headers<P: Frame>(frame: &mut P, l3: usize, key: &mut FlowKey<Self>) -> Option<Packet>;
 
-    /// The common case of a packet: no options or extension headers, no fragment, TCP or UDP, all of it
-    /// reachable at fixed offsets; with its addresses and ports. `None` for any other packet.
+    /// The common case of a packet: no options or extension headers, no fragment, more than one hop left, TCP or UDP, all
+    /// of it reachable at fixed offsets; with its addresses and ports. `None` for any other packet.
     fn plain<P: Frame>(frame: &mut P, side: Side) -> Option<(Plain, FlowKey<Self>)>;
 
     /// Types of ICMP's echo request and of its answer.
@@ -50,8 +50,8 @@ pub trait Wire: Family {
         change: Delta,
     ) -> Option<()>;
 
-    /// Counts a hop, as a router does.
-    fn hop<P: Frame>(frame: &mut P, l3: usize) -> Option<()>;
+    /// Counts a hop, as a router does. False if the packet has no hop left.
+    fn hop<P: Frame>(frame: &mut P, l3: usize) -> Option<bool>;
 
     /// Writes a fresh header at `l3` for `length` bytes of payload.
     fn write_header<P: Frame>(

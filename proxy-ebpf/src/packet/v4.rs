@@ -76,6 +76,7 @@ impl Wire for V4 {
         let fragment = u16::from_be_bytes(header.fragment) & (MORE_FRAGMENTS | FRAGMENT_OFFSET);
         let is_plain = header.version_ihl == 0x45
             && fragment == 0
+            && header.ttl > 1
             && matches!(header.proto, proto::TCP | proto::UDP);
         if !is_plain {
             return None;
@@ -104,14 +105,16 @@ impl Wire for V4 {
     }
 
     #[inline(always)]
-    fn hop<P: Frame>(frame: &mut P, l3: usize) -> Option<()> {
+    fn hop<P: Frame>(frame: &mut P, l3: usize) -> Option<bool> {
         let old: [u8; 2] = frame.load(l3 + TTL)?;
-        // The last hop is not ours to end: that would need an answer to the sender.
-        let new = [old[0].saturating_sub(1).max(1), old[1]];
+        if old[0] <= 1 {
+            return Some(false);
+        }
+        let new = [old[0] - 1, old[1]];
         let delta = Delta::default().half(u16::from_ne_bytes(old), u16::from_ne_bytes(new));
         let checksum: u16 = frame.load(l3 + CHECKSUM)?;
         frame.store(l3 + CHECKSUM, delta.apply(checksum))?;
-        frame.store(l3 + TTL, new)
+        frame.store(l3 + TTL, new).map(|()| true)
     }
 
     #[inline(always)]

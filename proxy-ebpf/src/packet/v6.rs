@@ -112,7 +112,10 @@ impl Wire for V6 {
     fn plain<P: Frame>(frame: &mut P, side: Side) -> Option<(Plain, FlowKey<Self>)> {
         frame.want(P::NETWORK + Self::HEADER + size_of::<tcp::Header>());
         let header: Header = frame.headers(Self::HEADER)?.load(0)?;
-        if header.version >> 4 != 6 || !matches!(header.next, proto::TCP | proto::UDP) {
+        let is_plain = header.version >> 4 == 6
+            && header.hop_limit > 1
+            && matches!(header.next, proto::TCP | proto::UDP);
+        if !is_plain {
             return None;
         }
         let (plain, ports) = plain_transport::<Self, P>(frame, header.next)?;
@@ -138,9 +141,12 @@ impl Wire for V6 {
     }
 
     #[inline(always)]
-    fn hop<P: Frame>(frame: &mut P, l3: usize) -> Option<()> {
+    fn hop<P: Frame>(frame: &mut P, l3: usize) -> Option<bool> {
         let [next, hops]: [u8; 2] = frame.load(l3 + HOPS)?;
-        frame.store(l3 + HOPS, [next, hops.saturating_sub(1).max(1)])
+        if hops <= 1 {
+            return Some(false);
+        }
+        frame.store(l3 + HOPS, [next, hops - 1]).map(|()| true)
     }
 
     #[inline(always)]

@@ -1,6 +1,6 @@
 //! A packet as a vector.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use bytemuck::Pod;
 use proxy_common::checksum::Delta;
@@ -27,6 +27,10 @@ pub struct Buffer {
     pub segment: usize,
     /// Sockets of the host: who is at the other end of each, and where it is.
     pub sockets: Vec<(SocketAddr, SocketAddr)>,
+    /// Addresses that sockets of the host are bound to.
+    pub listeners: Vec<SocketAddr>,
+    /// Links that lead to addresses.
+    pub routes: Vec<(IpAddr, u32)>,
 }
 
 impl Buffer {
@@ -40,6 +44,8 @@ impl Buffer {
             sent_on: false,
             segment: 0,
             sockets: Vec::new(),
+            listeners: Vec::new(),
+            routes: Vec::new(),
         }
     }
 
@@ -70,6 +76,15 @@ impl Frame for Buffer {
     fn has_socket<F: Family>(&self, key: &FlowKey<F>) -> bool {
         let end = |address: F::Addr, port: Port| SocketAddr::new(address.into(), port.number());
         self.sockets.contains(&(end(key.src, key.sport), end(key.dst, key.dport)))
+    }
+
+    fn listens<F: Family>(&self, key: &FlowKey<F>) -> bool {
+        self.listeners.contains(&SocketAddr::new(key.dst.into(), key.dport.number()))
+    }
+
+    fn route<F: Family>(&self, _: &F::Addr, to: &F::Addr) -> u32 {
+        let to: IpAddr = (*to).into();
+        self.routes.iter().find(|(known, _)| *known == to).map_or(0, |(_, link)| *link)
     }
 
     fn want(&mut self, length: usize) {

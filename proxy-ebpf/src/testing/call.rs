@@ -20,6 +20,8 @@ pub struct Call<F: Family> {
     pub netns: u64,
     /// The cookie of the machine's first one.
     pub initial: u64,
+    /// Whether another socket is bound where this one's call goes to.
+    pub is_bound: bool,
 }
 
 impl<F: HostFamily> Call<F> {
@@ -30,7 +32,14 @@ impl<F: HostFamily> Call<F> {
     pub fn new(to: SocketAddr, cookie: u64) -> Self {
         let address =
             (F::address(to.ip()).expect("an address of the family"), Port::new(to.port()));
-        Self { address, protocol: proto::UDP, cookie, netns: 1 << 40 | 7, initial: 1 }
+        Self {
+            address,
+            protocol: proto::UDP,
+            cookie,
+            netns: 1 << 40 | 7,
+            initial: 1,
+            is_bound: false,
+        }
     }
 
     /// Where it leads now.
@@ -62,5 +71,9 @@ impl<F: Family> Socket<F> for Call<F> {
 
     fn initial_cookie(&self) -> u64 {
         self.initial
+    }
+
+    fn is_bound(&self) -> bool {
+        self.is_bound
     }
 }

@@ -75,6 +75,10 @@ pub struct Host<F: Family> {
     pub traffic: RefCell<BTreeMap<u32, (u64, u64)>>,
     /// Sockets of the host: who is at the other end of each, and where it is.
     pub sockets: Vec<(SocketAddr, SocketAddr)>,
+    /// Addresses that sockets of the host are bound to.
+    pub listeners: Vec<SocketAddr>,
+    /// Links that lead to addresses.
+    pub routes: Vec<(IpAddr, u32)>,
     fragments: RefCell<BTreeMap<Vec<u8>, FragmentValue>>,
     peers: RefCell<BTreeMap<Vec<u8>, PeerValue<F>>>,
     /// How often there was each outcome.
@@ -120,7 +124,7 @@ impl<F: HostFamily> Host<F> {
             settings: Settings::DEFAULT,
             now: Cell::new(1),
             random: Cell::new(1),
-            way: Way { source: node::<F>(), link: LINK, mtu: MTU, pad: 0 },
+            way: Way { source: node::<F>(), link: LINK, mtu: MTU, pad: 0, hop: F::Addr::zeroed() },
             pods: None,
             exit: None,
             capacity: usize::MAX,
@@ -137,6 +141,8 @@ impl<F: HostFamily> Host<F> {
             exhausted: RefCell::default(),
             traffic: RefCell::default(),
             sockets: Vec::new(),
+            listeners: Vec::new(),
+            routes: Vec::new(),
             fragments: RefCell::default(),
             peers: RefCell::default(),
             counted: RefCell::default(),
@@ -236,8 +242,15 @@ impl<F: HostFamily> Host<F> {
 
     /// As [`Host::see`], of a packet that may refuse to be changed.
     pub fn see_buffer(&self, hook: Hook, buffer: &mut Buffer) -> Outcome {
+        self.verdict(hook, buffer).outcome
+    }
+
+    /// As [`Host::see_buffer`], with the link that the packet is sent out of past the stack; 0 if it is not.
+    pub fn verdict(&self, hook: Hook, buffer: &mut Buffer) -> Verdict {
         buffer.sockets.clone_from(&self.sockets);
-        see(self, hook, buffer, &mut self.work.borrow_mut()).outcome
+        buffer.listeners.clone_from(&self.listeners);
+        buffer.routes.clone_from(&self.routes);
+        see(self, hook, buffer, &mut self.work.borrow_mut())
     }
 
     /// How many records of live flows there are.

@@ -7,6 +7,7 @@ mod life;
 mod masquerade;
 mod properties;
 mod sockets;
+mod ways;
 
 use std::net::SocketAddr;
 

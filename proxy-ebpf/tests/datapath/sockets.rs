@@ -7,7 +7,7 @@ use proxy_common::settings::Settings;
 use proxy_common::tables::{Algorithm, ServiceValue, Side};
 use proxy_common::testing::{Hook, NODE, Packet, Service};
 use proxy_common::{Outcome, V4, V6, proto};
-use proxy_ebpf::datapath::socket::{restore, send};
+use proxy_ebpf::datapath::socket::{Act, restore, send};
 use proxy_ebpf::testing::{Call, Host, HostFamily};
 
 fn ends(v6: bool) -> [SocketAddr; 4] {
@@ -27,11 +27,11 @@ fn a_socket_is_led_to_a_backend_and_shown_the_vip<F: HostFamily>(
     let mut reached = BTreeSet::new();
     for cookie in 1..50 {
         let mut call = Call::<F>::new(vip, cookie << 32 | cookie);
-        assert_eq!(send(&mut call, &host), Outcome::SocketTranslated);
+        assert_eq!(send(&mut call, &host, Act::Send), Outcome::SocketTranslated);
         reached.insert(call.to());
         // A socket stays with its backend.
         let mut again = Call::<F>::new(vip, cookie << 32 | cookie);
-        send(&mut again, &host);
+        send(&mut again, &host, Act::Send);
         assert_eq!(again.to(), call.to());
         // Another socket that speaks to the pod itself is not told of the VIP.
         let mut stranger = Call { cookie: cookie + 1000, ..call.clone() };
@@ -41,7 +41,7 @@ fn a_socket_is_led_to_a_backend_and_shown_the_vip<F: HostFamily>(
     }
     assert_eq!(reached, [one, two].into());
     let mut direct = Call::<F>::new(other, 1);
-    assert_eq!(send(&mut direct, &host), Outcome::NotService);
+    assert_eq!(send(&mut direct, &host, Act::Send), Outcome::NotService);
     assert_eq!(direct.to(), other);
 }
 
@@ -49,11 +49,14 @@ fn what_nobody_serves_is_refused<F: HostFamily>([vip, one, ..]: [SocketAddr; 4])
     let mut host = Host::<F>::new();
     host.serve(&[Service::new(vip, proto::UDP, &[one])]);
     let mut unused = Call::<F>::new(SocketAddr::new(vip.ip(), 54), 1);
-    assert_eq!(send(&mut unused, &host), Outcome::SocketRefused);
+    assert_eq!(send(&mut unused, &host, Act::Send), Outcome::SocketRefused);
+    // A datagram socket that connects only notes where to.
+    assert_eq!(send(&mut unused, &host, Act::Connect), Outcome::NotService);
     let mut tcp = Call { protocol: proto::TCP, ..Call::<F>::new(vip, 1) };
-    assert_eq!(send(&mut tcp, &host), Outcome::SocketRefused);
+    assert_eq!(send(&mut tcp, &host, Act::Connect), Outcome::SocketRefused);
+    assert_eq!(send(&mut tcp, &host, Act::Send), Outcome::SocketRefused);
     host.serve(&[Service::new(vip, proto::UDP, &[])]);
-    assert_eq!(send(&mut Call::<F>::new(vip, 1), &host), Outcome::SocketRefused);
+    assert_eq!(send(&mut Call::<F>::new(vip, 1), &host, Act::Send), Outcome::SocketRefused);
 }
 
 fn only_sockets_of_the_wanted_namespace_are_led<F: HostFamily>([vip, one, ..]: [SocketAddr; 4]) {
@@ -72,12 +75,12 @@ fn only_sockets_of_the_wanted_namespace_are_led<F: HostFamily>([vip, one, ..]: [
     ] {
         host.settings.netns = netns;
         (host.settings.netns_cookie, host.settings.all_sockets) = (node, all);
-        assert_eq!(send(&mut Call::<F>::new(vip, 1), &host), outcome);
+        assert_eq!(send(&mut Call::<F>::new(vip, 1), &host, Act::Send), outcome);
     }
     let mut own = Call::<F>::new(vip, 1);
     own.netns = own.initial;
     host.settings.netns = initial;
-    assert_eq!(send(&mut own, &host), Outcome::SocketTranslated);
+    assert_eq!(send(&mut own, &host, Act::Send), Outcome::SocketTranslated);
 }
 
 fn a_sockets_datagrams_stay_with_one_backend_whatever_the_algorithm<F: HostFamily>(
@@ -88,7 +91,7 @@ fn a_sockets_datagrams_stay_with_one_backend_whatever_the_algorithm<F: HostFamil
         host.serve(&[Service { flags: by.flags(), ..Service::new(vip, proto::UDP, &[one, two]) }]);
         let to = |host: &Host<F>| {
             let mut call = Call::<F>::new(vip, 1);
-            assert_eq!(send(&mut call, host), Outcome::SocketTranslated);
+            assert_eq!(send(&mut call, host, Act::Send), Outcome::SocketTranslated);
             call.to()
         };
         let first = to(&host);
@@ -119,7 +122,7 @@ fn a_host_port_is_at_all_addresses_of_the_node_and_at_its_loopback<F: HostFamily
     host.mark(local, ServiceValue::NODE | ServiceValue::LOOPBACK);
     host.settings.netns = Settings::BY_COOKIE;
     host.settings.netns_cookie = [7, 1 << 8];
-    let call = |host: &Host<F>, to| send(&mut Call::<F>::new(to, 1), host);
+    let call = |host: &Host<F>, to| send(&mut Call::<F>::new(to, 1), host, Act::Send);
     for to in [SocketAddr::new(node, 8080), own, at(loopback, 8080)] {
         assert_eq!(call(&host, to), Outcome::SocketTranslated, "{to}");
     }

@@ -156,6 +156,11 @@ pub struct Args {
     #[arg(long, value_name = "TIME", default_value = "60s", value_parser = lifetime)]
     tcp_timeout_port: u32,
 
+    /// For how long after the very first start TCP connections to VIPs that are under way, and unknown, are left to
+    /// the kernel: kube-proxy's before. Not where the kernel follows no connections
+    #[arg(long, value_name = "TIME", default_value = "5m", value_parser = grace)]
+    takeover_grace: u32,
+
     /// How long a UDP flow lives that is no stream: the client has not sent again after an answer
     #[arg(long, value_name = "TIME", default_value = "30s", value_parser = lifetime)]
     conntrack_udp_timeout: u32,
@@ -269,6 +274,7 @@ impl Args {
                     udp: self.conntrack_udp_timeout,
                     udp_stream: self.conntrack_udp_timeout_stream,
                 },
+                takeover_grace: self.takeover_grace,
                 masquerade_ports: self.masquerade_ports,
                 trace: self.trace,
                 local_by_cidr: self.detect_local_mode == DetectLocalMode::ClusterCidr,
@@ -359,6 +365,11 @@ impl Args {
         let pods = pods.map(|links| Rule { role: Role::Pod, links });
         self.interfaces.iter().cloned().chain(pods).collect()
     }
+}
+
+/// A [`lifetime`], or none.
+fn grace(text: &str) -> Result<u32, String> {
+    if matches!(text, "0" | "0s") { Ok(0) } else { lifetime(text) }
 }
 
 /// A time as Go and kube-proxy write it, in ticks.

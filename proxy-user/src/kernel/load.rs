@@ -9,12 +9,12 @@ use aya::programs::Program;
 use aya::{Ebpf, EbpfLoader};
 use ipnet::IpNet;
 use proxy_common::abi::ABI;
-use proxy_common::settings::{PORT_STRIDE, Range4, Range6, Settings};
+use proxy_common::settings::{PORT_STRIDE, Range4, Range6, Settings, seconds};
 use proxy_common::tables::Config;
 
 use super::contract::shapes;
 use super::probe::{self, OwnNamespace};
-use super::{Options, Sizes, SocketLb, tails};
+use super::{Options, Sizes, SocketLb, read, tails};
 
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/portal-ebpf.o"));
 
@@ -36,8 +36,10 @@ pub fn load(options: &Options, maps: &Path) -> Result<Ebpf> {
         "this portal was built without its eBPF object. Build it with `cargo xtask build`, which \
          sees to the eBPF toolchain"
     );
-    let seed = check_pinned(maps)?.unwrap_or_else(fresh_seed);
-    let settings = settings(options, seed);
+    let before = check_pinned(maps)?;
+    let seed = before.map_or_else(fresh_seed, |config| config.seed);
+    let takeover_until = before.map_or_else(|| takeover_until(options), |c| c.takeover_until);
+    let settings = settings(options, seed, takeover_until);
     let paths: Vec<_> = shapes().map(|shape| (shape.name, maps.join(shape.name))).collect();
     let mut loader = EbpfLoader::new();
     loader.override_global("SETTINGS", &settings, true);
@@ -67,7 +69,7 @@ pub fn load(options: &Options, maps: &Path) -> Result<Ebpf> {
         );
     }
     let mut ebpf = loader.load(OBJECT).map_err(|error| refused(error, options))?;
-    let config = Config { abi: ABI, seed, lifetimes: settings.lifetimes };
+    let config = Config { abi: ABI, seed, lifetimes: settings.lifetimes, takeover_until };
     let map = ebpf.map_mut("config").context("the object has no map config")?;
     Array::try_from(map)?.set(0, config, 0).context("cannot write map config")?;
     for (name, program) in ebpf.programs_mut().filter(|(name, _)| !tails::is_of_tunnels(name)) {
@@ -85,9 +87,25 @@ fn load_program(program: &mut Program) -> Result<(), aya::programs::ProgramError
     }
 }
 
-/// Compares the pinned maps with the contract: aya would take a map of any shape. Returns the seed
-/// that they were used with, or nothing if there are none.
-fn check_pinned(maps: &Path) -> Result<Option<u32>> {
+/// Until when connections that nobody here knows may be another proxy's. There is none to be taken over from where the
+/// kernel follows no connections.
+fn takeover_until(options: &Options) -> u32 {
+    let followed = fs::read_to_string("/proc/sys/net/netfilter/nf_conntrack_count");
+    let follows = followed.is_ok_and(|count| count.trim() != "0");
+    if !follows || options.takeover_grace == 0 {
+        return 0;
+    }
+    tracing::info!(
+        "first start beside connections that the kernel follows: for {} s those to VIPs that are under way are left \
+         to it",
+        seconds(options.takeover_grace)
+    );
+    read::now() + options.takeover_grace
+}
+
+/// Compares the pinned maps with the contract: aya would take a map of any shape. Returns what they were used
+/// with, or nothing if there are none.
+fn check_pinned(maps: &Path) -> Result<Option<Config>> {
     for shape in shapes() {
         let path = maps.join(shape.name);
         let Ok(info) = MapInfo::from_pin(&path) else { continue };
@@ -105,7 +123,7 @@ fn check_pinned(maps: &Path) -> Result<Option<u32>> {
     match config.abi {
         // Made, but not yet filled in when its agent was killed.
         0 => Ok(None),
-        ABI => Ok(Some(config.seed)),
+        ABI => Ok(Some(config)),
         other => bail!(other_contract(&path, &format!("contract {other}, not {ABI}"))),
     }
 }
@@ -180,7 +198,7 @@ fn fresh_seed() -> u32 {
     }
 }
 
-fn settings(options: &Options, seed: u32) -> Settings {
+fn settings(options: &Options, seed: u32, takeover_until: u32) -> Settings {
     let (netns, cookie) = match probe::own_namespace() {
         OwnNamespace::Cookie(cookie) => (Settings::BY_COOKIE, cookie),
         OwnNamespace::Initial => (Settings::INITIAL, 0),
@@ -211,6 +229,7 @@ fn settings(options: &Options, seed: u32) -> Settings {
         all_sockets: all_sockets.into(),
         cpus: possible_cpus(),
         vip_ping: options.vip_ping.into(),
+        takeover_until,
         local_by_cidr: options.local_by_cidr.into(),
         masquerade_all: options.masquerade_all.into(),
         masquerade_pods: options.masquerade_pods.into(),

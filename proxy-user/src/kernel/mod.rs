@@ -68,6 +68,8 @@ pub struct Options {
     pub sizes: Sizes,
     /// How long flows live.
     pub lifetimes: Lifetimes,
+    /// For how many ticks after the first start connections to VIPs that are under way are left to the kernel.
+    pub takeover_grace: u32,
     /// The first and the last source port that may take the place of a client's.
     pub masquerade_ports: (u16, u16),
     /// Whether refused and dropped packets are logged.

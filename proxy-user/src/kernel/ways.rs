@@ -3,8 +3,10 @@
 
 use std::collections::HashMap;
 use std::io;
+use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
+use bytemuck::Zeroable;
 use proxy_common::Family;
 use proxy_common::tables::Way;
 
@@ -64,8 +66,10 @@ where
         if number == NONE || number >= self.rows.length() {
             return Ok(None);
         }
-        let Way { source, link, mtu, .. } = self.rows.get(number)?;
-        Ok((link != 0).then(|| Route { source: source.into(), link, mtu }))
+        let Way { source, link, mtu, hop, .. } = self.rows.get(number)?;
+        let hop: IpAddr = hop.into();
+        let hop = (!hop.is_unspecified()).then_some(hop);
+        Ok((link != 0).then(|| Route { source: source.into(), link, mtu, hop }))
     }
 
     /// The number of a way for one more backend; 0 if there is no way, or no number for it.
@@ -88,7 +92,8 @@ where
             );
             return Ok(NONE);
         };
-        self.rows.set(number, Way { source, link: route.link, mtu: route.mtu, pad: 0 })?;
+        let hop = route.hop.and_then(F::Addr::from_ip).unwrap_or_else(Zeroable::zeroed);
+        self.rows.set(number, Way { source, link: route.link, mtu: route.mtu, pad: 0, hop })?;
         self.used.insert(*route, (number, 1));
         Ok(number)
     }

@@ -292,12 +292,14 @@ fn endpoint(
         return None;
     };
     let conditions = &raw.conditions;
+    let named_here = raw.node_name.as_deref() == Some(node);
     Some(Endpoint {
         address,
         ready: conditions.ready.unwrap_or(true),
         serving: conditions.serving.unwrap_or(true),
         terminating: conditions.terminating.unwrap_or(false),
-        local: raw.node_name.as_deref() == Some(node),
+        named_here,
+        local: named_here,
         weight: 1,
         hints: hints(&raw.hints),
     })

@@ -177,7 +177,10 @@ pub struct Endpoint {
     pub serving: bool,
     /// Is going away.
     pub terminating: bool,
-    /// Runs on this node (KP-12).
+    /// Is said to run on this node (KP-12).
+    pub named_here: bool,
+    /// Runs on this node: it is said so, or its address is one of the node's own. Hand-made slices name no node, nor does
+    /// that of `default/kubernetes`.
     pub local: bool,
     /// Its share of new flows, beside those of others; 0: none.
     pub weight: u16,
@@ -254,6 +257,8 @@ pub struct Cluster {
     owners: BTreeMap<ObjectName, ObjectName>,
     /// The pods of this node that have ports of the node.
     pods: BTreeMap<ObjectName, Pod>,
+    /// The node's own addresses.
+    own: BTreeSet<IpAddr>,
 }
 
 impl Cluster {
@@ -272,8 +277,11 @@ impl Cluster {
 
     /// Puts a slice in the place of the one of that name; `None` removes it. Returns the Services that
     /// this concerns: one, or two if the slice has moved.
-    pub fn set_slice(&mut self, name: &ObjectName, slice: Option<Slice>) -> Concerned {
+    pub fn set_slice(&mut self, name: &ObjectName, mut slice: Option<Slice>) -> Concerned {
         let mut concerned = Concerned::new();
+        for endpoint in slice.iter_mut().flat_map(|slice| &mut slice.endpoints) {
+            endpoint.local = endpoint.named_here || self.own.contains(&endpoint.address);
+        }
         let owner = slice.as_ref().map(|slice| slice.service.clone());
         let before = self.owners.get(name).cloned();
         if before.is_some() && before != owner {
@@ -287,6 +295,21 @@ impl Cluster {
                 slices.set(&name.name, slice);
             }
             self.owners.insert(name.clone(), owner);
+        }
+        concerned
+    }
+
+    /// Takes in which addresses are the node's own. Returns the Services that this concerns.
+    pub fn set_own(&mut self, own: &BTreeSet<IpAddr>) -> Concerned {
+        let changed: BTreeSet<IpAddr> = &self.own ^ own;
+        self.own.clone_from(own);
+        let mut concerned = Concerned::new();
+        for (service, slices) in &mut self.slices {
+            let moved = changed.iter().filter(|address| slices.move_to(**address, own));
+            let moved: BTreeSet<IpAddr> = moved.copied().collect();
+            if !moved.is_empty() {
+                concerned.push((service.clone(), moved));
+            }
         }
         concerned
     }

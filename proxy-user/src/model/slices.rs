@@ -76,6 +76,20 @@ impl Slices {
         })
     }
 
+    /// Notes whether the endpoints at an address are on this node, whose own addresses are these. True if that has changed.
+    pub fn move_to(&mut self, address: IpAddr, own: &BTreeSet<IpAddr>) -> bool {
+        let halves = halves(address);
+        let first = self.order.partition_point(|place| place.address < halves);
+        let mut has_changed = false;
+        for place in self.order[first..].iter().take_while(|place| place.address == halves) {
+            let Some((_, slice)) = &mut self.all[place.slice as usize] else { continue };
+            let endpoint = &mut slice.endpoints[place.position as usize];
+            let local = endpoint.named_here || own.contains(&address);
+            has_changed |= std::mem::replace(&mut endpoint.local, local) != local;
+        }
+        has_changed
+    }
+
     /// Whether endpoints have one address.
     pub fn repeats_addresses(&self) -> bool {
         self.order.windows(2).any(|pair| pair[0].address == pair[1].address)

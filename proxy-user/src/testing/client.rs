@@ -4,7 +4,7 @@ use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream, UdpSocket};
 use std::time::Duration;
 
-use socket2::{Domain, Socket, Type};
+use socket2::{Domain, Protocol, Socket, Type};
 
 use super::namespace::Namespace;
 use super::server::parse_greeting;
@@ -154,4 +154,28 @@ pub fn udp_here(to: SocketAddr, bytes: &[u8]) -> io::Result<Answer> {
     let (server, seen_as) = parse_greeting(&String::from_utf8_lossy(&buffer[..end]));
     let from = socket.peer_addr()?;
     Ok(Answer { from, server, seen_as, bytes: buffer[end + 1..length].to_vec() })
+}
+
+/// Sends an echo request by a datagram ICMP socket and waits for its answer.
+///
+/// # Errors
+/// If none comes in time.
+///
+/// # Panics
+/// If the answer is wrong.
+pub fn ping(from: &Namespace, to: IpAddr, patience: Duration) -> io::Result<()> {
+    from.sysctl("net/ipv4/ping_group_range", "0 0");
+    let (domain, protocol, kind) = match to {
+        IpAddr::V4(_) => (Domain::IPV4, Protocol::ICMPV4, [8, 0]),
+        IpAddr::V6(_) => (Domain::IPV6, Protocol::ICMPV6, [128, 129]),
+    };
+    let socket = from.run(|| Socket::new(domain, Type::DGRAM, Some(protocol)))?;
+    socket.set_read_timeout(Some(patience))?;
+    socket.connect(&SocketAddr::new(to, 0).into())?;
+    let request = [kind[0], 0, 0, 0, 0, 0, 0, 1, b'h', b'i'];
+    socket.send(&request)?;
+    let mut answer = [0; 64];
+    let length = (&socket).read(&mut answer)?;
+    assert_eq!((answer[0], &answer[8..length]), (kind[1], &b"hi"[..]));
+    Ok(())
 }

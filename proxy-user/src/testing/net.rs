@@ -6,7 +6,8 @@ use std::os::fd::AsRawFd;
 use rtnetlink::packet_route::address::AddressHeaderFlags;
 use rtnetlink::packet_route::link::{LinkAttribute, MacVlanMode};
 use rtnetlink::packet_route::neighbour::NeighbourFlags;
-use rtnetlink::packet_route::route::RouteMessage;
+use rtnetlink::packet_route::route::{RouteAttribute, RouteMessage};
+use rtnetlink::packet_route::rule::RuleAction;
 use rtnetlink::{
     Handle, LinkBridge, LinkMacVlan, LinkMessageBuilder, LinkUnspec, LinkVeth, LinkVxlan,
     RouteMessageBuilder,
@@ -166,6 +167,21 @@ impl Net {
     pub async fn route(&self, to: IpAddr, prefix: u8, gateway: IpAddr) {
         let added = self.handle.route().add(by_gateway(to, prefix, gateway)).execute().await;
         added.unwrap_or_else(|error| panic!("route to {to}/{prefix}: {error}"));
+    }
+
+    /// Adds a default route by a gateway to a table that a rule leads to: for what has this source.
+    pub async fn route_from(&self, source: IpAddr, table: u32, gateway: IpAddr) {
+        let any: IpAddr = if source.is_ipv4() { [0; 4].into() } else { [0_u16; 8].into() };
+        let mut message = by_gateway(any, 0, gateway);
+        message.attributes.push(RouteAttribute::Table(table));
+        message.header.table = 0;
+        self.handle.route().add(message).execute().await.expect("a route");
+        let rule = self.handle.rule().add().action(RuleAction::ToTable).table_id(table);
+        let added = match source {
+            IpAddr::V4(source) => rule.v4().source_prefix(source, 32).execute().await,
+            IpAddr::V6(source) => rule.v6().source_prefix(source, 128).execute().await,
+        };
+        added.unwrap_or_else(|error| panic!("a rule for {source}: {error}"));
     }
 
     /// Removes a route by a gateway.

@@ -62,6 +62,8 @@ pub fn masqueraded(cast: &Cast) -> Vec<Step> {
         masquerades(&answer, &returned),
         masquerades(&more.sent, &more.arrived),
         masquerades(&more.answer, &more.returned),
+        // No router has passed it on so far that this node may.
+        uplink(packet(&Packet { hops: 1, ..more.sent }, Outcome::HopLimit, Becomes::Nothing)),
     ]
 }
 
