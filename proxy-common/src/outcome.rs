@@ -52,7 +52,7 @@ outcomes! {
     /// Packet of a masqueraded flow that is too long for the way to its backend and must not be
     /// fragmented: answered with ICMP "packet too big".
     TooBig = "too_big",
-    /// ICMP echo to a VIP: answered.
+    /// ICMP echo to a `ClusterIP`: answered.
     EchoReply = "echo_reply",
     /// A packet to a VIP that gets no answer by rule (a reset, an ICMP message): dropped.
     Silent = "silent",

@@ -230,8 +230,9 @@ impl Agent {
         self.dirty.insert(owner, Scope::Whole);
     }
 
+    /// All that there is, beside what is gone and was not planned yet.
     fn enqueue_all(&mut self) {
-        self.dirty = self.cluster.owners().map(|owner| (owner, Scope::Whole)).collect();
+        self.dirty.extend(self.cluster.owners().map(|owner| (owner, Scope::Whole)));
     }
 
     fn enqueue_endpoints(&mut self, concerned: Concerned) {

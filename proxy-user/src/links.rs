@@ -225,6 +225,8 @@ pub struct Links {
     pub known: HashMap<u32, Link>,
     /// Links that were told of, with their names and roles.
     told: HashMap<u32, (String, Role)>,
+    /// The names of those that were uplinks, while all is listed anew.
+    uplinks: HashMap<u32, String>,
     /// The addresses that were told of.
     addresses: BTreeSet<IpAddr>,
     exits: Exits,
@@ -236,10 +238,16 @@ impl Links {
         Self { rules, ..Self::default() }
     }
 
-    /// Forgets what was told, so that all is told again: news may have been lost.
+    /// Forgets what was told, so that all is told again: news may have been lost. What were uplinks is kept in mind until
+    /// then.
     pub fn start_over(&mut self) {
         self.known.clear();
-        self.told.clear();
+        self.uplinks.extend(
+            self.told
+                .drain()
+                .filter(|(_, (_, role))| role.is_uplink())
+                .map(|(ifindex, (name, _))| (ifindex, name)),
+        );
     }
 
     /// What a link is for: what the first rule says that is of it, or else what it looks like.
@@ -254,7 +262,8 @@ impl Links {
     /// pair too. Once it was an uplink it stays one, whatever addresses come and go. Ports belong to their bridge or bond,
     /// and a bridge whose ports are all pods' is left to those.
     fn looks_like(&self, ifindex: u32, link: &Link) -> Role {
-        let was_uplink = self.told.get(&ifindex).is_some_and(|(_, role)| role.is_uplink());
+        let was_uplink = self.told.get(&ifindex).is_some_and(|(_, role)| role.is_uplink())
+            || self.uplinks.get(&ifindex) == Some(&link.name);
         let connects = !link.subnets.is_empty() || link.leads_on || was_uplink;
         if link.kind == Kind::Pair && !connects {
             return Role::Pod;
@@ -328,6 +337,7 @@ impl Links {
     /// All that there is, when it is told for the first time or anew.
     pub fn all(&mut self) -> Vec<Change> {
         let mut changes = self.changes();
+        self.uplinks.clear();
         changes.push(Change::Listed(self.told.keys().copied().collect()));
         changes
     }
@@ -563,7 +573,14 @@ mod tests {
         links.start_over();
         links.known.extend([nic()]);
         let came = Change::Came { ifindex: 1, name: "eth0".to_owned(), role: Uplink };
-        assert_eq!(links.all(), [came, Change::Listed([1].into())]);
+        assert_eq!(links.all(), [came.clone(), Change::Listed([1].into())]);
+        // It was an uplink, though its address is away now; another link of that index was not.
+        links.start_over();
+        links.known.insert(1, link("eth0", Plain, ""));
+        assert!(links.all().contains(&came));
+        links.start_over();
+        links.known.insert(1, link("eth7", Plain, ""));
+        assert_eq!(links.all().last(), Some(&Change::Listed(HashSet::new())));
     }
 
     #[test]

@@ -4,7 +4,8 @@ use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use anyhow::{Context, Result};
-use futures::{StreamExt, TryStreamExt};
+use futures::channel::mpsc::UnboundedReceiver;
+use futures::{FutureExt, StreamExt, TryStreamExt};
 use ipnet::IpNet;
 use rtnetlink::packet_core::{NetlinkMessage, NetlinkPayload};
 use rtnetlink::packet_route::address::{AddressAttribute, AddressMessage, AddressScope};
@@ -13,10 +14,17 @@ use rtnetlink::packet_route::link::{
 };
 use rtnetlink::packet_route::route::{RouteAddress, RouteAttribute, RouteMessage, RouteType};
 use rtnetlink::packet_route::{AddressFamily, RouteNetlinkMessage};
+use rtnetlink::sys::SocketAddr;
 use rtnetlink::{Handle, MulticastGroup, RouteMessageBuilder, new_multicast_connection};
 use tokio::sync::mpsc;
 
 use crate::links::{Change, Header, Kind, Links, Rule, everywhere};
+
+/// The index of every namespace's loopback.
+const LOOPBACK: u32 = 1;
+
+/// What netlink tells of its own accord.
+type Messages = UnboundedReceiver<(NetlinkMessage<RouteNetlinkMessage>, SocketAddr)>;
 
 /// Tells of links, addresses and routes, first of all that are there, then of each change.
 ///
@@ -29,6 +37,8 @@ pub async fn follow(rules: Vec<Rule>, changes: mpsc::Sender<Change>) -> Result<(
         MulticastGroup::Ipv6Ifaddr,
         MulticastGroup::Ipv4Route,
         MulticastGroup::Ipv6Route,
+        MulticastGroup::Ipv4Rule,
+        MulticastGroup::Ipv6Rule,
     ];
     let (connection, handle, mut messages) =
         new_multicast_connection(&groups).context("cannot follow the network links by netlink")?;
@@ -45,6 +55,7 @@ pub async fn follow(rules: Vec<Rule>, changes: mpsc::Sender<Change>) -> Result<(
             moved.extend(everywhere());
         }
         let mut told = if lost_messages(&message) {
+            drain(&handle, &mut messages).await?;
             links.start_over();
             list(&handle, &mut links).await?
         } else {
@@ -65,6 +76,24 @@ pub async fn follow(rules: Vec<Rule>, changes: mpsc::Sender<Change>) -> Result<(
     anyhow::bail!("netlink has gone silent")
 }
 
+/// Drops what was in the socket's buffer when it ran over: what came behind it is lost, so that it would be older than a
+/// listing. The answer to a question comes after all of it.
+async fn drain(handle: &Handle, messages: &mut Messages) -> Result<()> {
+    const OFTEN: usize = 10;
+    for _ in 0..OFTEN {
+        let mut answer = handle.link().get().match_index(LOOPBACK).execute();
+        answer.try_next().await.context("cannot ask for the loopback by netlink")?;
+        let mut has_run_over = false;
+        while let Some(Some((message, _))) = messages.next().now_or_never() {
+            has_run_over |= lost_messages(&message);
+        }
+        if !has_run_over {
+            return Ok(());
+        }
+    }
+    Ok(())
+}
+
 /// The socket's buffer ran over: what we know may be wrong.
 fn lost_messages(message: &NetlinkMessage<RouteNetlinkMessage>) -> bool {
     matches!(message.payload, NetlinkPayload::Overrun(_))
@@ -73,7 +102,10 @@ fn lost_messages(message: &NetlinkMessage<RouteNetlinkMessage>) -> bool {
 /// Where other ways may lead to backends after this message.
 fn moved(message: &NetlinkMessage<RouteNetlinkMessage>) -> Vec<IpNet> {
     match &message.payload {
-        NetlinkPayload::Overrun(_) => everywhere().into(),
+        NetlinkPayload::Overrun(_)
+        | NetlinkPayload::InnerMessage(
+            RouteNetlinkMessage::NewRule(_) | RouteNetlinkMessage::DelRule(_),
+        ) => everywhere().into(),
         NetlinkPayload::InnerMessage(
             RouteNetlinkMessage::NewRoute(route) | RouteNetlinkMessage::DelRoute(route),
         ) => vec![destination(route)],

@@ -1,6 +1,6 @@
 //! Links that could not be attached to, each tried again after a while, and after twice that if it fails again.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::time::{Duration, Instant};
 
 use crate::links::Role;
@@ -37,6 +37,11 @@ impl Retries {
     /// Notes that a link was attached to, or is gone.
     pub fn remove(&mut self, ifindex: u32) {
         self.links.remove(&ifindex);
+    }
+
+    /// Forgets all other links.
+    pub fn keep_only(&mut self, links: &HashSet<u32>) {
+        self.links.retain(|ifindex, _| links.contains(ifindex));
     }
 
     /// Whether there are none.
@@ -76,7 +81,9 @@ mod tests {
         assert_eq!(waits[10..], [30_000, 30_000]);
         // Another role is another matter.
         assert_eq!(retries.insert(7, Role::Uplink, now), 1);
-        retries.remove(7);
+        retries.keep_only(&[7].into());
+        assert_eq!(retries.insert(7, Role::Uplink, now), 2);
+        retries.keep_only(&HashSet::new());
         assert!(retries.is_empty() && retries.next().is_none());
     }
 }

@@ -14,6 +14,8 @@ use super::{Service, Tables};
 pub enum Failure {
     /// The address is no Service's, or only some of its ports are.
     NotService,
+    /// It is the host's own, or another proxy's.
+    Others,
     /// There is nobody to answer: to be refused.
     Refused,
     /// The packet is dropped under this name.

@@ -95,22 +95,29 @@ fn established<F: Wire, P: Frame, T: Tables<F>>(
         return Some(Next::Story(story));
     }
     let origin = facts.origin;
+    // What is done for flows that are not seen here is not in this program, which must be small.
+    let not_here = match story {
+        Story::FromPod => 0,
+        Story::ToClient => Origin::REDIRECT | Origin::TURN,
+        _ => Origin::TURN,
+    };
+    if origin.is(not_here) {
+        return Some(Next::Story(story));
+    }
     if plain.is(proto::UDP) && live::is_stale(origin, tables) {
         return Some(Next::Story(story));
     }
-    let leg = if origin.answers_outside() {
-        Leg { link: facts.link, ..Leg::NONE }
-    } else if story == Story::ToClient {
+    let leg = match story {
+        // Where pods' packets come in are no answers to anyone outside.
+        Story::FromPod => live::way(origin, tables, other.src),
+        _ if origin.answers_outside() => Leg { link: facts.link, ..Leg::NONE },
         // What goes out is sent on by nobody's way.
-        Leg::NONE
-    } else {
-        live::way(origin, tables, other.src)
+        Story::ToClient => Leg::NONE,
+        _ => live::way(origin, tables, other.src),
     };
     let is_led = origin.is(Origin::REDIRECT) || origin.answers_outside();
-    if is_led
-        && (leg.link == 0
-            || refuse::is_too_big::<F, P>(frame, P::NETWORK + F::HEADER, key.proto, leg.mtu))
-    {
+    let l4 = P::NETWORK + F::HEADER;
+    if is_led && (leg.link == 0 || refuse::is_too_big::<F, P>(frame, l4, key.proto, leg.mtu)) {
         return Some(Next::Story(story));
     }
     let Some(change) = rewrite::Change::of(key, &other) else { return Some(Next::Story(story)) };

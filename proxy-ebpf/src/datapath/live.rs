@@ -2,7 +2,7 @@
 //! doing.
 
 use proxy_common::tables::{
-    Backend, Decision, Facts, FlowKey, FlowRecord, Memory, Origin, Packet, State,
+    Backend, Decision, Facts, FlowKey, FlowRecord, Memory, Origin, Packet, Side, State,
 };
 use proxy_common::{Family, proto};
 
@@ -97,8 +97,9 @@ pub fn way<F: Family, T: Tables<F>>(origin: Origin, tables: &T, to: F::Addr) -> 
     })
 }
 
-/// How an answer leaves to a client outside: by the link that the host's routes have from the frontend's address, and
-/// where those lead nowhere by the one that he came by. A live flow's record notes it.
+/// How an answer leaves to a client outside: by the link that the host's routes have from the frontend's address. Where
+/// that can't be told, by the one that the host stack has chosen, or if it has not, that the client came by. A live flow's
+/// record notes it.
 #[inline(always)]
 pub fn way_back<F: Family, P: Frame, T: Tables<F>>(
     frame: &P,
@@ -107,6 +108,7 @@ pub fn way_back<F: Family, P: Frame, T: Tables<F>>(
     (key, other): (&FlowKey<F>, &FlowKey<F>),
 ) -> Leg {
     let link = match frame.route::<F>(&other.dst, &other.src) {
+        0 if key.side == Side::Egress as u8 => frame.link(),
         0 => origin.client_link,
         link => link,
     };

@@ -38,18 +38,14 @@ pub fn open<F: Family, P: Frame, T: Tables<F>>(
     memory: &mut Memory<F>,
     (mark, client): (&Service, Client),
 ) -> Result<Opening, Failure> {
-    let is_hosts = if mark.has(ServiceValue::NODE) {
-        is_hosts(frame, packet, key)
-    } else {
-        was_of_another_proxy(tables, packet)
-    };
-    if is_hosts {
-        return Err(Failure::NotService);
+    let is_hosts = mark.has(ServiceValue::NODE) && is_hosts(frame, packet, key);
+    if is_hosts || was_of_another_proxy(tables, packet) {
+        return Err(Failure::Others);
     }
     let service = choose::frontend(tables, mark, key.dst, key.dport, key.proto)?;
     // A ClusterIP that the node has itself, with a server there: NodeLocal DNSCache.
     if mark.has(ServiceValue::NODE) && service.has(ServiceValue::REFUSES) && frame.listens(key) {
-        return Err(Failure::NotService);
+        return Err(Failure::Others);
     }
     let asker = asker(tables, memory, &service, (key, client));
     memory.affinity = AffinityKey { client: key.src, service: service.id, netns: [0; 2] };

@@ -141,7 +141,7 @@ pub fn send<F: Wire, P: Frame>(
             None => Verdict::of(Outcome::NotWritable),
         };
     }
-    if origin.answers_outside() && link != frame.link() {
+    if link != 0 && link != frame.link() {
         return Verdict { outcome, link, way };
     }
     let outcome = if origin.is(Origin::TURN) {

@@ -22,7 +22,7 @@ impl From<Failure> for Next {
     #[inline(always)]
     fn from(failure: Failure) -> Self {
         match failure {
-            Failure::NotService => Outcome::NotService.into(),
+            Failure::NotService | Failure::Others => Outcome::NotService.into(),
             Failure::Refused => Self::Story(Story::Refuse),
             Failure::Dropped(outcome) => outcome.into(),
         }

@@ -4,7 +4,8 @@ use core::ffi::c_void;
 use core::mem::zeroed;
 
 use aya_ebpf::bindings::{
-    BPF_FIB_LKUP_RET_NO_NEIGH, BPF_FIB_LKUP_RET_SUCCESS, bpf_fib_lookup, bpf_sock, bpf_sock_tuple,
+    BPF_FIB_LKUP_RET_FRAG_NEEDED, BPF_FIB_LKUP_RET_NO_NEIGH, BPF_FIB_LKUP_RET_SUCCESS,
+    bpf_fib_lookup, bpf_sock, bpf_sock_tuple,
 };
 use aya_ebpf::helpers::{
     bpf_fib_lookup as look_up_route, bpf_sk_lookup_tcp, bpf_sk_lookup_udp, bpf_sk_release,
@@ -39,8 +40,13 @@ pub fn route<F: Family>(ctx: &TcContext, link: u32, from: &F::Addr, to: &F::Addr
     }
     // SAFETY: the helper reads and writes that many bytes of a live struct.
     let answer = unsafe { look_up_route(ctx.skb.skb.cast(), &raw mut question, SIZE, 0) };
-    let leads =
-        answer == BPF_FIB_LKUP_RET_SUCCESS.into() || answer == BPF_FIB_LKUP_RET_NO_NEIGH.into();
+    let leads = [
+        BPF_FIB_LKUP_RET_SUCCESS,
+        BPF_FIB_LKUP_RET_NO_NEIGH,
+        // The packet is too long for that link, but it is that one.
+        BPF_FIB_LKUP_RET_FRAG_NEEDED,
+    ];
+    let leads = leads.into_iter().any(|code| answer == i64::from(code));
     if leads { question.ifindex } else { 0 }
 }
 

@@ -174,7 +174,10 @@ impl<const NETWORK: usize> Frame for Skb<'_, NETWORK> {
 
     #[inline(always)]
     fn route<F: Family>(&self, from: &F::Addr, to: &F::Addr) -> u32 {
-        host::route::<F>(self.ctx, self.link(), from, to)
+        // SAFETY: the context is the kernel's and outlives the program.
+        let mark = unsafe { (*self.ctx.skb.skb).mark };
+        // Before Linux 6.10 the kernel can't be asked for a packet with a mark.
+        if mark == 0 { host::route::<F>(self.ctx, self.link(), from, to) } else { 0 }
     }
 
     #[inline(always)]

@@ -139,7 +139,7 @@ fn go_on<const NETWORK: usize>(ctx: &TcContext, next: Next, is_v6: bool) -> i32 
         }
         Next::Story(story) => {
             maps::tail_call(ctx, story, is_v6, NETWORK != 0);
-            return leave_alone(ctx, Outcome::NotService);
+            return TC_ACT_UNSPEC;
         }
     };
     if done.link == 0 {

@@ -34,7 +34,8 @@ pub trait Frame {
     fn listens<F: Family>(&self, key: &FlowKey<F>) -> bool;
 
     /// The link by which the host's routes and rules lead from one address to another, for a packet that it forwards;
-    /// 0 if they lead nowhere. The neighbour there need not be known.
+    /// 0 if they lead nowhere, or it can't be told: rules may go by the packet's mark, if it has one. The neighbour there need
+    /// not be known.
     fn route<F: Family>(&self, from: &F::Addr, to: &F::Addr) -> u32;
 
     /// Makes the first `length` bytes reachable, if the packet is that long. A packet's end may lie in

@@ -117,7 +117,7 @@ pub struct Args {
     #[arg(long, value_name = "NAME", default_value = "maglev", value_parser = algorithms())]
     lb_algorithm: Algorithm,
 
-    /// Whether VIPs answer when they are pinged
+    /// Whether `ClusterIPs` answer when they are pinged
     #[arg(long, value_name = "BOOL", default_value_t = true, action = clap::ArgAction::Set)]
     vip_ping: bool,
 

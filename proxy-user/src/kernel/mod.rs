@@ -25,7 +25,7 @@ mod writer;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
@@ -228,9 +228,9 @@ impl Datapath {
         result
     }
 
-    /// Takes in which ways lead to backends, where that has changed: for those written from now on.
-    pub fn set_routes(&mut self, changed: &Routes) {
-        self.writer.set_routes(changed);
+    /// Takes in which ways lead to backends: for those written from now on. Says where that has changed.
+    pub fn set_routes(&mut self, routes: &Routes) -> HashSet<IpAddr> {
+        self.writer.set_routes(routes)
     }
 
     /// Says by which address pods leave the cluster on each link.
@@ -344,7 +344,9 @@ pub fn cleanup(bpffs_root: &Path) -> Result<()> {
         return Ok(());
     }
     let _lock = lock(bpffs_root)?;
-    tc::remove_filters(tc::handle_of(bpffs_root), |_| false);
+    for handle in [tc::handle_of(bpffs_root)?, tc::OLD_HANDLE] {
+        tc::remove_filters(handle, |_| false);
+    }
     let mut problems = Vec::new();
     for folder in [links_folder(bpffs_root), maps_folder(bpffs_root)] {
         let Ok(entries) = fs::read_dir(&folder) else { continue };

@@ -1,8 +1,9 @@
 //! The programs of a network link: tcx where the kernel has it (6.6), clsact before.
 
 use std::collections::HashSet;
+use std::fs;
 use std::hash::Hasher;
-use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use anyhow::{Context, Result};
@@ -58,20 +59,26 @@ pub struct Place {
 /// The first among clsact filters, since any may end the chain.
 const PRIORITY: u16 = 1;
 
-/// The handle of the filters that belong to a folder of pins: an agent with other pins has others, and neither touches
-/// what is the other's.
-pub fn handle_of(bpffs_root: &Path) -> TcHandle {
+/// The handle of filters of agents before: of all of them, whatever their pins.
+pub const OLD_HANDLE: TcHandle = TcHandle::new(0, 0x706f);
+
+/// The handle of the filters that belong to a folder of pins, whatever it is called here: an agent with other pins has
+/// others, and neither touches what is the other's.
+pub fn handle_of(bpffs_root: &Path) -> Result<TcHandle> {
+    let folder = fs::metadata(bpffs_root)
+        .with_context(|| format!("cannot look at {}", bpffs_root.display()))?;
     let mut hasher = FnvHasher::default();
-    hasher.write(bpffs_root.as_os_str().as_bytes());
+    hasher.write_u64(folder.dev());
+    hasher.write_u64(folder.ino());
     let hash = hasher.finish();
     // Zero stands for a handle of the kernel's choice.
     let [a, b, ..] = (hash ^ hash >> 32).to_le_bytes();
-    TcHandle::new(0, u16::from_le_bytes([a, b]).max(1))
+    Ok(TcHandle::new(0, u16::from_le_bytes([a, b]).max(1)))
 }
 
 /// Decides how to attach.
 pub fn resolve(mode: TcMode, bpffs_root: &Path, ebpf: &Ebpf) -> Result<Place> {
-    Ok(Place { mode: resolve_mode(mode, ebpf)?, handle: handle_of(bpffs_root) })
+    Ok(Place { mode: resolve_mode(mode, ebpf)?, handle: handle_of(bpffs_root)? })
 }
 
 /// By trying on nothing: a link index that does not exist.

@@ -266,8 +266,13 @@ impl Writer {
     }
 
     /// Takes in which ways lead to backends, where that has changed: for those written from now on.
-    pub fn set_routes(&mut self, changed: &Routes) {
-        changed.iter().for_each(|(address, route)| self.routes.insert(*address, *route));
+    pub fn set_routes(&mut self, routes: &Routes) -> HashSet<IpAddr> {
+        let is_new = |(address, route): &(&IpAddr, &Option<Route>)| {
+            !self.routes.has(**address) || self.routes.get(**address) != **route
+        };
+        let changed = routes.iter().filter(is_new).map(|(address, _)| *address).collect();
+        routes.iter().for_each(|(address, route)| self.routes.insert(*address, *route));
+        changed
     }
 
     /// Gives back the memory that the tables take up while they are written to.

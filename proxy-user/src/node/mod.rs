@@ -2,7 +2,8 @@
 
 mod attach;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashSet};
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -22,7 +23,7 @@ use crate::links::{self, Change, Exits};
 use crate::memory;
 use crate::plan::{Op, Use};
 use crate::retries::Retries;
-use crate::routes::Resolver;
+use crate::routes::{Resolver, Routes};
 use crate::watch::Update;
 
 /// How often the flow tables are swept, and what did not fit is tried again.
@@ -157,7 +158,7 @@ impl Node {
                     while let Ok(change) = links.try_recv() {
                         moved.extend(self.take_in(change));
                     }
-                    self.reroute(&moved).await;
+                    self.routes.refresh(&moved);
                     self.sync().await;
                 }
                 Some(swept) = self.sweeping.join_next() => {
@@ -165,11 +166,13 @@ impl Node {
                         sweeps.reset_after(HASTE);
                     }
                 }
+                routes = self.routes.changed() => self.reroute(&routes),
                 () = until(self.retries.next()) => self.attach_again(),
                 _ = pulses.tick() => self.pulse().await,
                 _ = sweeps.tick() => {
                     self.sweep();
                     self.reattach();
+                    self.routes.keep_only(&self.agent.remote_backends());
                     self.agent.retry();
                     self.sync().await;
                 }
@@ -239,7 +242,7 @@ impl Node {
         let started = Instant::now();
         self.clock += self.written.elapsed();
         let mut ops = self.agent.plan(self.clock);
-        if ops.is_empty() && !becomes_ready {
+        if ops.is_empty() && !becomes_ready && !self.ways_are_old {
             self.written = Instant::now();
             return true;
         }
@@ -247,14 +250,17 @@ impl Node {
             Op::Backend { backend, .. } if backend.is_remote() => Some(backend.address.ip()),
             _ => None,
         });
+        let written: HashSet<IpAddr> = written.collect();
         // Those that an earlier agent has written too, of which a plan does not speak.
         let taken_over = becomes_ready.then(|| self.agent.remote_backends());
-        let learnt = self.routes.learn(written.chain(taken_over.into_iter().flatten())).await;
-        self.datapath.set_routes(&learnt);
+        let wanted = written.iter().copied().chain(taken_over.into_iter().flatten());
+        let learnt = self.routes.learn(wanted).await;
+        let mut changed = self.datapath.set_routes(&learnt);
+        changed.retain(|address| !written.contains(address));
         if self.ways_are_old {
             ops.extend(self.agent.rewrite(|_| true));
-        } else if becomes_ready {
-            ops.extend(self.agent.rewrite(|address| learnt.contains_key(&address)));
+        } else if !changed.is_empty() {
+            ops.extend(self.agent.rewrite(|address| changed.contains(&address)));
         }
         if !self.write(&ops) {
             return false;
@@ -321,20 +327,17 @@ impl Node {
         }
     }
 
-    /// Asks anew for the ways to backends in these ranges.
-    async fn reroute(&mut self, moved: &[IpNet]) {
-        if moved.is_empty() {
+    /// Takes in which ways lead to backends, where that was asked.
+    fn reroute(&mut self, routes: &Routes) {
+        let changed = self.datapath.set_routes(routes);
+        if changed.is_empty() {
             return;
         }
-        let changed = self.routes.refresh(&self.agent.remote_backends(), moved).await;
-        if !changed.is_empty() {
-            self.datapath.set_routes(&changed);
-            let ops = self.agent.rewrite(|address| changed.contains_key(&address));
-            if self.read_back.is_some() {
-                self.ways_are_old = true;
-            } else if self.write(&ops) {
-                tracing::info!("other ways lead to {} backend addresses", changed.len());
-            }
+        let ops = self.agent.rewrite(|address| changed.contains(&address));
+        if self.read_back.is_some() {
+            self.ways_are_old = true;
+        } else if self.write(&ops) {
+            tracing::info!("other ways lead to {} backend addresses", changed.len());
         }
     }
 
@@ -351,7 +354,10 @@ impl Node {
                 self.datapath.detach(ifindex);
                 tracing::info!("detached from {name} ({ifindex})");
             }
-            Change::Listed(links) => self.datapath.detach_others(&links),
+            Change::Listed(links) => {
+                self.retries.keep_only(&links);
+                self.datapath.detach_others(&links);
+            }
             Change::Addresses(addresses) => {
                 self.agent.set_addresses(addresses);
                 return links::everywhere().into();
