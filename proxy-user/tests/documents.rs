@@ -20,11 +20,19 @@ fn read(path: &str) -> String {
     fs::read_to_string(root().join(path)).unwrap_or_else(|e| panic!("{path}: {e}"))
 }
 
-/// The rows of docs/conformance.md, as cells.
-fn rows() -> Vec<Vec<String>> {
-    let text = read("docs/conformance.md");
-    let rows = text.lines().filter(|line| line.starts_with("| ") && !line.starts_with("| KP"));
+/// The heading in docs/conformance.md behind which nodes as people have them are listed.
+const WORLDS: &str = "\n## Worlds\n";
+
+/// The rows of tables, as cells, but for headings.
+fn rows_of(text: &str) -> Vec<Vec<String>> {
+    let is_heading = |line: &str| ["| KP", "| world"].iter().any(|start| line.starts_with(start));
+    let rows = text.lines().filter(|line| line.starts_with("| ") && !is_heading(line));
     rows.map(|row| row.split('|').map(|cell| cell.trim().to_owned()).collect()).collect()
+}
+
+/// The rows of docs/conformance.md on what kube-proxy does.
+fn rows() -> Vec<Vec<String>> {
+    rows_of(read("docs/conformance.md").split(WORLDS).next().unwrap())
 }
 
 #[test]
@@ -44,15 +52,30 @@ fn every_row_of_kube_proxys_behaviour_is_judged() {
 
 #[test]
 fn every_test_that_the_table_names_is_there() {
-    let sources: String =
-        ["agent", "control", "desired", "doors", "flows", "kernel", "network", "plan", "scenarios"]
-            .map(|name| read(&format!("proxy-user/tests/{name}.rs")))
-            .concat()
-            + &read("proxy-ebpf/tests/datapath/life.rs")
-            + &read("proxy-ebpf/tests/datapath/algorithms.rs")
-            + &read("proxy-ebpf/tests/datapath/masquerade.rs")
-            + &read("proxy-user/src/desired/node_ports.rs")
-            + &read("proxy-user/src/netlink.rs");
+    let files = [
+        "agent",
+        "control",
+        "desired",
+        "doors",
+        "flows",
+        "kernel",
+        "network",
+        "plan",
+        "scenarios",
+        "worlds",
+    ];
+    let sources: String = files.map(|name| read(&format!("proxy-user/tests/{name}.rs"))).concat()
+        + &read("proxy-ebpf/tests/datapath/life.rs")
+        + &read("proxy-ebpf/tests/datapath/algorithms.rs")
+        + &read("proxy-ebpf/tests/datapath/masquerade.rs")
+        + &read("proxy-user/src/desired/node_ports.rs")
+        + &read("proxy-user/src/links.rs");
+    let worlds = rows_of(read("docs/conformance.md").split(WORLDS).nth(1).unwrap());
+    assert!(worlds.len() >= 10, "only {} worlds were read", worlds.len());
+    for world in &worlds {
+        let name = world[3].trim_matches('`');
+        assert!(sources.contains(&format!("fn {name}()")), "{}: no test {name}", world[1]);
+    }
     for row in rows() {
         let quoted = row[4].split('`').skip(1).step_by(2);
         for name in quoted.filter(|name| name.contains('_') && !name.contains(['/', '-', '.'])) {
