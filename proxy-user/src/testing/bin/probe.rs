@@ -1,6 +1,7 @@
-//! Requests of a node's own process: `portal-probe tcp|udp|connected-udp|steady-udp ADDRESS [TIMES]`.
+//! Requests of a node's own process:
+//! `portal-probe tcp|udp|connected-udp|only-connected-udp|steady-udp ADDRESS [TIMES]`.
 //!
-//! With steady-udp it sends a datagram for each line that it reads, all from one socket, and prints the
+//! With only-connected-udp it asks nothing, and prints the peer. With steady-udp it sends a datagram for each line that it reads, all from one socket, and prints the
 //! server's name, or `-` if nobody answers in a moment. Otherwise:
 //!
 //! Prints a line for each: the server's name, the client as the server sees it, and the peer as the
@@ -64,7 +65,9 @@ fn steady(to: SocketAddr) -> io::Result<()> {
 }
 
 fn usage() -> ExitCode {
-    eprintln!("usage: portal-probe tcp|udp|connected-udp|steady-udp ADDRESS [TIMES]");
+    eprintln!(
+        "usage: portal-probe tcp|udp|connected-udp|only-connected-udp|steady-udp ADDRESS [TIMES]"
+    );
     ExitCode::from(2)
 }
 
@@ -75,6 +78,11 @@ fn probe(protocol: &str, to: SocketAddr) -> io::Result<String> {
             connection.echo(b"hello")?;
             let peer = connection.stream.get_ref().peer_addr()?;
             return Ok(format!("{} {} {peer}", connection.server, connection.seen_as));
+        }
+        "only-connected-udp" => {
+            let socket = udp_socket_here(to.is_ipv6(), 0)?;
+            socket.connect(to)?;
+            return Ok(socket.peer_addr()?.to_string());
         }
         "udp" => exchange(&udp_socket_here(to.is_ipv6(), 0)?, to, b"hello")?,
         _ => udp_here(to, b"hello")?,
