@@ -1,7 +1,7 @@
 //! The agent's state between an update heard and the writes it causes.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::time::Instant;
 
 use ipnet::IpNet;
@@ -448,7 +448,7 @@ impl Agent {
     fn report_refusals(&mut self, changes: &[Change], refusals: Vec<Refusal>) {
         let mut told: BTreeMap<PortId, (&'static str, BTreeSet<String>)> = BTreeMap::new();
         for refusal in refusals {
-            let text = describe(&refusal);
+            let text = refusal.to_string();
             let (port, reason) = match refusal {
                 Refusal::Full { port, .. } => (port, "TableFull"),
                 Refusal::Taken { port, .. } => (port, "AddressTaken"),
@@ -481,21 +481,5 @@ impl Agent {
         let name = port.service.clone();
         let uid = self.cluster.pod(&name)?.uid.clone();
         Some(Notice { kind: "Pod", name, uid, warns: true, reason, action, note })
-    }
-}
-
-/// What can't be done for a port.
-fn describe(refusal: &Refusal) -> String {
-    match refusal {
-        Refusal::Full { table, .. } => {
-            format!(
-                "the table of {table} is full, so not all that was to be added is; what was to go has gone. \
-                 --table-size gives more room"
-            )
-        }
-        Refusal::Taken { frontend, holder, .. } => {
-            let at = SocketAddr::new(frontend.vip, frontend.port);
-            format!("{at} belongs to the older {holder}")
-        }
     }
 }

@@ -94,9 +94,9 @@ pub trait Ask: Send + Sync + 'static {
     fn ask(&self, address: IpAddr) -> impl Future<Output = Option<Option<Route>>> + Send;
 }
 
-/// Remembers what the routing table said, and has it asked.
+/// Has the routing table asked for the addresses of backends, each once and when its way may have changed.
 pub struct Resolver {
-    known: Known,
+    asked: HashSet<IpAddr>,
     questions: mpsc::UnboundedSender<Vec<IpAddr>>,
     answers: mpsc::UnboundedReceiver<Routes>,
 }
@@ -118,14 +118,13 @@ impl Resolver {
         let (questions, asked) = mpsc::unbounded_channel();
         let (answer, answers) = mpsc::unbounded_channel();
         tokio::spawn(answer_all(who, asked, answer));
-        Self { known: Known::default(), questions, answers }
+        Self { asked: HashSet::new(), questions, answers }
     }
 
     /// Asks for addresses that were not asked for before, and waits a little. Returns what is new; the rest comes from
     /// [`Self::changed`].
     pub async fn learn(&mut self, addresses: impl Iterator<Item = IpAddr>) -> Routes {
-        let mut missing: HashSet<IpAddr> = addresses.filter(|a| !self.known.has(*a)).collect();
-        missing.iter().for_each(|address| self.known.insert(*address, None));
+        let mut missing: HashSet<IpAddr> = addresses.filter(|a| self.asked.insert(*a)).collect();
         self.ask(missing.iter().copied().collect());
         let mut learnt = Routes::new();
         let all = async {
@@ -146,27 +145,26 @@ impl Resolver {
         let is_one = |range: &&IpNet| range.prefix_len() == range.max_prefix_len();
         let (hosts, nets): (Vec<&IpNet>, Vec<&IpNet>) = ranges.iter().partition(is_one);
         let mut concerned: HashSet<IpAddr> = hosts.iter().map(|host| host.addr()).collect();
-        concerned.retain(|address| self.known.has(*address));
+        concerned.retain(|address| self.asked.contains(address));
         if !nets.is_empty() {
             let is_in = |address: &&IpAddr| nets.iter().any(|range| range.contains(*address));
-            concerned.extend(self.known.numbers.keys().filter(is_in));
+            concerned.extend(self.asked.iter().filter(is_in));
         }
         self.ask(concerned.into_iter().collect());
     }
 
     /// Forgets all other addresses.
     pub fn keep_only(&mut self, wanted: &HashSet<IpAddr>) {
-        self.known.keep_only(wanted);
+        self.asked.retain(|address| wanted.contains(address));
     }
 
-    /// What has been answered since, and what of it is new: nothing, if all is as it was.
+    /// What has been answered since.
     pub async fn changed(&mut self) -> Routes {
         let Some(mut answers) = self.answers.recv().await else {
             // Its task has ended with the runtime.
             return std::future::pending().await;
         };
-        answers.retain(|address, _| self.known.has(*address));
-        answers.iter().for_each(|(address, route)| self.known.insert(*address, *route));
+        answers.retain(|address, _| self.asked.contains(address));
         answers
     }
 

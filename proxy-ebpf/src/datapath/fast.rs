@@ -107,15 +107,14 @@ fn established<F: Wire, P: Frame, T: Tables<F>>(
     if plain.is(proto::UDP) && live::is_stale(origin, tables) {
         return Some(Next::Story(story));
     }
-    let leg = match story {
-        // Where pods' packets come in are no answers to anyone outside.
-        Story::FromPod => live::way(origin, tables, other.src),
-        _ if origin.answers_outside() => Leg { link: facts.link, ..Leg::NONE },
-        // What goes out is sent on by nobody's way.
-        Story::ToClient => Leg::NONE,
-        _ => live::way(origin, tables, other.src),
+    // Where pods' packets come in are no answers to anyone outside.
+    let answers_outside = story != Story::FromPod && origin.answers_outside();
+    let leg = if answers_outside {
+        Leg { link: facts.link, ..Leg::NONE }
+    } else {
+        live::way(origin, tables, other.src)
     };
-    let is_led = origin.is(Origin::REDIRECT) || origin.answers_outside();
+    let is_led = origin.is(Origin::REDIRECT) || answers_outside;
     let l4 = P::NETWORK + F::HEADER;
     if is_led && (leg.link == 0 || refuse::is_too_big::<F, P>(frame, l4, key.proto, leg.mtu)) {
         return Some(Next::Story(story));

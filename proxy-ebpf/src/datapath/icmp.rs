@@ -81,14 +81,9 @@ fn way<F: Wire, P: Frame, T: Tables<F>>(
     keys: (&FlowKey<F>, &FlowKey<F>),
 ) -> Verdict {
     if origin.is(Origin::REDIRECT) {
-        let Leg { link, way, .. } = if origin.answers_outside() {
-            live::way_back(frame, tables, origin, keys)
-        } else {
-            live::way(origin, tables, keys.1.src)
-        };
-        return match link {
-            0 => Verdict::of(Outcome::NoRoute),
-            link => Verdict { outcome: Outcome::Masqueraded, link, way },
+        return match live::leg(frame, tables, origin, keys) {
+            Leg { link: 0, .. } => Verdict::of(Outcome::NoRoute),
+            Leg { link, way, .. } => Verdict { outcome: Outcome::Masqueraded, link, way },
         };
     }
     if origin.is(Origin::TURN) {

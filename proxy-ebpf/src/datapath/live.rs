@@ -80,6 +80,21 @@ pub fn is_stale<F: Family, T: Tables<F>>(origin: Origin, tables: &T) -> bool {
     }
 }
 
+/// How a packet of a flow leaves, with its other direction's key.
+#[inline(always)]
+pub fn leg<F: Family, P: Frame, T: Tables<F>>(
+    frame: &P,
+    tables: &T,
+    origin: Origin,
+    (key, other): (&FlowKey<F>, &FlowKey<F>),
+) -> Leg {
+    if origin.answers_outside() {
+        way_back(frame, tables, origin, (key, other))
+    } else {
+        way(origin, tables, other.src)
+    }
+}
+
 /// How a client's packet leaves that is sent on past the host stack toward `to`: by what leads there now. No link if it is
 /// not sent on, or nothing is known of the way any more.
 #[inline(always)]
@@ -101,7 +116,7 @@ pub fn way<F: Family, T: Tables<F>>(origin: Origin, tables: &T, to: F::Addr) -> 
 /// that can't be told, by the one that the host stack has chosen, or if it has not, that the client came by. A live flow's
 /// record notes it.
 #[inline(always)]
-pub fn way_back<F: Family, P: Frame, T: Tables<F>>(
+fn way_back<F: Family, P: Frame, T: Tables<F>>(
     frame: &P,
     tables: &T,
     origin: Origin,

@@ -57,6 +57,13 @@ impl Service {
         self.flags & flags != 0
     }
 
+    /// Whether it is a `ClusterIP`'s, and the address's mark says that the node has it too: then it may have a server of its
+    /// own there, as `NodeLocal DNSCache` is.
+    #[inline(always)]
+    pub const fn may_be_nodes(&self, mark: &Self) -> bool {
+        mark.has(ServiceValue::NODE) && self.has(ServiceValue::REFUSES)
+    }
+
     /// The same, but for algorithms that choose another backend each time.
     #[inline(always)]
     #[must_use]

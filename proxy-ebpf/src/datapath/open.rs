@@ -43,8 +43,7 @@ pub fn open<F: Family, P: Frame, T: Tables<F>>(
         return Err(Failure::Others);
     }
     let service = choose::frontend(tables, mark, key.dst, key.dport, key.proto)?;
-    // A ClusterIP that the node has itself, with a server there: NodeLocal DNSCache.
-    if mark.has(ServiceValue::NODE) && service.has(ServiceValue::REFUSES) && frame.listens(key) {
+    if service.may_be_nodes(mark) && frame.listens(key) {
         return Err(Failure::Others);
     }
     let asker = asker(tables, memory, &service, (key, client));

@@ -75,10 +75,7 @@ pub fn send<F: Family, S: Socket<F>, T: Tables<F>>(
         Err(Failure::NotService) => return Outcome::NotService,
         Err(_) => return failed,
     };
-    // A ClusterIP that the node has itself, with a server there: NodeLocal DNSCache.
-    let may_be_nodes =
-        is_node && mark.has(ServiceValue::NODE) && service.has(ServiceValue::REFUSES);
-    if may_be_nodes && socket.is_bound() {
+    if is_node && service.may_be_nodes(&mark) && socket.is_bound() {
         return Outcome::NotService;
     }
     match lead(socket, tables, &service, netns) {

@@ -188,11 +188,7 @@ pub fn send<F: Wire, P: Frame, T: Tables<F>>(
     work: &mut Work<F>,
 ) -> Next {
     let (packet, origin) = (&work.packet, work.decision.origin());
-    let leg = if origin.answers_outside() {
-        live::way_back(frame, tables, origin, (&work.key, &work.other))
-    } else {
-        live::way(origin, tables, work.other.src)
-    };
+    let leg = live::leg(frame, tables, origin, (&work.key, &work.other));
     if origin.is(Origin::REDIRECT) {
         if leg.link == 0 {
             return Outcome::NoRoute.into();

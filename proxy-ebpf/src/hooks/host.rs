@@ -99,7 +99,7 @@ fn look<F: Family>(
 /// to any address is not.
 #[inline(always)]
 pub fn listens<F: Family>(ctx: *mut c_void, key: &FlowKey<F>) -> bool {
-    // As in `look`.
+    // As in `look`. Not by that: the verifier lets no pointer be to a socket here and to a request for one there.
     let tuple = core::ptr::from_ref(key).cast_mut().cast::<bpf_sock_tuple>();
     let size = 2 * size_of::<F::Addr>() as u32 + 4;
     let socket = if key.proto == proto::TCP {

@@ -233,6 +233,11 @@ impl Datapath {
         self.writer.set_routes(routes)
     }
 
+    /// Forgets the ways to all other addresses.
+    pub fn keep_routes(&mut self, wanted: &HashSet<IpAddr>) {
+        self.writer.keep_routes(wanted);
+    }
+
     /// Says by which address pods leave the cluster on each link.
     ///
     /// # Errors

@@ -275,6 +275,11 @@ impl Writer {
         changed
     }
 
+    /// Forgets the ways to all other addresses.
+    pub fn keep_routes(&mut self, wanted: &HashSet<IpAddr>) {
+        self.routes.keep_only(wanted);
+    }
+
     /// Gives back the memory that the tables take up while they are written to.
     pub fn unmap(&mut self) {
         self.slots.unmap();

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
+use std::ops::Range;
 
 use super::{Endpoint, Slice};
 
@@ -67,10 +68,7 @@ impl Slices {
 
     /// The endpoints at an address, each with its slice, in the order of the names of those.
     pub fn at(&self, address: IpAddr) -> impl Iterator<Item = (&Slice, &Endpoint)> {
-        let address = halves(address);
-        let first = self.order.partition_point(|place| place.address < address);
-        let places = self.order[first..].iter().take_while(move |place| place.address == address);
-        places.filter_map(|place| {
+        self.order[self.places(address)].iter().filter_map(|place| {
             let (_, slice) = self.all[place.slice as usize].as_ref()?;
             Some((slice, &slice.endpoints[place.position as usize]))
         })
@@ -78,16 +76,22 @@ impl Slices {
 
     /// Notes whether the endpoints at an address are on this node, whose own addresses are these. True if that has changed.
     pub fn move_to(&mut self, address: IpAddr, own: &BTreeSet<IpAddr>) -> bool {
-        let halves = halves(address);
-        let first = self.order.partition_point(|place| place.address < halves);
         let mut has_changed = false;
-        for place in self.order[first..].iter().take_while(|place| place.address == halves) {
+        for place in &self.order[self.places(address)] {
             let Some((_, slice)) = &mut self.all[place.slice as usize] else { continue };
             let endpoint = &mut slice.endpoints[place.position as usize];
             let local = endpoint.named_here || own.contains(&address);
             has_changed |= std::mem::replace(&mut endpoint.local, local) != local;
         }
         has_changed
+    }
+
+    /// Where an address is in the order.
+    fn places(&self, address: IpAddr) -> Range<usize> {
+        let address = halves(address);
+        let first = self.order.partition_point(|place| place.address < address);
+        let others = &self.order[first..];
+        first..first + others.partition_point(|place| place.address == address)
     }
 
     /// Whether endpoints have one address.

@@ -172,7 +172,9 @@ impl Node {
                 _ = sweeps.tick() => {
                     self.sweep();
                     self.reattach();
-                    self.routes.keep_only(&self.agent.remote_backends());
+                    let backends = self.agent.remote_backends();
+                    self.routes.keep_only(&backends);
+                    self.datapath.keep_routes(&backends);
                     self.agent.retry();
                     self.sync().await;
                 }

@@ -1,5 +1,6 @@
 //! What goes into a plan and what comes out of it.
 
+use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 
 use ipnet::IpNet;
@@ -150,6 +151,22 @@ pub enum Refusal {
         /// Who has it.
         holder: PortId,
     },
+}
+
+impl fmt::Display for Refusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Full { table, .. } => write!(
+                f,
+                "the table of {table} is full, so not all that was to be added is; what was to go has gone. \
+                 --table-size gives more room"
+            ),
+            Self::Taken { frontend, holder, .. } => {
+                let at = SocketAddr::new(frontend.vip, frontend.port);
+                write!(f, "{at} belongs to the older {holder}")
+            }
+        }
+    }
 }
 
 /// A change of a Service port: what is wanted of it, or that it is gone.
