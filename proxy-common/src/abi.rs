@@ -4,4 +4,4 @@
 ///
 /// It is written into the pinned `config` map. An agent that finds another number there does not
 /// reuse the pinned maps.
-pub const ABI: u32 = 4;
+pub const ABI: u32 = 5;

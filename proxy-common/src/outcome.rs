@@ -34,9 +34,11 @@ outcomes! {
     Established = "established",
     /// Packet of a flow, rewritten toward its client.
     Replied = "replied",
-    /// Packet of a flow that this node masquerades, rewritten and sent on past the host stack, which
-    /// would take it for a martian.
+    /// Packet that leaves by an uplink with the node's address in the place of its source, or an answer to it that
+    /// gets it back.
     Masqueraded = "masqueraded",
+    /// Packet of a masqueraded flow that was sent on past the host stack, where that would do nothing but forward it.
+    ShortCut = "short_cut",
     /// Packet of a pod that reaches itself, rewritten and sent back out of its link.
     Hairpin = "hairpin",
     /// ICMP error about a flow's packet, rewritten outside and in.
@@ -49,9 +51,6 @@ outcomes! {
     Reset = "reset",
     /// Datagram to a VIP with no endpoint or no such port: answered with ICMP port unreachable.
     Unreachable = "unreachable",
-    /// Packet of a masqueraded flow that is too long for the way to its backend and must not be
-    /// fragmented: answered with ICMP "packet too big".
-    TooBig = "too_big",
     /// ICMP echo to a `ClusterIP`: answered.
     EchoReply = "echo_reply",
     /// A packet to a VIP that gets no answer by rule (a reset, an ICMP message): dropped.
@@ -61,10 +60,8 @@ outcomes! {
     NoLocal = "no_local",
     /// A packet from outside a Service's source ranges: dropped (KP-91).
     NotAllowed = "not_allowed",
-    /// No way is known from this node to the backend, so the flow can't be masqueraded: dropped.
-    NoRoute = "no_route",
-    /// A packet of a masqueraded flow that has been through as many routers as it may: dropped.
-    HopLimit = "hop_limit",
+    /// No address of the node is known on the link by which a packet leaves that is to be masqueraded: dropped.
+    NoSource = "no_source",
     /// Every source port that was tried belongs to a flow that is alive: dropped.
     NoPort = "no_port",
     /// A flow is live, but the table of live flows has no room: it is served from where flows can be

@@ -121,6 +121,8 @@ map_type! {
         pub masquerade_all: u32,
         /// 1: what pods send out of the cluster is masqueraded.
         pub masquerade_pods: u32,
+        /// 1: flows may take a short cut past the host stack.
+        pub short_cut: u32,
         /// 1: a client in the pods' ranges is no outsider (detectLocalMode `ClusterCIDR`, KP-84).
         pub local_by_cidr: u32,
         /// The pods' IPv4 range (`--cluster-cidr`), by which pods of other nodes are known; its mask is
@@ -156,6 +158,7 @@ impl Settings {
         takeover_until: 0,
         masquerade_all: 0,
         masquerade_pods: 0,
+        short_cut: 0,
         local_by_cidr: 1,
         pods4: Range4 { address: [0; 4], mask: [0; 4] },
         pods6: Range6 { address: [0; 16], mask: [0; 16] },

@@ -6,8 +6,10 @@
 use core::ptr::NonNull;
 
 use aya_ebpf::Global;
-use aya_ebpf::bindings::{BPF_ANY, BPF_F_MMAPABLE, BPF_F_NO_PREALLOC, BPF_NOEXIST};
-use aya_ebpf::btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, ProgramArray};
+use aya_ebpf::bindings::{
+    BPF_ANY, BPF_EXIST, BPF_F_MMAPABLE, BPF_F_NO_PREALLOC, BPF_NOEXIST, BPF_RB_NO_WAKEUP,
+};
+use aya_ebpf::btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, ProgramArray, RingBuf};
 use aya_ebpf::helpers::{
     bpf_get_prandom_u32, bpf_get_smp_processor_id, bpf_ktime_get_coarse_ns, bpf_ktime_get_ns,
 };
@@ -16,9 +18,9 @@ use aya_ebpf::maps::lpm_trie::Key;
 use aya_ebpf::programs::TcContext;
 use proxy_common::settings::{Settings, TICK_SHIFT};
 use proxy_common::tables::{
-    AffinityKey, AffinityValue, Backend, Config, EmbryoRecord, EmbryoValue, Exit, FlowKey,
-    FlowRecord, FlowValue, FragmentKey, FragmentValue, Name, PeerKey, PeerValue, RangeData,
-    ServiceKey, ServiceValue, Slots, SourceRange, Traffic, Way, Work,
+    AffinityKey, AffinityValue, Backend, Config, EmbryoRecord, EmbryoValue, Exit, ExitData,
+    ExitKey, FlowKey, FlowRecord, FlowValue, FragmentKey, FragmentValue, Name, PeerKey, PeerValue,
+    RangeData, ServiceKey, ServiceValue, Slots, SourceRange, Traffic, Way, Work,
 };
 use proxy_common::{Family, Outcome, V4, V6};
 use proxy_ebpf::datapath::{Refused, Service, Story, Tables};
@@ -36,10 +38,12 @@ const FRAGMENTS: usize = 8_192;
 const PEERS: usize = 65_536;
 const AFFINITIES: usize = 65_536;
 const RANGES: usize = 65_536;
-const EXITS: usize = 1_024;
+const EXITS: usize = 4_096;
 const OUTCOMES: usize = 64;
 const PORT_TURNS: usize = 4_096;
 const EXHAUSTED: usize = 1_024;
+/// In bytes: some thousand wishes between two looks of the agent, which is a second.
+const WISHES_SIZE: usize = 1 << 17;
 /// For each story a program of either family, with Ethernet headers and without.
 const TAILS: usize = Story::COUNT * 4;
 
@@ -66,6 +70,9 @@ static TURNS: Array<u32, SERVICES> = Array::new();
 static PORT_TURN: PerCpuArray<u32, PORT_TURNS> = PerCpuArray::new();
 #[btf_map(name = "traffic")]
 static TRAFFIC: Array<Traffic, SERVICES, MAPPED> = Array::new();
+/// Keys of both families: their lengths tell them apart.
+#[btf_map(name = "wishes")]
+static WISHES: RingBuf<u64, WISHES_SIZE> = RingBuf::new();
 #[btf_map(name = "tails")]
 static TAIL: ProgramArray<TAILS> = ProgramArray::new();
 
@@ -139,7 +146,7 @@ macro_rules! tables {
         #[btf_map(name = $loads_name)]
         static $loads: Array<u32, BACKENDS, MAPPED> = Array::new();
         #[btf_map(name = $exits_name)]
-        static $exits: HashMap<u32, Exit<$family>, EXITS, ON_DEMAND> = HashMap::new();
+        static $exits: LpmTrie<ExitData<$family>, Exit<$family>, EXITS> = LpmTrie::new();
         #[btf_map(name = $flows_name)]
         static $flows: HashMap<FlowKey<$family>, FlowValue<$family>, FLOWS, ON_DEMAND> =
             HashMap::new();
@@ -301,10 +308,10 @@ macro_rules! tables {
             }
 
             #[inline(always)]
-            fn exit(&self, link: u32) -> Option<<$family as Family>::Addr> {
-                // SAFETY: one address that is copied at once; a link's changes rarely, and an old one is
-                // as good as any packet that was just on its way.
-                unsafe { $exits.get(&link).map(|exit| exit.address) }
+            fn exit(&self, key: &ExitKey<$family>) -> Option<<$family as Family>::Addr> {
+                let key = core::ptr::from_ref(key).cast::<Key<ExitData<$family>>>();
+                // SAFETY: as for ranges.
+                $exits.get(unsafe { &*key }).map(|exit| exit.address)
             }
 
             #[inline(always)]
@@ -329,6 +336,17 @@ macro_rules! tables {
                 value: &FlowValue<$family>,
             ) -> Result<(), Refused> {
                 $flows.insert(key, value, u64::from(BPF_NOEXIST)).map_err(refused)
+            }
+
+            #[inline(always)]
+            fn replace_flow(&self, key: &FlowKey<$family>, value: &FlowValue<$family>) {
+                let _ = $flows.insert(key, value, u64::from(BPF_EXIST));
+            }
+
+            #[inline(always)]
+            fn wish(&self, key: &FlowKey<$family>) {
+                // One that finds no room is made again later. The agent looks by itself: it need not be woken.
+                let _ = WISHES.output_untyped::<FlowKey<$family>>(key, u64::from(BPF_RB_NO_WAKEUP));
             }
 
             #[inline(always)]

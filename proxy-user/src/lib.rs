@@ -10,6 +10,7 @@ pub mod agent;
 pub mod cli;
 pub mod desired;
 pub mod events;
+pub mod exits;
 pub mod health;
 pub mod http;
 pub mod kernel;

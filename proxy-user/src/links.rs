@@ -6,6 +6,7 @@ use std::net::IpAddr;
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
+use crate::exits::{self, Exits, Own};
 use crate::kernel::probe;
 
 /// What links are for, where the operator says so.
@@ -148,8 +149,8 @@ pub struct Link {
     pub kind: Kind,
     /// What its packets begin with.
     pub header: Header,
-    /// Its own subnets: an address with a prefix shorter than the address.
-    pub subnets: Vec<IpAddr>,
+    /// Its addresses that others may reach, in the order in which they came.
+    pub own: Vec<Own>,
     /// All its addresses but link-local ones.
     pub addresses: BTreeSet<IpAddr>,
     /// Whether a route to more than one machine has led out by it: a pod's link has routes to the pod alone. It counts
@@ -160,13 +161,9 @@ pub struct Link {
 }
 
 impl Link {
-    /// By which address pods leave the cluster here: the first of each family, in its subnet if it has
-    /// one.
-    fn exits(&self) -> [Option<IpAddr>; 2] {
-        let first = |is_family: fn(&IpAddr) -> bool| {
-            self.subnets.iter().chain(&self.addresses).copied().find(is_family)
-        };
-        [first(IpAddr::is_ipv4), first(IpAddr::is_ipv6)]
+    /// Whether it has a subnet: an address with a prefix shorter than the address.
+    fn has_subnet(&self) -> bool {
+        self.own.iter().any(|own| own.net.prefix_len() < own.net.max_prefix_len())
     }
 
     /// The role, as far as this link's packets can be read.
@@ -203,7 +200,7 @@ pub enum Change {
     Listed(HashSet<u32>),
     /// The node's addresses are these.
     Addresses(BTreeSet<IpAddr>),
-    /// The node's addresses on its uplinks, by link: the first of IPv4 and of IPv6.
+    /// By these addresses the node masquerades what leaves by its uplinks.
     Exits(Exits),
     /// Other ways may lead to backends in these ranges.
     Routes(Vec<IpNet>),
@@ -213,9 +210,6 @@ pub enum Change {
 pub fn everywhere() -> [IpNet; 2] {
     [IpNet::V4(Ipv4Net::default()), IpNet::V6(Ipv6Net::default())]
 }
-
-/// The addresses by which pods leave the cluster, by link: of IPv4 and of IPv6.
-pub type Exits = BTreeMap<u32, [Option<IpAddr>; 2]>;
 
 /// All links, and what was told of them.
 #[derive(Default)]
@@ -264,7 +258,7 @@ impl Links {
     fn looks_like(&self, ifindex: u32, link: &Link) -> Role {
         let was_uplink = self.told.get(&ifindex).is_some_and(|(_, role)| role.is_uplink())
             || self.uplinks.get(&ifindex) == Some(&link.name);
-        let connects = !link.subnets.is_empty() || link.leads_on || was_uplink;
+        let connects = link.has_subnet() || link.leads_on || was_uplink;
         if link.kind == Kind::Pair && !connects {
             return Role::Pod;
         }
@@ -323,7 +317,7 @@ impl Links {
                     first.label()
                 ));
             }
-            if first == Role::Uplink && !link.leads_on && link.subnets.is_empty() {
+            if first == Role::Uplink && !link.leads_on && !link.has_subnet() {
                 doubts.push(format!(
                     "link {} is an uplink by --interfaces, but no route leads out by it: what comes in is served, and \
                      answered by the ways that there are",
@@ -373,8 +367,15 @@ impl Links {
     }
 
     fn exits(&self) -> Exits {
+        let in_order: BTreeMap<u32, &Link> =
+            self.known.iter().map(|(ifindex, link)| (*ifindex, link)).collect();
+        let others = in_order.values().flat_map(|link| link.own.iter().map(|own| own.net.addr()));
+        let others: Vec<IpAddr> = others.collect();
         let told = self.told.iter().filter(|(_, (_, role))| role.is_uplink());
-        told.filter_map(|(ifindex, _)| Some((*ifindex, self.known.get(ifindex)?.exits()))).collect()
+        let of_link = |ifindex: &u32| {
+            Some((*ifindex, exits::of_link(&self.known.get(ifindex)?.own, &others)))
+        };
+        told.filter_map(|(ifindex, _)| of_link(ifindex)).collect()
     }
 
     /// The links to attach to.
@@ -398,7 +399,7 @@ mod tests {
     fn link(name: &str, kind: Kind, text: &str) -> Link {
         let mut link = Link { name: name.to_owned(), kind, ..Link::default() };
         if let Some((ip, _)) = text.split_once('/') {
-            link.subnets.push(address(ip));
+            link.own.push(Own { net: text.parse().unwrap(), is_last: false });
             link.addresses.insert(address(ip));
         } else if !text.is_empty() {
             link.addresses.insert(address(text));

@@ -8,7 +8,9 @@ use futures::channel::mpsc::UnboundedReceiver;
 use futures::{FutureExt, StreamExt, TryStreamExt};
 use ipnet::IpNet;
 use rtnetlink::packet_core::{NetlinkMessage, NetlinkPayload};
-use rtnetlink::packet_route::address::{AddressAttribute, AddressMessage, AddressScope};
+use rtnetlink::packet_route::address::{
+    AddressAttribute, AddressHeader, AddressHeaderFlags, AddressMessage, AddressScope,
+};
 use rtnetlink::packet_route::link::{
     InfoKind, LinkAttribute, LinkInfo, LinkLayerType, LinkMessage,
 };
@@ -18,6 +20,7 @@ use rtnetlink::sys::SocketAddr;
 use rtnetlink::{Handle, MulticastGroup, RouteMessageBuilder, new_multicast_connection};
 use tokio::sync::mpsc;
 
+use crate::exits::Own;
 use crate::links::{Change, Header, Kind, Links, Rule, everywhere};
 
 /// The index of every namespace's loopback.
@@ -251,14 +254,25 @@ fn set_address(links: &mut Links, message: &AddressMessage, present: bool) {
             link.addresses.insert(address);
         }
     }
-    let bits = if address.is_ipv4() { 32 } else { 128 };
-    let has_subnet = present && header.scope == AddressScope::Universe && header.prefix_len != bits;
-    // One that is only renewed keeps its place: the first is the one that pods leave by.
-    if !has_subnet {
-        link.subnets.retain(|known| *known != address);
-    } else if !link.subnets.contains(&address) {
-        link.subnets.push(address);
+    // One that is only renewed keeps its place: the first is chosen before others.
+    let place = link.own.iter().position(|own| own.net.addr() == address);
+    let is_own = present && header.scope == AddressScope::Universe;
+    match (own(header, address).filter(|_| is_own), place) {
+        (Some(own), Some(place)) => link.own[place] = own,
+        (Some(own), None) => link.own.push(own),
+        (None, Some(place)) => drop(link.own.remove(place)),
+        (None, None) => {}
     }
+}
+
+/// An address as others see it. Of IPv6's, one that is secondary was made for a while.
+fn own(header: &AddressHeader, address: IpAddr) -> Option<Own> {
+    let mut last = AddressHeaderFlags::Deprecated | AddressHeaderFlags::Tentative;
+    if address.is_ipv6() {
+        last |= AddressHeaderFlags::Secondary;
+    }
+    let net = IpNet::new(address, header.prefix_len).ok()?;
+    Some(Own { net, is_last: header.flags.intersects(last) })
 }
 
 /// Notes by which links a route to more than one machine leads out.

@@ -57,6 +57,7 @@ fn every_test_that_the_table_names_is_there() {
         "control",
         "desired",
         "doors",
+        "firewalls",
         "flows",
         "kernel",
         "network",

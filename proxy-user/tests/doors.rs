@@ -215,7 +215,7 @@ fn through_an_overlay_its_smaller_mtu_is_told() {
         stage.outsider.run(|| socket.connect(stage.at(0, v6))).unwrap();
         socket.send(&long).unwrap();
         eventually("the node says so", || {
-            (stage.cluster.outcomes(0, "too_big") > u64::from(v6)).then_some(())
+            (stage.cluster.outcomes(0, "icmp_error") > u64::from(v6)).then_some(())
         });
         // The sender has learnt, and cuts it.
         eventually("it arrives in pieces", || {
@@ -245,7 +245,10 @@ fn through_a_tunnel_without_ethernet_headers_and_with_a_smaller_mtu() {
             let client = stage.cluster.pod(0, &format!("client{v6}"));
             assert_eq!(tcp(&client.namespace, stage.at(1, v6)).unwrap().server, "server");
         }
-        assert!(stage.cluster.outcomes(0, "too_big") > 0, "the smaller MTU was told by the node");
+        assert!(
+            stage.cluster.outcomes(0, "icmp_error") > 0,
+            "the smaller MTU was told by the node"
+        );
     }
 }
 

@@ -345,8 +345,9 @@ fn sent<F: HostFamily>(
     };
     let (outcome, frame) = host.see(hook, &packet.frame());
     match outcome {
-        Outcome::Opened | Outcome::Masqueraded | Outcome::Hairpin => {
-            let [seen_as, backend] = ends(&frame);
+        Outcome::Opened | Outcome::Hairpin => {
+            // As it leaves, if that is by an uplink.
+            let [seen_as, backend] = ends(&host.see(Hook::Egress, &frame).1);
             let stays = seen_as.ip() == src.ip();
             format!("{backend}{}", if stays { "" } else { "~" })
         }

@@ -59,6 +59,7 @@ fn options() -> Options {
         takeover_grace: 0,
         masquerade_ports: (32_768, 65_535),
         trace: false,
+        short_cut: true,
         vip_ping: true,
         local_by_cidr: true,
         masquerade_all: false,
@@ -102,9 +103,9 @@ fn load(options: &Options, settings: &Settings) -> Ebpf {
 }
 
 /// The stories' programs, in the order of `datapath::Story`.
-const STORIES: [&str; 12] = [
-    "pod", "out", "reply", "pending", "arrive", "leave", "settle", "send", "refuse", "toobig",
-    "icmpin", "icmpout",
+const STORIES: [&str; 11] = [
+    "pod", "out", "reply", "pending", "arrive", "leave", "settle", "send", "refuse", "icmpin",
+    "icmpout",
 ];
 
 fn fill_tails(programs: &mut Ebpf) {
@@ -277,17 +278,15 @@ fn tables(services: &[Service]) -> Tables {
 /// The code of tc that goes with an outcome: on, out of the link it came from, or dropped.
 fn verdict(outcome: Outcome) -> i32 {
     match outcome {
-        Outcome::Masqueraded
+        Outcome::ShortCut
         | Outcome::Hairpin
         | Outcome::Reset
         | Outcome::Unreachable
-        | Outcome::TooBig
         | Outcome::EchoReply => 7,
         Outcome::FragmentUnknown
         | Outcome::NoLocal
         | Outcome::NotAllowed
-        | Outcome::NoRoute
-        | Outcome::HopLimit
+        | Outcome::NoSource
         | Outcome::Silent
         | Outcome::NoPort
         | Outcome::NotWritable => 2,

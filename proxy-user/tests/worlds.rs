@@ -1,81 +1,21 @@
 //! Nodes as people have them: addresses that come and go, NICs in bridges or without addresses, several ways back to a client.
 
-use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::Path;
 use std::time::Duration;
 
 use portal::testing::capture::{Capture, Seen};
 use portal::testing::client::{Connection, exchange, ping, tcp, udp, udp_socket};
-use portal::testing::cluster::{Cluster, VIPS};
+use portal::testing::cluster::VIPS;
 use portal::testing::namespace::Namespace;
-use portal::testing::objects::{self, NODE_PORT, node_ports};
-use portal::testing::world::{Cni, Node, OUTSIDER4, OUTSIDER6, Pod, World};
+use portal::testing::objects::{self, NODE_PORT};
+use portal::testing::stage::{Stage, beside};
+use portal::testing::world::{Cni, Node, OUTSIDER4, OUTSIDER6, World};
 use portal::testing::{eventually, server};
 use serde_json::json;
 
-fn start(world: World, arguments: &[&str]) -> Cluster {
-    let cidr = ["--cluster-cidr", "10.244.0.0/16,fd00:244::/32"];
-    Cluster::start_in(world, Path::new(env!("CARGO_BIN_EXE_portal")), &[&cidr, arguments].concat())
-}
-
-/// Two Services with a `NodePort` each, one with a pod on node 0 and one with a pod on node 1; and someone outside.
-struct Stage {
-    cluster: Cluster,
-    outsider: Namespace,
-    pods: [Pod; 2],
-    /// Where node 0 has them.
-    doors: Vec<SocketAddr>,
-}
-
-impl Stage {
-    fn new(world: World, arguments: &[&str]) -> Self {
-        let outsider = world.outsider();
-        let cluster = start(world, arguments);
-        let pods: [Pod; 2] = [0, 1].map(|node| cluster.server(node, &format!("on-n{node}")));
-        let mut doors = Vec::new();
-        for (number, pod) in (0..).zip(&pods) {
-            let vips = VIPS.map(|vip| beside(vip, number));
-            let mut spec = node_ports();
-            for port in spec["spec"]["ports"].as_array_mut().unwrap() {
-                port["nodePort"] = (NODE_PORT + number).into();
-            }
-            cluster.expose_with(&format!("s{number}"), &vips, &[pod], &spec);
-            vips.iter().for_each(|vip| cluster.wait_backends(*vip, 1));
-            let own = [false, true].map(|v6| cluster.world.nodes[0].address(v6));
-            doors.extend(own.map(|address| SocketAddr::new(address, NODE_PORT + number)));
-        }
-        Self { cluster, outsider, pods, doors }
-    }
-
-    /// Whether everybody is served by every door of node 0, of the families that it has.
-    fn assert_served(&self) {
-        let families = self.families();
-        for door in self.doors.iter().filter(|door| families.contains(&door.is_ipv6())) {
-            let served =
-                eventually(&format!("{door} is served"), || tcp(&self.outsider, *door).ok());
-            assert!(served.server.starts_with("on-n"));
-            eventually("by UDP too", || udp(&self.outsider, *door, b"x").ok());
-        }
-    }
-
-    fn families(&self) -> BTreeSet<bool> {
-        let has = |v6: &bool| {
-            let address = self.cluster.world.nodes[0].address(*v6);
-            self.cluster.world.nodes[0]
-                .namespace
-                .run(|| std::net::UdpSocket::bind((address, 0)).is_ok())
-        };
-        [false, true].into_iter().filter(has).collect()
-    }
-}
-
-/// Another address, beside one.
-fn beside(ip: IpAddr, number: u16) -> IpAddr {
-    match ip {
-        IpAddr::V4(ip) => Ipv4Addr::from_bits(ip.to_bits() + u32::from(number)).into(),
-        IpAddr::V6(ip) => Ipv6Addr::from_bits(ip.to_bits() + u128::from(number)).into(),
-    }
+fn stage(world: World, arguments: &[&str]) -> Stage {
+    Stage::new(world, Path::new(env!("CARGO_BIN_EXE_portal")), arguments)
 }
 
 /// The routes of a node that go with its address: to pods of the other, and to anyone.
@@ -93,7 +33,7 @@ fn an_address_that_comes_and_goes_breaks_no_connection() {
     for node in &world.nodes {
         node.namespace.netlink(async |net| net.unaddress("eth0", node.v6().into()).await);
     }
-    let stage = Stage::new(world, &[]);
+    let stage = stage(world, &[]);
     stage.assert_served();
     let [node, other] = &stage.cluster.world.nodes[..] else { panic!("two nodes") };
     let doors: Vec<SocketAddr> =
@@ -137,7 +77,7 @@ fn a_nic_without_an_address_is_an_uplink_if_routes_lead_out_by_it() {
         });
         node.namespace.sysctl("net/ipv6/conf/all/proxy_ndp", "1");
     }
-    Stage::new(world, &[]).assert_served();
+    stage(world, &[]).assert_served();
 }
 
 /// Case 2: the NIC is in a bridge, which has the node's address, and a container that is no pod is in it too.
@@ -161,7 +101,7 @@ fn the_nics_bridge_is_an_uplink_whatever_else_is_in_it() {
         net.address("brx", node.v4().into(), 24).await;
         restore(&net, node, &world.nodes[1]).await;
     });
-    Stage::new(world, &[]).assert_served();
+    stage(world, &[]).assert_served();
 }
 
 /// Who asks from behind a router that both LANs have.
@@ -273,7 +213,7 @@ fn answers_go_by_the_nic_that_leads_to_the_client() {
     let world = World::new(Cni::Bridge);
     let lans = TwoLans::new(&world);
     default_by_second(&world);
-    let stage = Stage { outsider: lans.far.clone(), ..Stage::new(world, &[]) };
+    let stage = Stage { outsider: lans.far.clone(), ..stage(world, &[]) };
     stage.assert_served();
     // A connection goes on when the way changes under it.
     let mut connections: Vec<Connection> =
@@ -297,7 +237,7 @@ fn answers_go_by_what_rules_say_of_the_frontends_address() {
     for of_pods in [false, true] {
         let world = World::new(Cni::Routed);
         let lans = TwoLans::new(&world);
-        let stage = Stage { outsider: lans.far.clone(), ..Stage::new(world, &[]) };
+        let stage = Stage { outsider: lans.far.clone(), ..stage(world, &[]) };
         let node = &stage.cluster.world.nodes[0];
         if !of_pods {
             default_by_second(&stage.cluster.world);
@@ -321,7 +261,7 @@ fn pods_and_nodes_reach_node_ports_of_other_nodes_over_an_overlay() {
     for cni in [Cni::Bridge, Cni::Routed] {
         let world = World::new(cni);
         world.overlay();
-        let stage = Stage::new(world, &[]);
+        let stage = stage(world, &[]);
         let client = stage.cluster.pod(1, "client");
         for door in &stage.doors {
             for from in
@@ -338,7 +278,7 @@ fn pods_and_nodes_reach_node_ports_of_other_nodes_over_an_overlay() {
 /// Case 7: an endpoint that is the node's own address, and does not say on which node it is.
 #[test]
 fn a_server_of_the_node_itself_needs_no_node_name() {
-    let stage = Stage::new(World::new(Cni::Bridge), &[]);
+    let stage = stage(World::new(Cni::Bridge), &[]);
     let (cluster, node) = (&stage.cluster, &stage.cluster.world.nodes[0]);
     for v6 in [false, true] {
         server::tcp(&node.namespace, "host", node.address(v6), 8085);
@@ -371,7 +311,7 @@ fn a_server_of_the_node_itself_needs_no_node_name() {
 /// Case 14: a socket of the node has the number of a `NodePort`, and asks someone outside.
 #[test]
 fn answers_to_the_nodes_own_sockets_reach_them() {
-    let stage = Stage::new(World::new(Cni::Bridge), &[]);
+    let stage = stage(World::new(Cni::Bridge), &[]);
     let node = &stage.cluster.world.nodes[0];
     for (v6, own) in [(false, IpAddr::V4(OUTSIDER4)), (true, IpAddr::V6(OUTSIDER6))] {
         server::udp(&stage.outsider, "outside", own, 53);
@@ -391,7 +331,7 @@ fn answers_to_the_nodes_own_sockets_reach_them() {
 /// Case 15: an external IP that is another machine's address, which is down.
 #[test]
 fn nobody_answers_pings_for_a_machine_that_is_down() {
-    let stage = Stage::new(World::new(Cni::Bridge), &[]);
+    let stage = stage(World::new(Cni::Bridge), &[]);
     let (cluster, other) = (&stage.cluster, &stage.cluster.world.nodes[1]);
     let externals: Vec<IpAddr> = vec![other.v4().into(), other.v6().into()];
     let spec = json!({"spec": {"externalIPs": externals}});
@@ -408,7 +348,7 @@ fn nobody_answers_pings_for_a_machine_that_is_down() {
 /// Case 17: `NodeLocal DNSCache` has the `ClusterIP` on the node, with a server of its own.
 #[test]
 fn a_cluster_ip_that_the_node_serves_itself_is_its_own_while_it_does() {
-    let stage = Stage::new(World::new(Cni::Bridge), &[]);
+    let stage = stage(World::new(Cni::Bridge), &[]);
     let (cluster, node) = (&stage.cluster, &stage.cluster.world.nodes[0]);
     let client = cluster.pod(0, "client");
     for vip in [beside(VIPS[0], 1), beside(VIPS[1], 1)] {

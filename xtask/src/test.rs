@@ -43,7 +43,8 @@ pub fn run(args: &Args) -> Result<()> {
         Some(Tier::Kernels) => return vm::run_one(args.filter.as_deref()),
         Some(_) => args.tier.as_slice(),
     };
-    toolchain::need("bpftool")?;
+    toolchain::need("bpftool", "bpftool")?;
+    toolchain::need("nft", "nftables")?;
     // The agent that the tests start, and the object that they load.
     build::binary(false)?;
     let object = build::ebpf_object()?;
@@ -63,7 +64,9 @@ fn files_of(tier: Tier) -> &'static [&'static str] {
         Tier::Pure | Tier::Kernels => &[],
         Tier::Kernel => &["kernel"],
         Tier::Control => &["control"],
-        Tier::Network => &["network", "doors", "scenarios", "worlds", "load", "kernels"],
+        Tier::Network => {
+            &["network", "doors", "scenarios", "worlds", "firewalls", "load", "kernels"]
+        }
     }
 }
 

@@ -164,13 +164,13 @@ fn fetch_linker(llvm: u32) -> Result<PathBuf> {
 ///
 /// # Errors
 /// If it is missing and can't be fetched.
-pub fn need(program: &str) -> Result<()> {
+pub fn need(program: &str, package: &str) -> Result<()> {
     // Debian puts such programs where only root's PATH looks.
     if has(program) || Path::new("/usr/sbin").join(program).is_file() {
         return Ok(());
     }
     if has("apt-get") {
-        return install(&format!("Debian's {program}"), "10 s", &[program.to_owned()]);
+        return install(&format!("Debian's {package}"), "10 s", &[package.to_owned()]);
     }
     bail!("the tests need {program}: install it")
 }

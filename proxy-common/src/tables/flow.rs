@@ -9,6 +9,18 @@
 //! backend → client   egress   key {backend, client, bport, cport}  ◀───────┘
 //! ```
 //!
+//! A flow from outside to a backend elsewhere is masqueraded where it leaves again, which is a second pair of
+//! records, as of any flow that is masqueraded:
+//!
+//! ```text
+//! client → backend   egress   key {client, backend, cport, bport}   other ─┐
+//! backend → node     ingress  key {backend, node, bport, nport}    ◀───────┘
+//! ```
+//!
+//! Between them is the host stack. **A short cut** past it is the two outer ends of both pairs, each with the other's key in
+//! the place of what it had: `{client, vip} ⇄ {backend, node}`. What its records said before, and say of a packet that
+//! goes by the stack all the same, follows from the two keys ([`FlowKey::lead_by_stack`]).
+//!
 //! **Where a flow is.** Live flows are in `flows_v4/6`, a hash that never evicts. All others are in
 //! `embryos_v4/6`, an LRU: not answered, answered once, ended, or live but without room in the hash.
 //! A record that was promoted stays behind there as a shadow, which is what the flow comes back to
@@ -75,6 +87,14 @@ impl<F: Family> FlowKey<F> {
     #[must_use]
     pub const fn turned(&self, side: Side) -> Self {
         Self::new((self.dst, self.dport), (self.src, self.sport), self.proto, side)
+    }
+
+    /// Makes the other direction's key of a record whose packets take a short cut into what it is by the host stack: the
+    /// packets of `own` that go on within the node have the source of the ones and the destination of the others.
+    #[inline(always)]
+    pub fn lead_by_stack(&mut self, own: &Self) {
+        (self.dst, self.dport) = (own.src, own.sport);
+        self.side = Side::Egress as u8;
     }
 
     /// A well-spread hash for the choice of a backend and of a source port.
@@ -187,19 +207,56 @@ impl Origin {
     pub const NO_BACKEND: u32 = u32::MAX;
     /// Kind: the record of the backend's packets.
     pub const REPLY: u8 = 1;
-    /// Kind: this direction's packets are sent on past the host stack, which would take them for
-    /// martians: to the backend by its way, to the client by its link.
-    pub const REDIRECT: u8 = 2;
+    /// Kind: this direction's plain packets are sent on past the host stack: to the backend by its way, to the client by
+    /// the link that leads to him.
+    pub const SHORT_CUT: u8 = 2;
     /// Kind: this direction's packets go back out of the link that they came by (hairpin).
     pub const TURN: u8 = 4;
+    /// Kind: the client's packets are masqueraded if they leave by an uplink. That is a flow of its own there.
+    pub const MASQUERADES: u8 = 8;
     /// A flow without a Service, by the host stack.
     pub const NONE: Self =
         Self { backend: Self::NO_BACKEND, client_link: 0, generation: 0, kind: 0 };
+
+    /// A flow of a Service from outside, where it is masqueraded.
+    pub const MASQUERADED: Self = Self { kind: Self::MASQUERADES, ..Self::NONE };
+
+    /// Whether it is of a client's packets from outside where they are masqueraded, which may take a short cut.
+    #[inline(always)]
+    pub const fn may_be_shortened(self) -> bool {
+        !self.has_backend() && self.is(Self::MASQUERADES) && !self.is(Self::REPLY)
+    }
 
     /// Whether it is the record of answers to a client outside the node: those leave by the link that leads to him.
     #[inline(always)]
     pub const fn answers_outside(self) -> bool {
         self.is(Self::REPLY) && self.client_link != 0
+    }
+
+    /// Whether it is of a Service's flow, and not of one that is only masqueraded.
+    #[inline(always)]
+    pub const fn has_backend(self) -> bool {
+        self.backend != Self::NO_BACKEND
+    }
+
+    /// What it is of a packet that goes by the host stack, if plain ones take a short cut.
+    #[inline(always)]
+    #[must_use]
+    pub const fn by_stack(self) -> Self {
+        if !self.is(Self::SHORT_CUT) {
+            self
+        } else if self.is(Self::REPLY) {
+            Self::MASQUERADED.inverse()
+        } else {
+            Self { kind: self.kind & !Self::SHORT_CUT, ..self }
+        }
+    }
+
+    /// The same of a flow that takes a short cut.
+    #[inline(always)]
+    #[must_use]
+    pub const fn shortened(self) -> Self {
+        Self { kind: self.kind | Self::SHORT_CUT, ..self }
     }
 
     /// Whether one of these kinds is set.
@@ -211,14 +268,20 @@ impl Origin {
     /// What becomes of a packet that is translated, beside its way.
     #[inline(always)]
     pub const fn translated(self) -> Outcome {
-        if self.is(Self::REPLY) { Outcome::Replied } else { Outcome::Forwarded }
+        if !self.has_backend() {
+            Outcome::Masqueraded
+        } else if self.is(Self::REPLY) {
+            Outcome::Replied
+        } else {
+            Outcome::Forwarded
+        }
     }
 
     /// What becomes of a packet of a live flow.
     #[inline(always)]
     pub const fn outcome(self) -> Outcome {
-        if self.is(Self::REDIRECT) {
-            Outcome::Masqueraded
+        if self.is(Self::SHORT_CUT) {
+            Outcome::ShortCut
         } else if self.is(Self::TURN) {
             Outcome::Hairpin
         } else {
@@ -226,20 +289,11 @@ impl Origin {
         }
     }
 
-    /// What the other direction's record has in this one's place. The answer of a flow that is sent on
-    /// past the host stack is so too if its client is outside; a pod's comes up through the stack.
-    /// `redirected` says whether the client's direction of a flow of a pod is sent on.
+    /// What the other direction's record has in this one's place.
     #[inline(always)]
     #[must_use]
-    pub const fn inverse(self, redirected: bool) -> Self {
-        let redirect = if self.is(Self::REPLY) {
-            self.is(Self::REDIRECT) || redirected
-        } else {
-            self.is(Self::REDIRECT) && self.client_link != 0
-        };
-        let role = (self.kind & Self::REPLY) ^ Self::REPLY;
-        let way = self.kind & Self::TURN | if redirect { Self::REDIRECT } else { 0 };
-        Self { kind: role | way, ..self }
+    pub const fn inverse(self) -> Self {
+        Self { kind: self.kind ^ Self::REPLY, ..self }
     }
 
     /// All but the backend, in one word: as it lies in a record, without the state.
@@ -277,13 +331,15 @@ map_type! {
         pub bytes: u32,
         /// When this direction was last used, in ticks.
         pub seen: u32,
-        /// The link that leads to a client outside, of his answers: as the host's routes were when a story saw one, which
-        /// is once a tick. 0: not asked yet.
+        /// The link by which its packets leave, of what leaves by an uplink or takes a short cut: as it was when a story saw
+        /// one, which is once a tick. 0: not known yet.
         pub link: u32,
-        /// The short cut's next hop, as a link-layer address.
-        pub hop: [u8; 6],
-        /// The routes' epoch that the short cut is of.
-        pub epoch: u16,
+        /// From which tick on a short cut may be asked for, of a client's packets that are masqueraded.
+        pub ask_at: u32,
+        /// The longest IP packet that a short cut to the client takes; 0 if that is not known.
+        pub mtu: u16,
+        /// 1: its packets had a mark when they left, by which policies of the host's may go.
+        pub marked: u16,
     }
 }
 
@@ -335,6 +391,9 @@ const _: () = {
     assert!(size_of::<FlowValue<V4>>() == 56 && size_of::<FlowValue<crate::V6>>() == 80);
 };
 
+/// For how many ticks a flow goes by the host stack whole before a short cut is asked for, so that short ones do to their end.
+pub const SHORT_CUT_AFTER: u32 = 2;
+
 /// What [`tag`] adds to words before it multiplies them: odd, and one for each.
 const TERMS: [u64; 12] = [
     0x9e37_79b9_7f4a_7c15,
@@ -372,8 +431,10 @@ const fn product(one: u64, two: u64, term: usize) -> u64 {
 /// What a record said when it was read, all of it verified.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Facts {
-    /// What of it never changes.
+    /// What of it never changes, of a packet that goes by the host stack.
     pub origin: Origin,
+    /// The same of a plain packet, which takes the short cut if there is one.
+    pub plain: Origin,
     /// How far its direction has come.
     pub state: State,
     /// When it was last used, in ticks.
@@ -387,6 +448,12 @@ impl Facts {
     #[inline(always)]
     pub fn is_in(&self, state: State) -> bool {
         self.state == state
+    }
+
+    /// Whether plain packets of its direction take a short cut.
+    #[inline(always)]
+    pub const fn is_cut(&self) -> bool {
+        self.plain.is(Origin::SHORT_CUT)
     }
 
     /// Whether it has been idle for longer than `timeout` ticks.
@@ -417,14 +484,24 @@ impl<F: Family> FlowValue<F> {
         (self.generation, self.kind) = (origin.generation, origin.kind);
         (self.state, self.seen) = (State::Established as u8, now);
         (self.packets, self.bytes) = (0, 0);
-        (self.link, self.hop, self.epoch) = (0, [0; 6], 0);
+        (self.link, self.ask_at) = (0, now.wrapping_add(SHORT_CUT_AFTER));
+        (self.mtu, self.marked) = (0, 0);
     }
 
-    /// What the record says.
+    /// What the record says, of a packet that goes by the host stack.
     pub const fn facts(&self) -> Facts {
         let Self { backend, client_link, generation, kind, state, seen, link, .. } = *self;
-        let state = State::of(state);
-        Facts { origin: Origin { backend, client_link, generation, kind }, state, seen, link }
+        let plain = Origin { backend, client_link, generation, kind };
+        Facts { origin: plain.by_stack(), plain, state: State::of(state), seen, link }
+    }
+
+    /// The other direction's key, of a packet that goes by the host stack.
+    pub fn other_by_stack(&self, key: &FlowKey<F>) -> FlowKey<F> {
+        let mut other = self.other;
+        if self.kind & Origin::SHORT_CUT != 0 {
+            other.lead_by_stack(key);
+        }
+        other
     }
 }
 
@@ -451,8 +528,8 @@ impl<F: Family> EmbryoValue<F> {
     /// What the record says.
     pub const fn facts(&self) -> Facts {
         let Self { backend, client_link, generation, kind, state, seen, .. } = *self;
-        let state = State::of(state);
-        Facts { origin: Origin { backend, client_link, generation, kind }, state, seen, link: 0 }
+        let (origin, state) = (Origin { backend, client_link, generation, kind }, State::of(state));
+        Facts { origin, plain: origin, state, seen, link: 0 }
     }
 }
 
@@ -492,11 +569,29 @@ mod tests {
 
     #[test]
     fn either_record_can_be_made_from_the_other() {
-        for (client_link, kind) in [(0, 0), (0, Origin::TURN), (4, Origin::REDIRECT), (4, 0)] {
+        for (client_link, kind) in [(0, 0), (0, Origin::TURN), (4, Origin::MASQUERADES), (4, 0)] {
             let forward = Origin { backend: 1, client_link, generation: 1, kind };
-            let reply = forward.inverse(false);
+            let reply = forward.inverse();
             assert!(reply.is(Origin::REPLY));
-            assert_eq!(reply.inverse(forward.is(Origin::REDIRECT)), forward);
+            assert_eq!(reply.inverse(), forward);
         }
+    }
+
+    #[test]
+    fn what_takes_a_short_cut_still_says_how_it_goes_by_the_stack() {
+        let end = |host, port| (Addr4 { octets: [10, 0, 0, host] }, Port::new(port));
+        let (client, vip, pod, node) = (end(1, 1000), end(2, 80), end(3, 8080), end(4, 1001));
+        let asked = FlowKey::<V4>::new(client, vip, 6, Side::Ingress);
+        let answered = FlowKey::<V4>::new(pod, node, 6, Side::Ingress);
+        let kind = Origin::MASQUERADES;
+        let origin = Origin { backend: 7, client_link: 2, generation: 3, kind };
+        let mut value: FlowValue<V4> = bytemuck::Zeroable::zeroed();
+        value.fill(&asked, &answered, origin.shortened(), 1);
+        let outer = FlowKey::new(pod, client, 6, Side::Egress);
+        assert_eq!((value.other_by_stack(&asked), value.facts().origin), (outer, origin));
+        value.fill(&answered, &asked, origin.inverse().shortened(), 1);
+        let inner = FlowKey::new(client, pod, 6, Side::Egress);
+        let masqueraded = Origin::MASQUERADED.inverse();
+        assert_eq!((value.other_by_stack(&answered), value.facts().origin), (inner, masqueraded));
     }
 }

@@ -10,9 +10,10 @@
 //! | `turns` | array | service id → flows so far (`u32`), for round-robin | datapath | datapath |
 //! | `affinity_v4/6` | LRU hash | [`AffinityKey`] → [`AffinityValue`] | datapath | datapath |
 //! | `ranges_v4/6` | LPM trie | [`SourceRange`] → 1 (`u32`) | agent | datapath |
-//! | `exits_v4/6` | hash | link → [`Exit`] | agent | datapath |
-//! | `flows_v4/6` | hash | [`FlowKey`] → [`FlowValue`] | datapath, agent's sweep | datapath |
+//! | `exits_v4/6` | LPM trie | [`ExitKey`] → [`Exit`] | agent | datapath |
+//! | `flows_v4/6` | hash | [`FlowKey`] → [`FlowValue`] | datapath, agent's sweep and short cuts | datapath |
 //! | `embryos_v4/6` | LRU hash | [`FlowKey`] → [`EmbryoValue`] | datapath | datapath |
+//! | `wishes` | ring buffer | [`FlowKey`] of a client's masqueraded packets: a short cut is asked for | datapath | agent |
 //! | `port_turns` | per-CPU array | hash of a destination → turns of its source ports (`u32`) | datapath | datapath |
 //! | `exhausted_v4/6` | hash | backend number → flows that got no source port (`u64`) | datapath | agent |
 //! | `traffic` | array | service id → [`Traffic`] | datapath, agent | agent, command line |
@@ -32,10 +33,11 @@ pub mod fragment;
 pub mod peer;
 pub mod record;
 pub mod service;
+pub mod short_cut;
 pub mod work;
 
 pub use config::{Config, Name, Traffic};
-pub use exit::Exit;
+pub use exit::{Exit, ExitData, ExitKey};
 pub use flow::{EmbryoValue, Facts, FlowKey, FlowValue, Making, Origin, Side, State, expired, tag};
 pub use fragment::{FragmentKey, FragmentValue};
 pub use peer::{PeerKey, PeerValue};
@@ -44,4 +46,5 @@ pub use service::{
     AffinityKey, AffinityValue, Algorithm, Backend, Choice, Range, RangeData, ServiceKey,
     ServiceValue, Slots, SourceRange, Way,
 };
+pub use short_cut::ShortCut;
 pub use work::{Decision, LastResort, Memory, Packet, Part, Request, Work};

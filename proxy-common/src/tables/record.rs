@@ -3,7 +3,7 @@
 use core::marker::PhantomData;
 use core::ptr::NonNull;
 
-use super::flow::{EmbryoValue, Facts, FlowKey, FlowValue, Making, Origin, State, tag};
+use super::flow::{EmbryoValue, Facts, FlowKey, FlowValue, Making, Origin, State, expired, tag};
 use crate::Family;
 
 /// A record in its map, read and written in place.
@@ -53,10 +53,20 @@ impl<F: Family> FlowRecord<'_, F> {
         Self { value, table: PhantomData }
     }
 
-    /// Reads the record that was found under `key`, the other direction's key into `other`. `None` if it
-    /// is another's by now.
+    /// Reads the record that was found under `key`, the other direction's key into `other`: both as they are of a packet that
+    /// goes by the host stack. `None` if it is another's by now.
     #[inline(always)]
     pub fn read(&self, key: &FlowKey<F>, other: &mut FlowKey<F>) -> Option<Facts> {
+        let facts = self.read_plain(key, other)?;
+        if facts.is_cut() {
+            other.lead_by_stack(key);
+        }
+        Some(Facts { origin: facts.plain.by_stack(), ..facts })
+    }
+
+    /// As [`FlowRecord::read`], with the other direction's key as it is of a plain packet, and that packet's part only.
+    #[inline(always)]
+    pub fn read_plain(&self, key: &FlowKey<F>, other: &mut FlowKey<F>) -> Option<Facts> {
         for (position, word) in other.words_mut().iter_mut().enumerate() {
             *word = self.word(position);
         }
@@ -66,7 +76,7 @@ impl<F: Family> FlowRecord<'_, F> {
         let origin =
             Origin { backend, client_link, generation: u16::from_ne_bytes([low, high]), kind };
         let [seen, link] = bytemuck::cast(self.word(FlowKey::<F>::WORDS + 3));
-        let facts = Facts { origin, state: State::of(state), seen, link };
+        let facts = Facts { origin, plain: origin, state: State::of(state), seen, link };
         (vouched == tag(key, other, origin)).then_some(facts)
     }
 
@@ -91,10 +101,38 @@ impl<F: Family> FlowRecord<'_, F> {
         store!(self, seen, now);
     }
 
-    /// Notes which link leads to the client.
+    /// Notes by which link its packets leave.
     #[inline(always)]
     pub fn set_link(&self, link: u32) {
         store!(self, link, link);
+    }
+
+    /// Notes whether its packets had a mark when they left.
+    #[inline(always)]
+    pub fn set_marked(&self, is_marked: bool) {
+        store!(self, marked, u16::from(is_marked));
+    }
+
+    /// Whether its packets had a mark when they left.
+    #[inline(always)]
+    pub fn is_marked(&self) -> bool {
+        load!(self, marked) != 0
+    }
+
+    /// The longest IP packet that a short cut to the client takes; 0 if that is not known.
+    #[inline(always)]
+    pub fn mtu(&self) -> u32 {
+        load!(self, mtu).into()
+    }
+
+    /// Whether a short cut may be asked for. If so, it may again after `pause` ticks.
+    #[inline(always)]
+    pub fn may_ask(&self, now: u32, pause: u32) -> bool {
+        let may = !expired(now, 0, load!(self, ask_at));
+        if may {
+            store!(self, ask_at, now.wrapping_add(pause));
+        }
+        may
     }
 
     /// Notes how far the record's direction has come.

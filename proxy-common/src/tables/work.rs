@@ -93,9 +93,11 @@ map_type! {
 }
 
 impl Decision {
-    /// A decision about a packet of a flow whose record says `origin`.
+    /// A decision about a packet of a flow whose record says `origin`. A flow that is only masqueraded is counted where it
+    /// is led to its backend.
     #[inline(always)]
     pub const fn new(outcome: Outcome, origin: Origin) -> Self {
+        let outcome = if origin.has_backend() { outcome } else { Outcome::Masqueraded };
         let Origin { backend, client_link, generation, kind } = origin;
         Self { backend, client_link, generation, kind, outcome: outcome as u8 }
     }
@@ -113,10 +115,12 @@ impl Decision {
         const OPENED: u8 = Outcome::Opened as u8;
         const ESTABLISHED: u8 = Outcome::Established as u8;
         const REPLIED: u8 = Outcome::Replied as u8;
+        const MASQUERADED: u8 = Outcome::Masqueraded as u8;
         match self.outcome {
             OPENED => Outcome::Opened,
             ESTABLISHED => Outcome::Established,
             REPLIED => Outcome::Replied,
+            MASQUERADED => Outcome::Masqueraded,
             _ => Outcome::Forwarded,
         }
     }
@@ -138,6 +142,8 @@ map_type! {
         pub masquerades: u32,
         /// The Service port's number; 0 if it has none.
         pub service: u32,
+        /// The number of the backend that is told of if there is none.
+        pub backend: u32,
         /// The best of the places that were taken.
         pub last_resort: LastResort,
     }
@@ -181,8 +187,6 @@ map_type! {
         pub decision: Decision,
         /// The place that a new flow asks for.
         pub request: Request,
-        /// The longest IP packet that the way to the backend takes, if this one is longer.
-        pub mtu: u32,
         /// The story that the packet began with, as a number.
         pub from: u32,
         /// Zero.

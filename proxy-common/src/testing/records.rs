@@ -50,6 +50,12 @@ impl<F: Family, V: Pod> Records<F, V> {
         self.places.iter().map(read).collect()
     }
 
+    /// What is under a key.
+    pub fn value(&self, key: &FlowKey<F>) -> Option<V> {
+        // SAFETY: the table's own memory, which lives as long as it.
+        self.get(key).map(|place| unsafe { place.read_volatile() })
+    }
+
     fn get(&self, key: &FlowKey<F>) -> Option<NonNull<V>> {
         self.places.get(bytemuck::bytes_of(key)).copied()
     }

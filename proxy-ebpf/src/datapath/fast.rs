@@ -9,7 +9,7 @@ use bytemuck::Zeroable;
 use proxy_common::tables::{FlowKey, Origin, ServiceKey, ServiceValue, Side, State};
 use proxy_common::{Family, Outcome, proto};
 
-use super::{Client, Leg, Next, Story, Tables, live, refuse, rewrite};
+use super::{Client, Leg, Next, Story, Tables, live, rewrite};
 use crate::packet::{Frame, Plain, Wire, tcp};
 
 /// A packet that comes in from a client's link.
@@ -43,23 +43,32 @@ pub fn egress<F: Wire, P: Frame, T: Tables<F>>(frame: &mut P, tables: &T, client
     match pending(tables, plain, &key) {
         Known::Translated => Next::Story(Story::ToClient),
         // In the middle of a connection that nobody knows of nothing begins.
-        Known::No if plain.begins() && is_noted(tables, &key, client) => {
+        Known::No if client == Client::Outside && leaves(frame, tables, plain, &key) => {
             Next::Story(Story::ToClient)
         }
         Known::No | Known::Foreign => Outcome::NotService.into(),
     }
 }
 
-/// Whether what begins at egress is the node's own flow, which is noted, or may be a pod's that is to be
-/// masqueraded. What goes out to a pod of this node is neither: no place is there.
+/// Whether a packet of an unknown flow that leaves by an uplink may be one to be masqueraded, a Service's or a pod's; or of
+/// the node's own flow, which is noted. What goes out to a pod of this node is neither.
 #[inline(always)]
-fn is_noted<F: Family, T: Tables<F>>(tables: &T, key: &FlowKey<F>, client: Client) -> bool {
-    if client == Client::Pod {
-        return false;
+fn leaves<F: Family, P: Frame, T: Tables<F>>(
+    frame: &P,
+    tables: &T,
+    plain: Plain,
+    key: &FlowKey<F>,
+) -> bool {
+    if frame.is_led() {
+        return true;
     }
-    let mark = tables.service(&ServiceKey::mark(key.src));
-    mark.is_some_and(|mark| mark.has(ServiceValue::NODE))
-        || tables.setting(|s| &s.masquerade_pods) != 0 && tables.is_pod(&key.src)
+    let is_nodes = || {
+        let mark = tables.service(&ServiceKey::mark(key.src));
+        mark.is_some_and(|mark| mark.has(ServiceValue::NODE))
+    };
+    let is_pods = || tables.setting(|s| &s.masquerade_pods) != 0 && tables.is_pod(&key.src);
+    plain.begins()
+        && (is_nodes() || is_pods() || tables.embryo(&key.turned(Side::Egress)).is_some())
 }
 
 /// What is known of a flow that is not live.
@@ -87,18 +96,20 @@ fn established<F: Wire, P: Frame, T: Tables<F>>(
     let now = tables.now();
     let record = tables.flow(key)?;
     let mut other = FlowKey::zeroed();
-    let Some(facts) = record.read(key, &mut other) else { return Some(Next::Story(story)) };
+    let Some(facts) = record.read_plain(key, &mut other) else {
+        return Some(Next::Story(story));
+    };
     let is_plain = facts.is_in(State::Established)
         && facts.seen == now
         && !plain.has(tcp::SYN | tcp::FIN | tcp::RST);
     if !is_plain {
         return Some(Next::Story(story));
     }
-    let origin = facts.origin;
+    let origin = facts.plain;
     // What is done for flows that are not seen here is not in this program, which must be small.
     let not_here = match story {
-        Story::FromPod => 0,
-        Story::ToClient => Origin::REDIRECT | Origin::TURN,
+        Story::FromPod => Origin::SHORT_CUT,
+        Story::ToClient => Origin::SHORT_CUT | Origin::TURN,
         _ => Origin::TURN,
     };
     if origin.is(not_here) {
@@ -108,15 +119,18 @@ fn established<F: Wire, P: Frame, T: Tables<F>>(
         return Some(Next::Story(story));
     }
     // Where pods' packets come in are no answers to anyone outside.
-    let answers_outside = story != Story::FromPod && origin.answers_outside();
-    let leg = if answers_outside {
-        Leg { link: facts.link, ..Leg::NONE }
-    } else {
-        live::way(origin, tables, other.src)
+    let has_link = story != Story::FromPod && (origin.answers_outside() || facts.is_cut());
+    let leg = match (has_link, origin.is(Origin::REPLY)) {
+        (false, _) => Leg::NONE,
+        (true, true) => Leg { link: facts.link, mtu: record.mtu(), way: 0 },
+        (true, false) => live::way(origin, tables, other.src),
     };
-    let is_led = origin.is(Origin::REDIRECT) || answers_outside;
+    if has_link && leg.link == 0 {
+        return Some(Next::Story(story));
+    }
     let l4 = P::NETWORK + F::HEADER;
-    if is_led && (leg.link == 0 || refuse::is_too_big::<F, P>(frame, l4, key.proto, leg.mtu)) {
+    if facts.is_cut() && rewrite::is_too_big::<F, P>(frame, l4, key.proto, leg.mtu) {
+        // The host stack knows what to do.
         return Some(Next::Story(story));
     }
     let Some(change) = rewrite::Change::of(key, &other) else { return Some(Next::Story(story)) };

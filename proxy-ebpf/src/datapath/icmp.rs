@@ -6,10 +6,10 @@
 //! the error had sent.
 
 use proxy_common::checksum::Delta;
-use proxy_common::tables::{FlowKey, Origin, Packet, Part, ServiceKey, ServiceValue, State, Work};
+use proxy_common::tables::{Origin, Packet, Part, ServiceKey, ServiceValue, State, Work};
 use proxy_common::{Address, Outcome, Port, proto};
 
-use super::{Leg, Tables, Verdict, live, rewrite};
+use super::{Tables, Verdict, rewrite};
 use crate::packet::{Frame, REACH, Wire, forget, has_ports, tcp};
 
 /// The length of ICMP's header, behind which the quoted packet begins.
@@ -63,36 +63,36 @@ pub fn error<F: Wire, P: Frame, T: Tables<F>>(
     tables: &T,
     work: &mut Work<F>,
 ) -> Verdict {
-    match find(frame, tables, work) {
-        Some(origin) => match translate(frame, work) {
-            Some(()) => way(frame, tables, origin, (&work.key, &work.other)),
-            None => Verdict::of(Outcome::NotWritable),
+    Verdict::of(match find(frame, tables, work) {
+        Some((_, Message::Redirect)) => Outcome::Silent,
+        Some((origin, Message::Error)) => match translate(frame, work) {
+            Some(()) => turn(frame, origin),
+            None => Outcome::NotWritable,
         },
-        None => Verdict::of(Outcome::NotService),
-    }
+        None => Outcome::NotService,
+    })
 }
 
-/// Which way a translated error goes.
+/// What an ICMP message says of the packet that it quotes.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Message {
+    /// It did not arrive.
+    Error,
+    /// There is a better way, to a backend that the client does not know: it would take it for its own way there.
+    /// Netfilter's NAT drops that, too.
+    Redirect,
+}
+
+/// A translated error goes on, or back to the pod that it came from.
 #[inline(always)]
-fn way<F: Wire, P: Frame, T: Tables<F>>(
-    frame: &mut P,
-    tables: &T,
-    origin: Origin,
-    keys: (&FlowKey<F>, &FlowKey<F>),
-) -> Verdict {
-    if origin.is(Origin::REDIRECT) {
-        return match live::leg(frame, tables, origin, keys) {
-            Leg { link: 0, .. } => Verdict::of(Outcome::NoRoute),
-            Leg { link, way, .. } => Verdict { outcome: Outcome::Masqueraded, link, way },
-        };
+fn turn<P: Frame>(frame: &mut P, origin: Origin) -> Outcome {
+    if !origin.is(Origin::TURN) {
+        return Outcome::IcmpError;
     }
-    if origin.is(Origin::TURN) {
-        return Verdict::of(match rewrite::turn_around(frame) {
-            Some(()) => Outcome::Hairpin,
-            None => Outcome::NotWritable,
-        });
+    match rewrite::turn_around(frame) {
+        Some(()) => Outcome::Hairpin,
+        None => Outcome::NotWritable,
     }
-    Verdict::of(Outcome::IcmpError)
 }
 
 /// The flow of the packet that the error quotes. What the receiver of the error had sent is then in
@@ -102,30 +102,35 @@ fn find<F: Wire, P: Frame, T: Tables<F>>(
     frame: &mut P,
     tables: &T,
     work: &mut Work<F>,
-) -> Option<Origin> {
+) -> Option<(Origin, Message)> {
     if !work.packet.is(Part::Whole) {
         return None;
     }
     let [icmp_type, _] = frame.load::<[u8; 2]>(work.packet.l4())?;
-    if !F::is_error(icmp_type) {
-        return None;
-    }
-    read_quoted(frame, work)?;
+    let message = if F::is_error(icmp_type) {
+        read_quoted(frame, work, HEADER)?;
+        Message::Error
+    } else {
+        frame.want(REACH);
+        let header = F::redirected(frame, work.packet.l4())?;
+        read_quoted(frame, work, header)?;
+        Message::Redirect
+    };
     let quoted = &work.memory.spare;
     let facts = match tables.flow(quoted) {
         Some(record) => record.read(quoted, &mut work.other)?,
         None => tables.embryo(quoted)?.read(quoted, &mut work.other)?.0,
     };
-    (!facts.is_in(State::Foreign)).then_some(facts.origin)
+    (!facts.is_in(State::Foreign)).then_some((facts.origin, message))
 }
 
 /// Reads the quoted packet and puts its addresses, turned around, into the work area. `None` if there
 /// are none.
 #[inline(always)]
-fn read_quoted<F: Wire, P: Frame>(frame: &mut P, work: &mut Work<F>) -> Option<()> {
+fn read_quoted<F: Wire, P: Frame>(frame: &mut P, work: &mut Work<F>, header: usize) -> Option<()> {
     frame.want(REACH);
     let key = &mut work.memory.spare;
-    let headers = F::headers(frame, work.packet.l4() + HEADER, key)?;
+    let headers = F::headers(frame, work.packet.l4() + header, key)?;
     forget(&mut work.inner, headers);
     if work.inner.is(Part::Later) || !has_ports(work.inner.proto) {
         return None;

@@ -1,20 +1,22 @@
-//! What leaves the node without being an answer to anyone.
+//! What leaves the node by an uplink, at its egress, without being an answer to anyone.
 //!
+//! - Flows of Services that came in from outside and go on to a backend elsewhere: the host stack has let them pass and has
+//!   chosen the link. The node's address takes the client's place, so that the answers come back; unless the kernel's own NAT
+//!   has done that already, and it shows.
 //! - Pods that talk to someone outside the cluster, with the node's address in the place of their own
-//!   (`--masquerade-pods`): at egress of the uplink that the host stack has chosen. Such a flow has no
-//!   Service and no backend.
+//!   (`--masquerade-pods`). Such a flow has no Service and no backend.
 //! - The node's own flows, and those that the kernel's own NAT gave the node's address. They are not
 //!   translated, but the place of their answers is noted, so that no flow of ours gets it. Where one of
 //!   ours has it already, they get another source port.
 
 use proxy_common::tables::{
-    FlowKey, Memory, Origin, Packet, Part, ServiceKey, ServiceValue, Side, State,
+    ExitKey, FlowKey, Memory, Origin, Packet, Part, ServiceKey, ServiceValue, Side, State,
 };
-use proxy_common::{Family, Port, proto};
+use proxy_common::{Family, Outcome, Port, proto};
 
 use super::choose::{self, Failure};
 use super::open::Opening;
-use super::{Tables, place};
+use super::{Tables, live, place};
 use crate::packet::{Frame, Wire, has_ports, tcp};
 
 /// The flow that a packet to someone else begins. The place that it wants is then in `other`.
@@ -29,31 +31,82 @@ pub fn open<F: Family, P: Frame, T: Tables<F>>(
     (key, other): (&FlowKey<F>, &mut FlowKey<F>),
     memory: &mut Memory<F>,
 ) -> Result<Opening, Failure> {
-    // Only a SYN opens a connection: all else of TCP that has no record is not ours.
-    if packet.proto == proto::TCP && !tcp::opens(packet.flags) {
+    // Only a SYN opens a connection: of TCP all else that has no record is not ours, but for what was led here.
+    let is_first = packet.proto != proto::TCP || tcp::opens(packet.flags);
+    if !is_first && !frame.is_led() {
         return Err(Failure::NotService);
     }
-    let source = match exit(tables, memory, key, frame.link()) {
-        Some(exit) => exit,
-        None => own_source(tables, (key, other), memory)?,
+    *other = key.turned(Side::Egress);
+    let mut opening = Opening {
+        origin: Origin::NONE,
+        service: 0,
+        backend: Origin::NO_BACKEND,
+        masquerades: true,
+    };
+    let source = if let Some(origin) = led(frame, tables, other, &mut memory.spare) {
+        if origin.client_link != 0 {
+            opening.origin = Origin::MASQUERADED;
+        }
+        opening.backend = origin.backend;
+        let source = of_way(frame, tables, origin).or_else(|| exit(frame, tables, key));
+        source.ok_or(Failure::Dropped(Outcome::NoSource))?
+    } else if !is_first {
+        return Err(Failure::NotService);
+    } else if is_masqueraded(tables, memory, key.src, key.dst)
+        && let Some(exit) = exit(frame, tables, key)
+    {
+        exit
+    } else {
+        own_source(tables, (key, other), memory)?
     };
     *other = key.turned(Side::Ingress);
     other.dst = source;
-    Ok(Opening { origin: Origin::NONE, service: 0, masquerades: true })
+    Ok(opening)
 }
 
-/// The address that takes a pod's place on its way out of the cluster; `None` if it keeps its own.
+/// What is known of the flow of a Service that a packet belongs to, whose answers have the key `answers`, if it is to be
+/// masqueraded.
 #[inline(always)]
-fn exit<F: Family, T: Tables<F>>(
+fn led<F: Family, P: Frame, T: Tables<F>>(
+    frame: &P,
     tables: &T,
-    memory: &mut Memory<F>,
-    key: &FlowKey<F>,
-    link: u32,
+    answers: &FlowKey<F>,
+    spare: &mut FlowKey<F>,
+) -> Option<Origin> {
+    let facts = match tables.flow(answers) {
+        Some(record) => record.read(answers, spare)?,
+        None => tables.embryo(answers)?.read(answers, spare)?.0,
+    };
+    // What was led to a backend now is of the flow, even if that seems to be over.
+    let is_alive = frame.is_led() || facts.state < State::Closed;
+    let origin = facts.origin;
+    let is_led = origin.has_backend() && origin.is(Origin::REPLY) && origin.is(Origin::MASQUERADES);
+    (is_led && is_alive).then_some(origin)
+}
+
+/// The source of the node's own packets to the flow's backend, if they leave by this link.
+#[inline(always)]
+fn of_way<F: Family, P: Frame, T: Tables<F>>(
+    frame: &P,
+    tables: &T,
+    origin: Origin,
 ) -> Option<F::Addr> {
-    if !is_masqueraded(tables, memory, key.src, key.dst) {
-        return None;
-    }
-    tables.exit(link)
+    let way = tables.way(live::backend(origin, tables)?.way)?;
+    (way.link == frame.link()).then_some(way.source)
+}
+
+/// The node's address that takes the place of the packet's source: as the kernel's own MASQUERADE chooses it, on the link
+/// that it leaves by, toward the gateway there; IPv6's toward the destination (RFC 6724).
+#[inline(always)]
+fn exit<F: Family, P: Frame, T: Tables<F>>(
+    frame: &P,
+    tables: &T,
+    key: &FlowKey<F>,
+) -> Option<F::Addr> {
+    let route = frame.route::<F>(&key.src, &key.dst);
+    let has_gateway = F::ICMP == proto::ICMP && route.link == frame.link();
+    let toward = if has_gateway { route.hop } else { key.dst };
+    tables.exit(&ExitKey::new(frame.link(), toward, F::BITS.into()))
 }
 
 /// Whether a pod that talks to `other` gets the node's address.

@@ -2,7 +2,7 @@
 //! doing.
 
 use proxy_common::tables::{
-    Backend, Decision, Facts, FlowKey, FlowRecord, Memory, Origin, Packet, Side, State,
+    Backend, Decision, Facts, FlowKey, FlowRecord, Memory, Origin, Packet, Side, State, expired,
 };
 use proxy_common::{Family, proto};
 
@@ -12,6 +12,9 @@ use crate::packet::{Frame, tcp};
 /// For how many ticks a connection whose backend was withdrawn must be silent before a SYN on its ports is taken
 /// for a new one: anybody can send one.
 const SILENCE: u32 = 4;
+
+/// After how many ticks a short cut is asked for again.
+const PAUSE: u32 = 30;
 
 /// The live flow that the packet belongs to, if it still holds. The other direction's key is then in
 /// `other`.
@@ -23,9 +26,13 @@ pub fn find<F: Family, T: Tables<F>>(
     memory: &mut Memory<F>,
     bytes: u32,
 ) -> Option<Decision> {
-    let record = tables.flow(key)?;
+    let mut record = tables.flow(key)?;
     let facts = record.read(key, other)?;
     let now = tables.now();
+    if facts.is_cut() && facts.seen != now && !is_renewed(tables, record, other, memory, facts) {
+        give_up(tables, (key, other), memory);
+        record = tables.flow(key)?;
+    }
     if packet.proto == proto::TCP {
         if tcp::opens(packet.flags) {
             // A SYN keeps nothing alive. One that can't be a retransmission begins anew.
@@ -80,28 +87,10 @@ pub fn is_stale<F: Family, T: Tables<F>>(origin: Origin, tables: &T) -> bool {
     }
 }
 
-/// How a packet of a flow leaves, with its other direction's key.
-#[inline(always)]
-pub fn leg<F: Family, P: Frame, T: Tables<F>>(
-    frame: &P,
-    tables: &T,
-    origin: Origin,
-    (key, other): (&FlowKey<F>, &FlowKey<F>),
-) -> Leg {
-    if origin.answers_outside() {
-        way_back(frame, tables, origin, (key, other))
-    } else {
-        way(origin, tables, other.src)
-    }
-}
-
-/// How a client's packet leaves that is sent on past the host stack toward `to`: by what leads there now. No link if it is
-/// not sent on, or nothing is known of the way any more.
+/// How a client's packet takes a short cut toward `to`: by what leads there now. No link if nothing is known of the way
+/// any more.
 #[inline(always)]
 pub fn way<F: Family, T: Tables<F>>(origin: Origin, tables: &T, to: F::Addr) -> Leg {
-    if !origin.is(Origin::REDIRECT) || origin.is(Origin::REPLY) {
-        return Leg::NONE;
-    }
     // A backend that was withdrawn keeps its row until the number is another's.
     let backend = tables.backend(origin.backend).filter(|backend| backend.addr == to);
     let Some(backend) = backend else { return Leg::NONE };
@@ -112,31 +101,101 @@ pub fn way<F: Family, T: Tables<F>>(origin: Origin, tables: &T, to: F::Addr) -> 
     })
 }
 
-/// How an answer leaves to a client outside: by the link that the host's routes have from the frontend's address. Where
-/// that can't be told, by the one that the host stack has chosen, or if it has not, that the client came by. A live flow's
-/// record notes it.
+/// How an answer leaves to a client outside, at egress: by the link that the host's routes have from the frontend's address.
+/// Where that can't be told, by the one that the host stack has chosen. A live flow's record notes it.
 #[inline(always)]
-fn way_back<F: Family, P: Frame, T: Tables<F>>(
+pub fn way_back<F: Family, P: Frame, T: Tables<F>>(
     frame: &P,
     tables: &T,
-    origin: Origin,
     (key, other): (&FlowKey<F>, &FlowKey<F>),
 ) -> Leg {
-    let link = match frame.route::<F>(&other.dst, &other.src) {
-        0 if key.side == Side::Egress as u8 => frame.link(),
-        0 => origin.client_link,
+    let link = match frame.route::<F>(&other.dst, &other.src).link {
+        0 => frame.link(),
         link => link,
     };
     if let Some(record) = tables.flow(key) {
         record.set_link(link);
+        record.set_marked(frame.is_marked());
     }
     Leg { link, ..Leg::NONE }
 }
 
-/// The other direction's part of what never changes.
+/// Notes by which link the host stack lets a client's packet leave that is masqueraded there, and asks for a short cut if its
+/// flow has none.
 #[inline(always)]
-pub fn inverse<F: Family>(origin: Origin, key: &FlowKey<F>, other: &FlowKey<F>) -> Origin {
-    origin.inverse(key.side == other.side && !origin.is(Origin::TURN))
+pub fn note_way<F: Family, P: Frame, T: Tables<F>>(
+    frame: &P,
+    tables: &T,
+    (key, other): (&FlowKey<F>, &FlowKey<F>),
+    spare: &mut FlowKey<F>,
+) {
+    let Some(record) = tables.flow(key) else { return };
+    record.set_link(frame.link());
+    record.set_marked(frame.is_marked());
+    let may_ask = tables.setting(|s| &s.short_cut) != 0
+        && !frame.is_marked()
+        && record.may_ask(tables.now(), PAUSE);
+    if may_ask && half(tables, key, other, spare).is_some_and(|answers| !answers.is_cut()) {
+        tables.wish(key);
+    }
+}
+
+/// Whether the host stack has let the last packet pass that was not sent on past it, and by the way of the short cut: once a
+/// tick one goes by the stack, and where it leaves its record there notes that.
+#[inline(always)]
+fn is_renewed<F: Family, T: Tables<F>>(
+    tables: &T,
+    record: FlowRecord<'_, F>,
+    other: &FlowKey<F>,
+    memory: &mut Memory<F>,
+    facts: Facts,
+) -> bool {
+    memory.live.other = other.turned(Side::Egress);
+    let passed = &memory.live.other;
+    let Some(there) = tables.flow(passed) else { return false };
+    let Some(seen) = there.read(passed, &mut memory.spare) else { return false };
+    // It was noted there in the same tick, or in the next.
+    let is_missing = expired(seen.seen, 0, facts.seen);
+    if is_missing || there.is_marked() {
+        return false;
+    }
+    if facts.origin.is(Origin::REPLY) {
+        record.set_link(seen.link);
+        return seen.link != 0;
+    }
+    seen.link == way(facts.origin, tables, other.src).link
+}
+
+/// From now on all packets of both directions go by the host stack.
+#[inline(always)]
+fn give_up<F: Family, T: Tables<F>>(
+    tables: &T,
+    (key, other): (&FlowKey<F>, &FlowKey<F>),
+    memory: &mut Memory<F>,
+) {
+    let far = other.turned(Side::Egress);
+    lengthen(tables, key, memory);
+    // The other end of the short cut is what answers what leaves there.
+    if let Some(record) = tables.flow(&far)
+        && record.read(&far, &mut memory.spare).is_some()
+    {
+        let end = memory.spare;
+        lengthen(tables, &end, memory);
+    }
+}
+
+/// A record that no packet takes a short cut by.
+#[inline(always)]
+fn lengthen<F: Family, T: Tables<F>>(tables: &T, key: &FlowKey<F>, memory: &mut Memory<F>) {
+    if let Some(record) = tables.flow(key)
+        && let Some(facts) = record.read(key, &mut memory.spare)
+        && facts.is_cut()
+    {
+        hand_over(tables, record, facts.plain);
+        memory.live.fill(key, &memory.spare, facts.origin, facts.seen);
+        memory.live.state = facts.state as u8;
+        tables.replace_flow(key, &memory.live);
+    }
 }
 
 /// How many ticks a direction in that state may be idle.
@@ -200,7 +259,7 @@ fn retire<F: Family, T: Tables<F>>(
             && let Some(facts) = record.read(own, spare)
             && *spare == *theirs
         {
-            hand_over(tables, record, facts.origin, (0, 0));
+            hand_over(tables, record, facts.plain);
             tables.remove(own);
         }
     }
@@ -248,27 +307,22 @@ fn refresh<F: Family, T: Tables<F>>(
         return;
     }
     record.touch(now);
-    hand_over(tables, record, origin, (1, bytes));
+    hand_over(tables, record, facts.plain);
+    count(tables, origin, 1, bytes);
     if half(tables, key, other, &mut memory.spare).is_none() {
-        memory.live.fill(other, key, inverse(origin, key, other), now);
+        memory.live.fill(other, key, origin.inverse(), now);
         let _ = tables.insert_flow(other, &memory.live);
     }
 }
 
-/// Adds what a record has counted to its Service port's traffic, with `more` packets and bytes, and to the
-/// outcomes.
+/// Adds what a record has counted, of plain packets, to its Service port's traffic and to the outcomes.
 #[inline(always)]
-fn hand_over<F: Family, T: Tables<F>>(
-    tables: &T,
-    record: FlowRecord<'_, F>,
-    origin: Origin,
-    more: (u32, u32),
-) {
+fn hand_over<F: Family, T: Tables<F>>(tables: &T, record: FlowRecord<'_, F>, plain: Origin) {
     let (packets, bytes) = record.take_counts();
     if packets != 0 {
-        tables.count(origin.outcome(), packets);
+        tables.count(plain.outcome(), packets);
+        count(tables, plain, packets, bytes);
     }
-    count(tables, origin, packets.wrapping_add(more.0), bytes.wrapping_add(more.1));
 }
 
 /// Adds to the traffic of the Service port that a flow is of.
@@ -290,7 +344,7 @@ fn end<F: Family, T: Tables<F>>(
     now: u32,
 ) {
     bury(tables, (key, other), memory, origin, now);
-    bury(tables, (other, key), memory, inverse(origin, key, other), now);
+    bury(tables, (other, key), memory, origin.inverse(), now);
     retire(tables, key, other, &mut memory.spare);
     discount(tables, origin);
 }

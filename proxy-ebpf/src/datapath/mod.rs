@@ -4,8 +4,8 @@
 //!   flow; left alone if it is nobody's; otherwise it is one of the stories':
 //! - [`story::ingress`]: from a client toward a backend. parse → flow → service → choose → place →
 //!   rewrite.
-//! - [`story::egress`]: from a backend back to a client. parse → flow → rewrite. And from a pod out of the
-//!   cluster, if that is to be masqueraded: [`leave`].
+//! - [`story::egress`]: from a backend back to a client. parse → flow → rewrite. And what is to be masqueraded where it
+//!   leaves: [`leave`].
 //! - [`icmp`] (errors about flows, and pings) and [`refuse`] (answers to what no backend serves).
 //! - [`socket`]: the same decision at connect and sendmsg, before there is a packet.
 //!
@@ -27,8 +27,8 @@ pub mod story;
 
 use proxy_common::settings::Settings;
 use proxy_common::tables::{
-    AffinityKey, AffinityValue, Algorithm, Backend, Choice, EmbryoRecord, EmbryoValue, FlowKey,
-    FlowRecord, FlowValue, FragmentKey, FragmentValue, PeerKey, PeerValue, ServiceKey,
+    AffinityKey, AffinityValue, Algorithm, Backend, Choice, EmbryoRecord, EmbryoValue, ExitKey,
+    FlowKey, FlowRecord, FlowValue, FragmentKey, FragmentValue, PeerKey, PeerValue, ServiceKey,
     ServiceValue, SourceRange, Way, Work,
 };
 use proxy_common::{Family, Outcome};
@@ -87,8 +87,8 @@ impl Service {
 pub enum Client {
     /// A pod's of this node: its answers come back by this link.
     Pod,
-    /// Those of anyone outside the node. To reach a backend elsewhere they are masqueraded, so that the
-    /// answers come back to this node.
+    /// Those of anyone outside the node. To reach a backend elsewhere they are masqueraded where they leave again, so that
+    /// the answers come back to this node.
     Outside,
 }
 
@@ -126,17 +126,15 @@ pub enum Story {
     Send = 7,
     /// [`refuse::refuse`].
     Refuse = 8,
-    /// [`refuse::too_big`].
-    TooBig = 9,
     /// [`icmp::inbound`].
-    IcmpIn = 10,
+    IcmpIn = 9,
     /// [`icmp::error`].
-    IcmpOut = 11,
+    IcmpOut = 10,
 }
 
 impl Story {
     /// How many there are.
-    pub const COUNT: usize = 12;
+    pub const COUNT: usize = 11;
 }
 
 /// What is done with a packet, and by which link it leaves if it is sent on past the host stack.
@@ -243,8 +241,8 @@ pub trait Tables<F: Family> {
     fn is_in_range(&self, key: &SourceRange<F>) -> bool;
     /// Whether an address is in the pods' range.
     fn is_pod(&self, address: &F::Addr) -> bool;
-    /// The node's address that pods leave the cluster by on a link.
-    fn exit(&self, link: u32) -> Option<F::Addr>;
+    /// The node's address that takes the place of another one's which leaves by a link.
+    fn exit(&self, key: &ExitKey<F>) -> Option<F::Addr>;
 
     /// The record of a live flow.
     fn flow(&self, key: &FlowKey<F>) -> Option<FlowRecord<'_, F>>;
@@ -255,6 +253,10 @@ pub trait Tables<F: Family> {
     /// # Errors
     /// Says why not.
     fn insert_flow(&self, key: &FlowKey<F>, value: &FlowValue<F>) -> Result<(), Refused>;
+    /// Replaces the record of a live flow, if there is one.
+    fn replace_flow(&self, key: &FlowKey<F>, value: &FlowValue<F>);
+    /// Asks the agent for a short cut, for a client's packets that are masqueraded.
+    fn wish(&self, key: &FlowKey<F>);
     /// Inserts the record of a flow that is not live, if there is none.
     ///
     /// # Errors
@@ -300,7 +302,6 @@ pub fn tell<F: Wire, P: Frame, T: Tables<F>>(
         Story::Settle => story::settle(frame, tables, work),
         Story::Send => story::send(frame, tables, work),
         Story::Refuse => refuse::refuse(frame, work).into(),
-        Story::TooBig => refuse::too_big(frame, work).into(),
         Story::IcmpIn => Next::Done(icmp::inbound(frame, tables, work)),
         Story::IcmpOut => Next::Done(icmp::error(frame, tables, work)),
     }

@@ -6,7 +6,7 @@ use proxy_common::addr::spread;
 use proxy_common::tables::{
     AffinityKey, Algorithm, Backend, FlowKey, Memory, Origin, Packet, ServiceValue, Side,
 };
-use proxy_common::{Address, Family, Outcome, proto};
+use proxy_common::{Address, Family, proto};
 
 use super::choose::{self, Asker, Failure};
 use super::{Client, Service, Tables, live};
@@ -19,6 +19,8 @@ pub struct Opening {
     pub origin: Origin,
     /// The Service port's number; 0 if it has none.
     pub service: u32,
+    /// The backend's number, also of a flow that is only masqueraded.
+    pub backend: u32,
     /// Whether the node's own address is in the place of the client's.
     pub masquerades: bool,
 }
@@ -55,8 +57,10 @@ pub fn open<F: Family, P: Frame, T: Tables<F>>(
         || service.has(ServiceValue::REFUSES) && tables.setting(|s| &s.masquerade_all) != 0;
     let masquerades = may_masquerade && backend.flags & Backend::<F>::LOCAL == 0;
     let client_link = if client == Client::Outside { frame.link() } else { 0 };
-    let origin = address(tables, (number, &backend), (key, other), masquerades, client_link)?;
-    Ok(Opening { origin, service: service.id, masquerades })
+    let kind = if masquerades { Origin::MASQUERADES } else { 0 };
+    let origin = Origin { backend: number, client_link, generation: backend.generation, kind };
+    let origin = address(&backend, (key, other), origin);
+    Ok(Opening { origin, service: service.id, backend: number, masquerades: false })
 }
 
 /// Counts a new flow and its first packet.
@@ -94,30 +98,21 @@ fn was_of_another_proxy<F: Family, T: Tables<F>>(tables: &T, packet: &Packet) ->
 /// Puts into `other` the key of the answers of a flow to `backend`, with the client's own port. Says what the
 /// client's record says.
 #[inline(always)]
-fn address<F: Family, T: Tables<F>>(
-    tables: &T,
-    (number, backend): (u32, &Backend<F>),
+fn address<F: Family>(
+    backend: &Backend<F>,
     (key, other): (&FlowKey<F>, &mut FlowKey<F>),
-    masquerades: bool,
-    client_link: u32,
-) -> Result<Origin, Failure> {
+    origin: Origin,
+) -> Origin {
     *other = key.turned(Side::Egress);
     (other.src, other.sport) = (backend.addr, backend.port);
-    let mut kind = 0;
-    if masquerades {
-        let way = tables.way(backend.way).filter(|way| way.link != 0);
-        let Some(way) = way else { return Err(Failure::Dropped(Outcome::NoRoute)) };
-        other.dst = way.source;
-        other.side = Side::Ingress as u8;
-        kind = Origin::REDIRECT;
-    } else if backend.addr == key.src {
-        // A pod that reaches itself must not see itself as the client: it would answer within. The VIP
-        // stands in for it, and brings the answer back to the same hook.
-        other.dst = key.dst;
-        other.side = Side::Ingress as u8;
-        kind = Origin::TURN;
+    if backend.addr != key.src {
+        return origin;
     }
-    Ok(Origin { backend: number, client_link, generation: backend.generation, kind })
+    // A pod that reaches itself must not see itself as the client: it would answer within. The VIP stands in
+    // for it, and brings the answer back to the same hook.
+    other.dst = key.dst;
+    other.side = Side::Ingress as u8;
+    Origin { kind: Origin::TURN, ..origin }
 }
 
 /// The number that chooses a new flow's backend.

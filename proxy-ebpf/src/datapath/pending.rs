@@ -8,7 +8,7 @@ use proxy_common::tables::{
 };
 use proxy_common::{Family, Outcome, proto};
 
-use super::live::{self, inverse, is_stale, lifetime};
+use super::live::{self, is_stale, lifetime};
 use super::{Refused, Tables};
 use crate::packet::{Frame, Wire, tcp};
 
@@ -159,7 +159,7 @@ fn answered<F: Wire, P: Frame, T: Tables<F>>(
             close(tables, keys, memory, facts.origin, now);
         }
     } else if state == State::Revived && half.0.is_in(State::Revived) {
-        let origin = inverse(facts.origin, keys.0, keys.1);
+        let origin = facts.origin.inverse();
         promote(tables, (keys.1, keys.0), memory, origin, State::Established, now)?;
     } else if is_alive(facts.state) && both_finished(state, half) {
         close(tables, keys, memory, facts.origin, now);
@@ -172,7 +172,7 @@ fn answered<F: Wire, P: Frame, T: Tables<F>>(
 fn disown<F: Family, T: Tables<F>>(tables: &T, key: &FlowKey<F>, memory: &mut Memory<F>, now: u32) {
     let other =
         key.turned(if key.side == Side::Ingress as u8 { Side::Egress } else { Side::Ingress });
-    let origin = inverse(Origin::NONE, key, &other);
+    let origin = Origin::NONE.inverse();
     memory.embryo.fill(key, &other, origin, State::Foreign, (now, 0));
     tables.put_embryo(key, &memory.embryo);
 }
@@ -327,7 +327,7 @@ fn other_half<F: Family, T: Tables<F>>(
     if is_anothers(tables, (key, other), &mut memory.spare) {
         return None;
     }
-    let origin = inverse(facts.origin, key, other);
+    let origin = facts.origin.inverse();
     let state = if is_alive(facts.state) { State::Established } else { State::Opening };
     memory.embryo.fill(other, key, origin, state, (now, 0));
     let (facts, making) =
@@ -425,7 +425,7 @@ fn insert_reply<F: Family, T: Tables<F>>(
     origin: Origin,
     now: u32,
 ) -> Result<(), Refused> {
-    memory.live.fill(other, key, inverse(origin, key, other), now);
+    memory.live.fill(other, key, origin.inverse(), now);
     tables.insert_flow(other, &memory.live)
 }
 

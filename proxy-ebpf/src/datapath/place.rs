@@ -80,7 +80,7 @@ pub fn take<F: Family, P: Frame, T: Tables<F>>(
     request: &mut Request,
     origin: Origin,
 ) -> Answer {
-    let reply = live::inverse(origin, key, place);
+    let reply = origin.inverse();
     for _ in 0..AT_ONCE {
         // Two values, and not one that only some variants have: what is not there, LLVM reads all the same.
         let (held, stamp) = holder(frame, tables, (key, place), memory, request);
@@ -117,7 +117,7 @@ pub fn take<F: Family, P: Frame, T: Tables<F>>(
             return Answer::Taken;
         }
     }
-    tables.exhausted(origin.backend);
+    tables.exhausted(request.backend);
     Answer::None
 }
 
@@ -352,7 +352,7 @@ pub fn note<F: Family, T: Tables<F>>(
     embryo: &mut EmbryoValue<F>,
     now: u32,
 ) {
-    embryo.fill(place, key, live::inverse(Origin::NONE, key, place), State::Foreign, (now, 0));
+    embryo.fill(place, key, Origin::NONE.inverse(), State::Foreign, (now, 0));
     tables.put_embryo(place, embryo);
 }
 

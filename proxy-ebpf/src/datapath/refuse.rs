@@ -63,49 +63,6 @@ fn reset<F: Wire, P: Frame>(frame: &mut P, work: &Work<F>) -> Option<()> {
     frame.store(l4, answer)
 }
 
-/// Turns a packet that is too long for the way to its backend into the news of that (RFC 1191, RFC
-/// 8201).
-#[inline(always)]
-pub fn too_big<F: Wire, P: Frame>(frame: &mut P, work: &Work<F>) -> Outcome {
-    if frame.segment() != 0 {
-        // Several packets in one, whose checksum hardware is to fill in: where, an answer would not know.
-        // What is sent again is sent alone.
-        return Outcome::Silent;
-    }
-    match explain(frame, work, F::TOO_BIG, work.mtu).and_then(|()| rewrite::turn_around(frame)) {
-        Some(()) => Outcome::TooBig,
-        None => Outcome::NotWritable,
-    }
-}
-
-/// Whether a packet that is not a later fragment is longer than `mtu`, and must not be cut. `mtu` is 0 if
-/// the way takes any.
-#[inline(always)]
-pub fn is_too_big<F: Wire, P: Frame>(frame: &P, l4: usize, number: u8, mtu: u32) -> bool {
-    if mtu == 0 {
-        return false;
-    }
-    let Some(total) = F::total_length(frame, P::NETWORK) else { return false };
-    let length = match frame.segment() {
-        0 => total,
-        payload => {
-            let Some(header) = transport_header(frame, l4, number) else { return false };
-            l4 - P::NETWORK + header + payload
-        }
-    };
-    length > mtu as usize && !F::may_be_cut(frame, P::NETWORK)
-}
-
-/// The length of the transport header of a packet that is cut into several.
-#[inline(always)]
-fn transport_header<P: Frame>(frame: &P, l4: usize, number: u8) -> Option<usize> {
-    if number != proto::TCP {
-        return Some(8);
-    }
-    let [offset, _]: [u8; 2] = frame.load(l4 + tcp::OFFSET_AND_FLAGS)?;
-    Some(usize::from(offset >> 4) * 4)
-}
-
 /// An ICMP error from the VIP, quoting the packet's headers; `detail` is what lies behind its checksum.
 #[inline(always)]
 fn explain<F: Wire, P: Frame>(

@@ -124,9 +124,8 @@ fn set_identifier<F: Wire, P: Frame>(
     frame.fix_l4::<F>(l4 + F::ECHO_CHECKSUM, pseudo, ports, false)
 }
 
-/// Says which way a translated packet goes: on; or by a link, where it counts as a hop if the host stack has not counted
-/// it; or back to the pod that it came from. An answer to a client outside goes on if the stack has chosen the link that
-/// leads to him.
+/// Says which way a translated packet goes: on; or by a short cut, where it counts as a hop; or back to the pod that it came
+/// from. An answer to a client outside goes on if the host stack has chosen the link that leads to him.
 #[inline(always)]
 pub fn send<F: Wire, P: Frame>(
     frame: &mut P,
@@ -134,12 +133,14 @@ pub fn send<F: Wire, P: Frame>(
     Leg { link, way, .. }: Leg,
     outcome: Outcome,
 ) -> Verdict {
-    if origin.is(Origin::REDIRECT) {
+    if origin.is(Origin::SHORT_CUT) {
         return match F::hop(frame, P::NETWORK) {
-            Some(true) => Verdict { outcome: Outcome::Masqueraded, link, way },
-            Some(false) => Verdict::of(Outcome::HopLimit),
+            Some(()) => Verdict { outcome: Outcome::ShortCut, link, way },
             None => Verdict::of(Outcome::NotWritable),
         };
+    }
+    if origin.is(Origin::MASQUERADES) && origin.has_backend() {
+        frame.set_led();
     }
     if link != 0 && link != frame.link() {
         return Verdict { outcome, link, way };
@@ -153,6 +154,33 @@ pub fn send<F: Wire, P: Frame>(
         outcome
     };
     Verdict::of(outcome)
+}
+
+/// Whether a packet that is not a later fragment is longer than `mtu`; which is 0 if the way takes any.
+#[inline(always)]
+pub fn is_too_big<F: Wire, P: Frame>(frame: &P, l4: usize, number: u8, mtu: u32) -> bool {
+    if mtu == 0 {
+        return false;
+    }
+    let Some(total) = F::total_length(frame, P::NETWORK) else { return false };
+    let length = match frame.segment() {
+        0 => total,
+        payload => {
+            let Some(header) = transport_header(frame, l4, number) else { return false };
+            l4 - P::NETWORK + header + payload
+        }
+    };
+    length > mtu as usize
+}
+
+/// The length of the transport header of a packet that is cut into several.
+#[inline(always)]
+fn transport_header<P: Frame>(frame: &P, l4: usize, number: u8) -> Option<usize> {
+    if number != proto::TCP {
+        return Some(8);
+    }
+    let [offset, _]: [u8; 2] = frame.load(l4 + tcp::OFFSET_AND_FLAGS)?;
+    Some(usize::from(offset >> 4) * 4)
 }
 
 /// Mends SCTP's checksum, which covers no addresses. A zero is left to the hardware that is to fill

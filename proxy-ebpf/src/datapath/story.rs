@@ -8,13 +8,13 @@
 
 use proxy_common::Outcome;
 use proxy_common::tables::{
-    Decision, FlowKey, FragmentValue, LastResort, Origin, Packet, Part, Request, ServiceKey,
-    ServiceValue, Side, Work,
+    Decision, FlowKey, FragmentValue, LastResort, Packet, Part, Request, ServiceKey, ServiceValue,
+    Side, Work,
 };
 
 use super::choose::Failure;
 use super::{
-    Client, Next, Service, Story, Tables, leave, live, open, pending, place, refuse, rewrite,
+    Client, Leg, Next, Service, Story, Tables, leave, live, open, pending, place, rewrite,
 };
 use crate::packet::{Frame, Wire, fragment_key, has_ports, parse};
 
@@ -130,7 +130,7 @@ pub fn arrive<F: Wire, P: Frame, T: Tables<F>>(frame: &P, tables: &T, work: &mut
 /// that it has not, would go round until its hops are used up.
 #[inline(always)]
 fn returns<F: Wire, P: Frame>(frame: &P, mark: &Service, key: &FlowKey<F>) -> bool {
-    !mark.has(ServiceValue::NODE) && frame.route::<F>(&key.src, &key.dst) == frame.link()
+    !mark.has(ServiceValue::NODE) && frame.route::<F>(&key.src, &key.dst).link == frame.link()
 }
 
 /// A flow that begins at egress, if it is to be translated.
@@ -148,7 +148,7 @@ pub fn leave<F: Wire, P: Frame, T: Tables<F>>(frame: &P, tables: &T, work: &mut 
 fn ask<F: Wire, T: Tables<F>>(
     tables: &T,
     work: &mut Work<F>,
-    open::Opening { origin, service, masquerades }: open::Opening,
+    open::Opening { origin, service, backend, masquerades }: open::Opening,
 ) -> Next {
     work.decision = Decision::new(Outcome::Opened, origin);
     work.request = Request {
@@ -158,6 +158,7 @@ fn ask<F: Wire, T: Tables<F>>(
         attempts: 0,
         masquerades: masquerades.into(),
         service,
+        backend,
         last_resort: LastResort { since: 0, port: 0 },
     };
     Next::Story(Story::Settle)
@@ -180,7 +181,7 @@ pub fn settle<F: Wire, P: Frame, T: Tables<F>>(frame: &P, tables: &T, work: &mut
     decide(work, Decision::new(Outcome::Opened, entered))
 }
 
-/// Translates the packet and says which way it goes, unless it is too long for that.
+/// Translates the packet and says which way it goes.
 #[inline(always)]
 pub fn send<F: Wire, P: Frame, T: Tables<F>>(
     frame: &mut P,
@@ -188,17 +189,12 @@ pub fn send<F: Wire, P: Frame, T: Tables<F>>(
     work: &mut Work<F>,
 ) -> Next {
     let (packet, origin) = (&work.packet, work.decision.origin());
-    let leg = live::leg(frame, tables, origin, (&work.key, &work.other));
-    if origin.is(Origin::REDIRECT) {
-        if leg.link == 0 {
-            return Outcome::NoRoute.into();
-        }
-        if !packet.is(Part::Later)
-            && refuse::is_too_big::<F, P>(frame, packet.l4(), packet.proto, leg.mtu)
-        {
-            work.mtu = leg.mtu;
-            return Next::Story(Story::TooBig);
-        }
+    let keys = (&work.key, &work.other);
+    let mut leg = Leg::NONE;
+    if origin.answers_outside() {
+        leg = live::way_back(frame, tables, keys);
+    } else if origin.may_be_shortened() {
+        live::note_way(frame, tables, keys, &mut work.memory.spare);
     }
     let (part, outcome) = match packet.part {
         0 => (Part::Whole, work.decision.outcome()),

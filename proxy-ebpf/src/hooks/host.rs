@@ -14,6 +14,7 @@ use aya_ebpf::helpers::{
 use aya_ebpf::programs::TcContext;
 use proxy_common::tables::FlowKey;
 use proxy_common::{Family, V4, proto};
+use proxy_ebpf::packet::Route;
 
 /// Address families, as the kernel numbers them.
 pub const AF_INET: u8 = 2;
@@ -24,12 +25,13 @@ pub const AF_INET6: u8 = 10;
 const SIZE: i32 = 64;
 const _: () = assert!(size_of::<bpf_fib_lookup>() == 64);
 
-/// The link by which the host forwards from one address to another what comes in by `link`; 0 if nowhere.
+/// How the host forwards from one address to another what comes in by `link`.
 #[inline(always)]
-pub fn route<F: Family>(ctx: &TcContext, link: u32, from: &F::Addr, to: &F::Addr) -> u32 {
+pub fn route<F: Family>(ctx: &TcContext, link: u32, from: &F::Addr, to: &F::Addr) -> Route<F> {
     // SAFETY: the kernel's struct of plain numbers, for which zeros are valid.
     let mut question: bpf_fib_lookup = unsafe { zeroed() };
-    question.family = if F::ETHERTYPE == V4::ETHERTYPE { AF_INET } else { AF_INET6 };
+    let family = if F::ETHERTYPE == V4::ETHERTYPE { AF_INET } else { AF_INET6 };
+    question.family = family;
     question.ifindex = link;
     let source = (&raw mut question.__bindgen_anon_3).cast::<F::Addr>();
     let destination = (&raw mut question.__bindgen_anon_4).cast::<F::Addr>();
@@ -47,7 +49,13 @@ pub fn route<F: Family>(ctx: &TcContext, link: u32, from: &F::Addr, to: &F::Addr
         BPF_FIB_LKUP_RET_FRAG_NEEDED,
     ];
     let leads = leads.into_iter().any(|code| answer == i64::from(code));
-    if leads { question.ifindex } else { 0 }
+    if !leads {
+        return Route { link: 0, hop: *to };
+    }
+    // The kernel puts the gateway in the destination's place. IPv4's may be one of IPv6.
+    // SAFETY: as above.
+    let hop = if question.family == family { unsafe { destination.read() } } else { *to };
+    Route { link: question.ifindex, hop }
 }
 
 /// The network namespace of the packet's link.

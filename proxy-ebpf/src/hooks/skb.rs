@@ -11,7 +11,7 @@ use proxy_common::V6;
 use proxy_common::checksum::Delta;
 use proxy_common::tables::FlowKey;
 use proxy_ebpf::datapath::Tables;
-use proxy_ebpf::packet::{Frame, Window};
+use proxy_ebpf::packet::{Frame, Route, Window};
 
 use super::host;
 use crate::maps::Tables6;
@@ -20,6 +20,9 @@ use crate::maps::Tables6;
 /// class that a verdict names, the qdiscs gred and dsmark), but not this number: a class of that minor number
 /// is nobody's.
 const SENT_ON: u32 = 0x506f;
+/// What it says that was led to a backend, and is to be masqueraded if it leaves by an uplink. Where a classifier beside
+/// ours overwrites it, that is found out by a look-up, but for packets in the middle of a connection whose record is lost.
+const LED: u32 = 0x5070;
 /// Offsets above this are refused, so that the verifier knows a bound.
 const MAX_OFFSET: usize = 0x7ff;
 /// `BPF_F_IPV6`, which aya's bindings do not name: the address of an IPv6 packet changes, where no
@@ -152,6 +155,24 @@ impl<const NETWORK: usize> Frame for Skb<'_, NETWORK> {
     }
 
     #[inline(always)]
+    fn is_marked(&self) -> bool {
+        // SAFETY: the context is the kernel's and outlives the program.
+        unsafe { (*self.ctx.skb.skb).mark != 0 }
+    }
+
+    #[inline(always)]
+    fn set_led(&mut self) {
+        // SAFETY: the context is the kernel's and outlives the program.
+        unsafe { (*self.ctx.skb.skb).tc_index = LED };
+    }
+
+    #[inline(always)]
+    fn is_led(&self) -> bool {
+        // SAFETY: the context is the kernel's and outlives the program.
+        unsafe { (*self.ctx.skb.skb).tc_index == LED }
+    }
+
+    #[inline(always)]
     fn was_sent_on(&self) -> bool {
         // SAFETY: the context is the kernel's and outlives the program.
         unsafe { (*self.ctx.skb.skb).tc_index == SENT_ON }
@@ -173,11 +194,13 @@ impl<const NETWORK: usize> Frame for Skb<'_, NETWORK> {
     }
 
     #[inline(always)]
-    fn route<F: Family>(&self, from: &F::Addr, to: &F::Addr) -> u32 {
-        // SAFETY: the context is the kernel's and outlives the program.
-        let mark = unsafe { (*self.ctx.skb.skb).mark };
+    fn route<F: Family>(&self, from: &F::Addr, to: &F::Addr) -> Route<F> {
         // Before Linux 6.10 the kernel can't be asked for a packet with a mark.
-        if mark == 0 { host::route::<F>(self.ctx, self.link(), from, to) } else { 0 }
+        if self.is_marked() {
+            Route { link: 0, hop: *to }
+        } else {
+            host::route::<F>(self.ctx, self.link(), from, to)
+        }
     }
 
     #[inline(always)]

@@ -13,11 +13,10 @@ pub fn log(ctx: &TcContext, outcome: Outcome) {
     match outcome {
         Outcome::Reset => info!(ctx, "reset, link {}", link()),
         Outcome::Unreachable => info!(ctx, "unreachable, link {}", link()),
-        Outcome::TooBig => info!(ctx, "too_big, link {}", link()),
         Outcome::Silent => info!(ctx, "silent, link {}", link()),
         Outcome::NoLocal => info!(ctx, "no_local, link {}", link()),
         Outcome::NotAllowed => info!(ctx, "not_allowed, link {}", link()),
-        Outcome::NoRoute => info!(ctx, "no_route, link {}", link()),
+        Outcome::NoSource => info!(ctx, "no_source, link {}", link()),
         Outcome::FragmentUnknown => info!(ctx, "fragment_unknown, link {}", link()),
         Outcome::NoPort => info!(ctx, "no_port, link {}", link()),
         Outcome::TableFull => info!(ctx, "table_full, link {}", link()),

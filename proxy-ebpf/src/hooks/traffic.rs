@@ -96,8 +96,6 @@ stories! {
     portal_send6<14>(Tables6, true): Send;
     portal_refuse4<14>(Tables4, false): Refuse;
     portal_refuse6<14>(Tables6, true): Refuse;
-    portal_toobig4<14>(Tables4, false): TooBig;
-    portal_toobig6<14>(Tables6, true): TooBig;
     portal_icmpin4<14>(Tables4, false): IcmpIn;
     portal_icmpin6<14>(Tables6, true): IcmpIn;
     portal_icmpout4<14>(Tables4, false): IcmpOut;
@@ -118,8 +116,6 @@ stories! {
     portal_l3send6<0>(Tables6, true): Send;
     portal_l3refuse4<0>(Tables4, false): Refuse;
     portal_l3refuse6<0>(Tables6, true): Refuse;
-    portal_l3toobig4<0>(Tables4, false): TooBig;
-    portal_l3toobig6<0>(Tables6, true): TooBig;
     portal_l3icmpin4<0>(Tables4, false): IcmpIn;
     portal_l3icmpin6<0>(Tables6, true): IcmpIn;
     portal_l3icmpout4<0>(Tables4, false): IcmpOut;
@@ -169,23 +165,22 @@ fn action<const NETWORK: usize>(ctx: &TcContext, outcome: Outcome) -> i32 {
         | Outcome::Forwarded
         | Outcome::Established
         | Outcome::Replied
+        | Outcome::Masqueraded
         | Outcome::IcmpError
         | Outcome::Fragment => TC_ACT_UNSPEC,
         Outcome::Hairpin
         | Outcome::Reset
         | Outcome::Unreachable
-        | Outcome::TooBig
         | Outcome::EchoReply => send_back::<NETWORK>(ctx),
         Outcome::FragmentUnknown
         | Outcome::Silent
         | Outcome::NoLocal
         | Outcome::NotAllowed
-        | Outcome::NoRoute
-        | Outcome::HopLimit
+        | Outcome::NoSource
         | Outcome::NoPort
         | Outcome::NotWritable
         // Not without a link to leave by.
-        | Outcome::Masqueraded
+        | Outcome::ShortCut
         // Not what becomes of a packet.
         | Outcome::TableFull
         | Outcome::SocketTranslated

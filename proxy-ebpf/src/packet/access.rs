@@ -20,6 +20,16 @@ pub trait Frame {
     /// packet.
     fn segment(&self) -> usize;
 
+    /// Whether it has a mark, by which the host's policies may go.
+    fn is_marked(&self) -> bool;
+
+    /// Notes that it was led to a backend and is to be masqueraded if it leaves by an uplink: seen again there, by
+    /// [`Frame::is_led`]. A program beside ours may make the host forget that.
+    fn set_led(&mut self);
+
+    /// Whether it was led to a backend by this node, and is to be masqueraded.
+    fn is_led(&self) -> bool;
+
     /// Whether it was sent on past the host stack by us, and so is seen again on its way out.
     fn was_sent_on(&self) -> bool;
 
@@ -33,10 +43,9 @@ pub trait Frame {
     /// Whether a socket of the host is bound to the very address and port that packets of this key go to.
     fn listens<F: Family>(&self, key: &FlowKey<F>) -> bool;
 
-    /// The link by which the host's routes and rules lead from one address to another, for a packet that it forwards;
-    /// 0 if they lead nowhere, or it can't be told: rules may go by the packet's mark, if it has one. The neighbour there need
-    /// not be known.
-    fn route<F: Family>(&self, from: &F::Addr, to: &F::Addr) -> u32;
+    /// How the host's routes and rules lead from one address to another, for a packet that it forwards. The neighbour there
+    /// need not be known.
+    fn route<F: Family>(&self, from: &F::Addr, to: &F::Addr) -> Route<F>;
 
     /// Makes the first `length` bytes reachable, if the packet is that long. A packet's end may lie in
     /// other memory than its start; loads and stores beyond what is reachable fail.
@@ -68,6 +77,15 @@ pub trait Frame {
         body: Delta,
         optional: bool,
     ) -> Option<()>;
+}
+
+/// How the host's routes lead somewhere.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Route<F: Family> {
+    /// The link; 0 if they lead nowhere, or it can't be told: rules may go by the packet's mark, if it has one.
+    pub link: u32,
+    /// The gateway; the destination where there is none.
+    pub hop: F::Addr,
 }
 
 /// A part of a packet whose bounds were checked once for all of it. Offsets count from its start.

@@ -5,7 +5,7 @@ pub mod tcp;
 mod v4;
 mod v6;
 
-pub use access::{Frame, Window};
+pub use access::{Frame, Route, Window};
 use proxy_common::checksum::Delta;
 use proxy_common::tables::{FlowKey, FragmentKey, Packet, Part, Side};
 use proxy_common::{Family, Outcome, Port, proto};
@@ -20,8 +20,6 @@ pub trait Wire: Family {
     const MAX_QUOTE: usize;
     /// Type and code of "port unreachable" (RFC 792, RFC 4443).
     const PORT_UNREACHABLE: [u8; 2];
-    /// Type and code of "fragmentation needed" (RFC 1191) and "packet too big" (RFC 4443).
-    const TOO_BIG: [u8; 2];
 
     /// Reads the IP header at `l3`, passing over options and extension headers, and puts its addresses
     /// into `key`. `None` if it is cut short or no valid header.
@@ -38,9 +36,13 @@ pub trait Wire: Family {
     /// Where an echo's identifier lies.
     const ECHO_ID: usize = 4;
 
-    /// Whether an ICMP type reports an error and so quotes the packet that met it. Redirects are left
-    /// out: what they say is about the way to the backend, which the client does not know.
+    /// Whether an ICMP type reports an error and so quotes the packet that met it. Redirects are no
+    /// errors.
     fn is_error(icmp_type: u8) -> bool;
+
+    /// How far behind the start of an ICMP message, at `l4`, the packet begins that is redirected (RFC 792, RFC 4861). `None`
+    /// if it is no redirect.
+    fn redirected<P: Frame>(frame: &P, l4: usize) -> Option<usize>;
 
     /// Gives the header that the window begins with new addresses, source and destination. `change` is what
     /// that means for its own checksum, if it has one.
@@ -50,8 +52,8 @@ pub trait Wire: Family {
         change: Delta,
     ) -> Option<()>;
 
-    /// Counts a hop, as a router does. False if the packet has no hop left.
-    fn hop<P: Frame>(frame: &mut P, l3: usize) -> Option<bool>;
+    /// Counts a hop, as a router does. `None` if the packet has no hop left, or can't be changed.
+    fn hop<P: Frame>(frame: &mut P, l3: usize) -> Option<()>;
 
     /// Writes a fresh header at `l3` for `length` bytes of payload.
     fn write_header<P: Frame>(
@@ -61,9 +63,6 @@ pub trait Wire: Family {
         proto: u8,
         length: u16,
     ) -> Option<()>;
-
-    /// Whether routers may cut the packet at `l3` into fragments.
-    fn may_be_cut<P: Frame>(frame: &P, l3: usize) -> bool;
 
     /// The length of the IP packet at `l3`, header and all, as it says itself.
     fn total_length<P: Frame>(frame: &P, l3: usize) -> Option<usize>;

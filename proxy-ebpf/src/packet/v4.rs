@@ -23,9 +23,8 @@ struct Header {
     dst: Addr4,
 }
 
-/// Flags and fragment offset.
-const FRAGMENT: usize = 6;
-const DONT_FRAGMENT: u8 = 0x40;
+/// ICMP's type of a redirect.
+const REDIRECT: u8 = 5;
 /// The time to live, and the protocol behind it.
 const TTL: usize = 8;
 const CHECKSUM: usize = 10;
@@ -37,7 +36,6 @@ impl Wire for V4 {
     const SOURCE: usize = 12;
     const MAX_QUOTE: usize = 60 + 8;
     const PORT_UNREACHABLE: [u8; 2] = [3, 3];
-    const TOO_BIG: [u8; 2] = [3, 4];
     const ECHO: [u8; 2] = [8, 0];
 
     #[inline(always)]
@@ -95,6 +93,12 @@ impl Wire for V4 {
     }
 
     #[inline(always)]
+    fn redirected<P: Frame>(frame: &P, l4: usize) -> Option<usize> {
+        let [kind, _]: [u8; 2] = frame.load(l4)?;
+        (kind == REDIRECT).then_some(8)
+    }
+
+    #[inline(always)]
     fn set_addresses<W: Window>(
         window: &mut W,
         new: (&Addr4, &Addr4),
@@ -105,16 +109,16 @@ impl Wire for V4 {
     }
 
     #[inline(always)]
-    fn hop<P: Frame>(frame: &mut P, l3: usize) -> Option<bool> {
+    fn hop<P: Frame>(frame: &mut P, l3: usize) -> Option<()> {
         let old: [u8; 2] = frame.load(l3 + TTL)?;
         if old[0] <= 1 {
-            return Some(false);
+            return None;
         }
         let new = [old[0] - 1, old[1]];
         let delta = Delta::default().half(u16::from_ne_bytes(old), u16::from_ne_bytes(new));
         let checksum: u16 = frame.load(l3 + CHECKSUM)?;
         frame.store(l3 + CHECKSUM, delta.apply(checksum))?;
-        frame.store(l3 + TTL, new).map(|()| true)
+        frame.store(l3 + TTL, new)
     }
 
     #[inline(always)]
@@ -144,12 +148,6 @@ impl Wire for V4 {
         }
         header.checksum = !sum.fold();
         frame.store(l3, header)
-    }
-
-    #[inline(always)]
-    fn may_be_cut<P: Frame>(frame: &P, l3: usize) -> bool {
-        let fragment: Option<[u8; 2]> = frame.load(l3 + FRAGMENT);
-        fragment.is_some_and(|[high, _]| high & DONT_FRAGMENT == 0)
     }
 
     #[inline(always)]

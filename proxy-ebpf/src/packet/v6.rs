@@ -31,6 +31,12 @@ struct ExtensionHeader {
     id: [u8; 4],
 }
 
+/// `ICMPv6`'s type of a redirect, the length of its header, and the types of options behind it.
+const REDIRECT: u8 = 137;
+const REDIRECT_HEADER: usize = 40;
+const LINK_ADDRESS: u8 = 2;
+const REDIRECTED_PACKET: u8 = 4;
+
 const HOP_BY_HOP: u8 = 0;
 const ROUTING: u8 = 43;
 const FRAGMENT: u8 = 44;
@@ -90,7 +96,6 @@ impl Wire for V6 {
     const SOURCE: usize = 8;
     const MAX_QUOTE: usize = 40 + 48 + 8;
     const PORT_UNREACHABLE: [u8; 2] = [1, 4];
-    const TOO_BIG: [u8; 2] = [2, 0];
     const ECHO: [u8; 2] = [128, 129];
 
     #[inline(always)]
@@ -131,6 +136,20 @@ impl Wire for V6 {
         matches!(icmp_type, 1..=4)
     }
 
+    /// The packet is in an option, which the one with a link-layer address of eight bytes may come before.
+    #[inline(always)]
+    fn redirected<P: Frame>(frame: &P, l4: usize) -> Option<usize> {
+        let [kind, _]: [u8; 2] = frame.load(l4)?;
+        if kind != REDIRECT {
+            return None;
+        }
+        match frame.load::<[u8; 2]>(l4 + REDIRECT_HEADER)? {
+            [REDIRECTED_PACKET, _] => Some(REDIRECT_HEADER + 8),
+            [LINK_ADDRESS, 1] => Some(REDIRECT_HEADER + 16),
+            _ => None,
+        }
+    }
+
     #[inline(always)]
     fn set_addresses<W: Window>(
         window: &mut W,
@@ -141,12 +160,12 @@ impl Wire for V6 {
     }
 
     #[inline(always)]
-    fn hop<P: Frame>(frame: &mut P, l3: usize) -> Option<bool> {
+    fn hop<P: Frame>(frame: &mut P, l3: usize) -> Option<()> {
         let [next, hops]: [u8; 2] = frame.load(l3 + HOPS)?;
         if hops <= 1 {
-            return Some(false);
+            return None;
         }
-        frame.store(l3 + HOPS, [next, hops - 1]).map(|()| true)
+        frame.store(l3 + HOPS, [next, hops - 1])
     }
 
     #[inline(always)]
@@ -169,12 +188,6 @@ impl Wire for V6 {
                 dst: *dst,
             },
         )
-    }
-
-    /// Only their sender may (RFC 8200, section 4.5).
-    #[inline(always)]
-    fn may_be_cut<P: Frame>(_frame: &P, _l3: usize) -> bool {
-        false
     }
 
     #[inline(always)]

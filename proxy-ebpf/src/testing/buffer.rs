@@ -9,7 +9,18 @@ use proxy_common::testing::LINK;
 use proxy_common::{Family, Port};
 
 use super::index;
-use crate::packet::{Frame, Window};
+use crate::packet::{Frame, Route, Window};
+
+/// What we have noted on a packet.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Note {
+    /// Nothing.
+    None,
+    /// It was sent on past the host stack.
+    SentOn,
+    /// It was led to a backend, to be masqueraded if it leaves.
+    Led,
+}
 
 /// A packet whose end may lie in other memory than its start, as a socket buffer's.
 pub struct Buffer {
@@ -21,8 +32,10 @@ pub struct Buffer {
     /// Whether hardware has yet to finish its transport checksum, which then covers the addresses only and is
     /// no complement.
     pub unfinished: bool,
-    /// Whether it was sent on past the host stack.
-    pub sent_on: bool,
+    /// What was noted on it, which it has with it through the host stack.
+    pub note: Note,
+    /// Its mark.
+    pub mark: u32,
     /// The payload of the packets that it is to be cut into.
     pub segment: usize,
     /// Sockets of the host: who is at the other end of each, and where it is.
@@ -41,7 +54,8 @@ impl Buffer {
             reachable: 0,
             writable: true,
             unfinished: false,
-            sent_on: false,
+            note: Note::None,
+            mark: 0,
             segment: 0,
             sockets: Vec::new(),
             listeners: Vec::new(),
@@ -65,8 +79,20 @@ impl Frame for Buffer {
         self.segment
     }
 
+    fn is_marked(&self) -> bool {
+        self.mark != 0
+    }
+
+    fn set_led(&mut self) {
+        self.note = Note::Led;
+    }
+
+    fn is_led(&self) -> bool {
+        self.note == Note::Led
+    }
+
     fn was_sent_on(&self) -> bool {
-        self.sent_on
+        self.note == Note::SentOn
     }
 
     fn length(&self) -> u32 {
@@ -82,9 +108,10 @@ impl Frame for Buffer {
         self.listeners.contains(&SocketAddr::new(key.dst.into(), key.dport.number()))
     }
 
-    fn route<F: Family>(&self, _: &F::Addr, to: &F::Addr) -> u32 {
-        let to: IpAddr = (*to).into();
-        self.routes.iter().find(|(known, _)| *known == to).map_or(0, |(_, link)| *link)
+    fn route<F: Family>(&self, _: &F::Addr, to: &F::Addr) -> Route<F> {
+        let address: IpAddr = (*to).into();
+        let link = self.routes.iter().find(|(known, _)| *known == address).map(|(_, link)| *link);
+        Route { link: link.filter(|_| self.mark == 0).unwrap_or(0), hop: *to }
     }
 
     fn want(&mut self, length: usize) {

@@ -11,16 +11,16 @@ use std::net::{IpAddr, SocketAddr};
 use bytemuck::{Pod, Zeroable};
 use proxy_common::settings::Settings;
 use proxy_common::tables::{
-    AffinityKey, AffinityValue, Algorithm, Backend, Choice, EmbryoRecord, EmbryoValue, FlowKey,
-    FlowRecord, FlowValue, FragmentKey, FragmentValue, PeerKey, PeerValue, Range, ServiceKey,
-    ServiceValue, SourceRange, Way, Work,
+    AffinityKey, AffinityValue, Algorithm, Backend, Choice, EmbryoRecord, EmbryoValue, ExitKey,
+    FlowKey, FlowRecord, FlowValue, FragmentKey, FragmentValue, PeerKey, PeerValue, Range,
+    ServiceKey, ServiceValue, ShortCut, SourceRange, Way, Work,
 };
 use proxy_common::testing::{Hook, LINK, MTU, NODE, Records, Service as ServiceSpec};
 use proxy_common::{Family, Outcome, Port, V4, V6};
 
 use crate::datapath::{Client, Next, Refused, Service, Tables, Verdict, fast, tell};
 use crate::packet::{Frame, Wire};
-pub use buffer::Buffer;
+pub use buffer::{Buffer, Note};
 pub use call::Call;
 
 /// The bytes of a key: map types have no order of their own.
@@ -52,7 +52,7 @@ pub struct Host<F: Family> {
     pub way: Way<F>,
     /// The pods' range.
     pub pods: Option<(IpAddr, u8)>,
-    /// The address that pods leave the cluster by, if they are masqueraded.
+    /// The node's address on its link, for what is masqueraded there.
     pub exit: Option<IpAddr>,
     /// How many records the table of answered flows holds.
     pub capacity: usize,
@@ -68,6 +68,8 @@ pub struct Host<F: Family> {
     turns: RefCell<BTreeMap<u32, u32>>,
     flows: RefCell<Records<F, FlowValue<F>>>,
     embryos: RefCell<Records<F, EmbryoValue<F>>>,
+    /// Flows that short cuts were asked for.
+    pub wishes: RefCell<Vec<FlowKey<F>>>,
     port_turns: RefCell<BTreeMap<u32, u32>>,
     /// Flows that got no source port, by backend.
     pub exhausted: RefCell<BTreeMap<u32, u64>>,
@@ -137,6 +139,7 @@ impl<F: HostFamily> Host<F> {
             turns: RefCell::default(),
             flows: RefCell::default(),
             embryos: RefCell::default(),
+            wishes: RefCell::default(),
             port_turns: RefCell::default(),
             exhausted: RefCell::default(),
             traffic: RefCell::default(),
@@ -251,6 +254,33 @@ impl<F: HostFamily> Host<F> {
         buffer.listeners.clone_from(&self.listeners);
         buffer.routes.clone_from(&self.routes);
         see(self, hook, buffer, &mut self.work.borrow_mut())
+    }
+
+    /// A packet passes the node from uplink to uplink, through its host stack: what is done with it where it leaves, or
+    /// where it came in if it goes no further or is nobody's.
+    pub fn pass(&self, frame: &[u8]) -> (Outcome, Vec<u8>) {
+        let mut buffer = Buffer::new(frame);
+        let outcome = self.see_buffer(Hook::Uplink, &mut buffer);
+        let goes_on =
+            [Outcome::Opened, Outcome::Forwarded, Outcome::Established, Outcome::Masqueraded];
+        if !goes_on.contains(&outcome) {
+            return (outcome, buffer.bytes);
+        }
+        let outcome = self.see_buffer(Hook::Egress, &mut buffer);
+        (outcome, buffer.bytes)
+    }
+
+    /// Gives a short cut to each flow that one was asked for, as the agent does. How many got one.
+    pub fn grant(&self) -> usize {
+        let wishes = self.wishes.take();
+        let granted = wishes.into_iter().filter_map(|key| {
+            let record = |key: &FlowKey<F>| self.flows.borrow().value(key);
+            let ShortCut { asked, answered, .. } = ShortCut::of(key, record)?;
+            self.replace_flow(&asked.0, &asked.1);
+            self.replace_flow(&answered.0, &answered.1);
+            Some(())
+        });
+        granted.count()
     }
 
     /// How many records of live flows there are.
@@ -401,8 +431,8 @@ impl<F: HostFamily> Tables<F> for Host<F> {
         self.pods.is_some_and(|(range, bits)| is_within((*address).into(), range, bits))
     }
 
-    fn exit(&self, link: u32) -> Option<F::Addr> {
-        assert_eq!(link, LINK);
+    fn exit(&self, key: &ExitKey<F>) -> Option<F::Addr> {
+        assert_eq!(key.data.link, LINK.to_be_bytes());
         self.exit.and_then(F::address)
     }
 
@@ -416,6 +446,17 @@ impl<F: HostFamily> Tables<F> for Host<F> {
 
     fn insert_flow(&self, key: &FlowKey<F>, value: &FlowValue<F>) -> Result<(), Refused> {
         insert(&self.flows, key, value, self.capacity)
+    }
+
+    fn replace_flow(&self, key: &FlowKey<F>, value: &FlowValue<F>) {
+        let mut flows = self.flows.borrow_mut();
+        if flows.has(key) {
+            flows.put(key, *value);
+        }
+    }
+
+    fn wish(&self, key: &FlowKey<F>) {
+        self.wishes.borrow_mut().push(*key);
     }
 
     fn insert_embryo(&self, key: &FlowKey<F>, value: &EmbryoValue<F>) -> Result<(), Refused> {

@@ -10,9 +10,7 @@ use proxy_common::testing::{Hook, Packet, Service};
 use proxy_common::{V4, proto};
 use proxy_ebpf::testing::Host;
 
-use crate::{ACK, SYN, vip};
-
-const FIN: u8 = 1;
+use crate::{ACK, FIN, SYN, vip};
 
 /// A host that leads the VIP to four backends.
 fn choosing(by: Algorithm, proto: u8) -> Host<V4> {

@@ -37,8 +37,10 @@ fn every_case_and_between_them_every_outcome() {
     let elsewhere = [
         // Told by the hook, before there is a family.
         Outcome::NotIp,
+        // ways.rs
+        Outcome::ShortCut,
         // life.rs
-        Outcome::NoRoute,
+        Outcome::NoSource,
         Outcome::NoPort,
         Outcome::TableFull,
         Outcome::NotWritable,

@@ -8,17 +8,17 @@ use std::thread;
 use proxy_common::settings::{Settings, ticks};
 use proxy_common::tables::Side::{Egress, Ingress};
 use proxy_common::tables::{
-    AffinityKey, AffinityValue, Algorithm, Backend, EmbryoRecord, EmbryoValue, FlowKey, FlowRecord,
-    FlowValue, FragmentKey, FragmentValue, PeerKey, PeerValue, ServiceKey, SourceRange, Way, Work,
+    AffinityKey, AffinityValue, Algorithm, Backend, EmbryoRecord, EmbryoValue, ExitKey, FlowKey,
+    FlowRecord, FlowValue, FragmentKey, FragmentValue, PeerKey, PeerValue, ServiceKey, SourceRange,
+    Way, Work,
 };
 use proxy_common::testing::{Hook, NODE, Packet, Service, ends};
 use proxy_common::{Addr4, Outcome, V4, proto};
 use proxy_ebpf::datapath::{self, Refused, Tables};
 use proxy_ebpf::testing::{Buffer, Host, see};
 
-use crate::{ACK, SYN, at, client, pod, vip};
+use crate::{ACK, FIN, SYN, at, client, pod, vip};
 
-const FIN: u8 = 1;
 /// Orders that are tried of one pair of packets, at most, before only few changes are allowed.
 const MANY: usize = 1_500;
 /// How many changes from one CPU to the other there are at most then.
@@ -109,6 +109,8 @@ impl Tables<V4> for Cpu<'_> {
         flow(key: &FlowKey<V4>) -> Option<FlowRecord<'_, V4>>;
         embryo(key: &FlowKey<V4>) -> Option<EmbryoRecord<'_, V4>>;
         insert_flow(key: &FlowKey<V4>, value: &FlowValue<V4>) -> Result<(), Refused>;
+        replace_flow(key: &FlowKey<V4>, value: &FlowValue<V4>);
+        wish(key: &FlowKey<V4>);
         insert_embryo(key: &FlowKey<V4>, value: &EmbryoValue<V4>) -> Result<(), Refused>;
         put_embryo(key: &FlowKey<V4>, value: &EmbryoValue<V4>);
         remove(key: &FlowKey<V4>);
@@ -132,7 +134,7 @@ impl Tables<V4> for Cpu<'_> {
         remember_affinity(key: &AffinityKey<V4>, value: &AffinityValue);
         is_in_range(key: &SourceRange<V4>) -> bool;
         is_pod(address: &Addr4) -> bool;
-        exit(link: u32) -> Option<Addr4>;
+        exit(key: &ExitKey<V4>) -> Option<Addr4>;
         count_traffic(service: u32, packets: u32, bytes: u32);
         next_port(destination: u32) -> u32;
         exhausted(backend: u32);
@@ -284,21 +286,25 @@ fn two_first_datagrams_open_one_flow() {
 fn two_clients_never_get_one_place() {
     let from = |host| SocketAddr::from(([198, 51, 100, host], 50_000));
     let to = SocketAddr::new(NODE[0], 30_080);
-    let syn = |host| (Hook::Uplink, Packet::tcp(Ingress, from(host), to, SYN));
+    let syn = |host| Packet::tcp(Ingress, from(host), to, SYN).frame();
+    let leaves = |host| (Hook::Egress, Packet::tcp(Egress, from(host), pod(), SYN));
     let prepare = || {
         let mut host = Host::new();
         let door = at("0.0.0.0:30080");
         host.serve(&[Service { flags: 0, ..Service::new(door, proto::TCP, &[pod()]) }]);
-        tell(&host, &syn(1));
+        host.pass(&syn(1));
         host.now.set(host.now.get() + ticks(300));
+        for client in [2, 3] {
+            host.see(Hook::Uplink, &syn(client));
+        }
         host
     };
-    in_every_order(prepare, &[syn(2), syn(3)], |host, both, place| {
+    in_every_order(prepare, &[leaves(2), leaves(3)], |host, both, place| {
         let seen_as = both.each_ref().map(|(_, frame)| ends(frame)[0]);
         assert_ne!(seen_as[0], seen_as[1], "{place}");
         for (number, seen_as) in (2..).zip(seen_as) {
-            let answer = Packet::tcp(Ingress, pod(), seen_as, SYN | ACK);
-            assert_eq!(tell(host, &(Hook::Uplink, answer)).1, [to, from(number)], "{place}");
+            let answer = Packet::tcp(Ingress, pod(), seen_as, SYN | ACK).frame();
+            assert_eq!(ends(&host.pass(&answer).1), [to, from(number)], "{place}");
         }
     });
 }

@@ -9,11 +9,10 @@ use proxy_common::tables::{FlowValue, ServiceValue};
 use proxy_common::testing::{Hook, NODE, Packet, Service, Transport, ends};
 use proxy_common::{Outcome, V4, proto};
 use proxy_ebpf::datapath::Tables;
-use proxy_ebpf::testing::{Buffer, Host};
+use proxy_ebpf::testing::{Buffer, Host, Note};
 
-use crate::{ACK, SYN, at, client, pod, vip};
+use crate::{ACK, FIN, SYN, at, client, pod, vip};
 
-const FIN: u8 = 1;
 const RST: u8 = 4;
 
 fn serving(proto: u8, backends: &[SocketAddr]) -> Host<V4> {
@@ -230,16 +229,21 @@ fn answers_to_the_nodes_own_connections_are_not_taken_for_new_ones() {
     );
     let other = at("198.51.100.2:443");
     let syn = Packet::tcp(Ingress, other, node, SYN).frame();
-    assert_eq!(host.see(Hook::Uplink, &syn).0, Outcome::Masqueraded);
+    assert_eq!(host.see(Hook::Uplink, &syn).0, Outcome::Opened);
 }
 
+/// By another link than the one that the node's own packets would take it is that link's address; without one it can't be
+/// masqueraded, and must not leave as it is: the pod would answer someone who has never heard of it.
 #[test]
-fn without_a_way_to_the_backend_nothing_is_masqueraded() {
+fn by_a_link_without_an_address_of_the_node_nothing_is_masqueraded() {
     let mut host = Host::<V4>::new();
     host.way.link = 0;
     host.serve(&[Service::new(vip(), proto::TCP, &[pod()])]);
     let syn = Packet::tcp(Ingress, at("198.51.100.1:1"), vip(), SYN).frame();
-    assert_eq!(host.see(Hook::Uplink, &syn).0, Outcome::NoRoute);
+    assert_eq!(host.pass(&syn).0, Outcome::NoSource);
+    host.exit = Some(at("192.0.2.99:0").ip());
+    let (outcome, frame) = host.pass(&syn);
+    assert_eq!((outcome, ends(&frame)[0]), (Outcome::Masqueraded, at("192.0.2.99:1")));
 }
 
 #[test]
@@ -250,7 +254,7 @@ fn a_pod_of_another_node_is_no_outsider_kp_57() {
     let syn = Packet::tcp(Ingress, at("10.244.3.1:1"), vip(), SYN).frame();
     assert_eq!(host.see(Hook::Uplink, &syn).0, Outcome::NoLocal);
     host.pods = Some((at("10.244.0.0:0").ip(), 16));
-    assert_eq!(host.see(Hook::Uplink, &syn).0, Outcome::Masqueraded);
+    assert_eq!(host.see(Hook::Uplink, &syn).0, Outcome::Opened);
     // KP-85, 86: where pods are not told by their range, that one is.
     host.settings.local_by_cidr = 0;
     let other = Packet::tcp(Ingress, at("10.244.3.1:2"), vip(), SYN).frame();
@@ -401,40 +405,54 @@ fn connect_without_room(host: &Host<V4>) {
 /// Whatever part of a handshake or of an exchange is evicted: it goes on with the same pod and port.
 #[test]
 fn what_is_evicted_comes_back_to_the_same_pod_and_port() {
-    let pods: Vec<SocketAddr> = (1..9).map(|n| SocketAddr::from(([10, 0, 1, n], 8080))).collect();
-    let outsider = at("198.51.100.7:50000");
-    for (hook, from) in [(Hook::Ingress, client()), (Hook::Uplink, outsider)] {
-        for evicted in [&[0][..], &[1], &[0, 1]] {
-            let node_port = if hook == Hook::Uplink { at("0.0.0.0:30080") } else { vip() };
-            let to = if hook == Hook::Uplink { SocketAddr::new(NODE[0], 30_080) } else { vip() };
-            let mut host = Host::<V4>::new();
-            host.serve(&[Service { flags: 0, ..Service::new(node_port, proto::TCP, &pods) }]);
-            let see = |flags| host.see(hook, &Packet::tcp(Ingress, from, to, flags).frame());
-            let (_, first) = see(SYN);
-            let [seen_as, pod] = ends(&first);
-            let evict = || {
-                let mut keys: Vec<_> = host.embryos().into_iter().map(|(key, _)| key).collect();
-                keys.sort_by_key(|key| key.sport.number() == pod.port());
-                evicted.iter().for_each(|position| host.evict(&keys[*position]));
-            };
-            evict();
-            let (_, again) = see(SYN);
-            assert_eq!(ends(&again), [seen_as, pod]);
-            let back = if hook == Hook::Uplink { Hook::Uplink } else { Hook::Egress };
-            let side = if hook == Hook::Uplink { Ingress } else { Egress };
-            let answer = |flags| {
-                let frame = Packet::tcp(side, pod, seen_as, flags).frame();
-                ends(&host.see(back, &frame).1)
-            };
-            assert_eq!(answer(SYN | ACK), [to, from]);
-            evict();
-            let (_, acknowledged) = see(ACK);
-            assert_eq!(ends(&acknowledged), [seen_as, pod], "{hook:?}, {evicted:?}");
-            assert_eq!(answer(ACK), [to, from]);
-            see(ACK);
-            assert_eq!(host.flows(), 2, "{hook:?}, {evicted:?}");
-        }
+    // From a pod two records, from outside four.
+    for evicted in 1..4 {
+        comes_back(false, evicted);
     }
+    for evicted in 1..16 {
+        comes_back(true, evicted);
+    }
+}
+
+/// Each bit of `evicted` stands for a record.
+fn comes_back(is_outside: bool, evicted: u8) {
+    let pods: Vec<SocketAddr> = (1..9).map(|n| SocketAddr::from(([10, 0, 1, n], 8080))).collect();
+    let (from, to, frontend) = if is_outside {
+        let to = SocketAddr::new(NODE[0], 30_080);
+        (at("198.51.100.7:50000"), to, at("0.0.0.0:30080"))
+    } else {
+        (client(), vip(), vip())
+    };
+    let mut host = Host::<V4>::new();
+    host.serve(&[Service { flags: 0, ..Service::new(frontend, proto::TCP, &pods) }]);
+    let asks = |flags| {
+        let frame = Packet::tcp(Ingress, from, to, flags).frame();
+        let seen = if is_outside { host.pass(&frame) } else { host.see(Hook::Ingress, &frame) };
+        ends(&seen.1)
+    };
+    let [seen_as, pod] = asks(SYN);
+    let answers = |flags| {
+        let seen = if is_outside {
+            host.pass(&Packet::tcp(Ingress, pod, seen_as, flags).frame())
+        } else {
+            host.see(Hook::Egress, &Packet::tcp(Egress, pod, seen_as, flags).frame())
+        };
+        ends(&seen.1)
+    };
+    let evict = || {
+        let keys = (0..8).zip(host.embryos());
+        let chosen = keys.filter(|(position, _)| evicted >> position & 1 != 0);
+        chosen.for_each(|(_, (key, _))| host.evict(&key));
+    };
+    evict();
+    assert_eq!(asks(SYN), [seen_as, pod]);
+    assert_eq!(answers(SYN | ACK), [to, from]);
+    evict();
+    assert_eq!(asks(ACK), [seen_as, pod], "outside: {is_outside}, {evicted:b}");
+    assert_eq!(answers(ACK), [to, from]);
+    asks(ACK);
+    let all = if is_outside { 4 } else { 2 };
+    assert_eq!(host.flows(), all, "outside: {is_outside}, {evicted:b}");
 }
 
 /// Either record is made from the other within a second of traffic, in both tables.
@@ -459,8 +477,8 @@ fn a_lost_half_is_made_anew() {
         };
         let live = host.live();
         let made = live.iter().find(|(key, _)| *key == lost.0).expect("it is there again").1;
-        let seen = host.now.get();
-        assert_eq!(made, FlowValue { seen, packets: 0, bytes: 0, ..lost.1 });
+        let (seen, ask_at) = (host.now.get(), made.ask_at);
+        assert_eq!(made, FlowValue { seen, ask_at, packets: 0, bytes: 0, ..lost.1 });
     }
 }
 
@@ -526,7 +544,7 @@ fn at_least_28_000_flows_go_from_one_address_to_one_backend() {
             40_000 + (u16::from(b) << 14 | u16::from(c) << 6 | u16::from(d >> 2)),
         ));
         assert_eq!(a, 0);
-        let (outcome, frame) = host.see(Hook::Uplink, &Packet::udp(Ingress, from, to).frame());
+        let (outcome, frame) = host.pass(&Packet::udp(Ingress, from, to).frame());
         assert_eq!(outcome, Outcome::Masqueraded, "flow {number}");
         assert!(ports.insert(ends(&frame)[0].port()), "flow {number} has another's port");
     }
@@ -545,13 +563,12 @@ fn a_place_is_held_and_then_handed_out_again_longest_ended_first() {
     host.sockets = vec![(pod(), SocketAddr::new(NODE[0], 50_000))];
     let see = |host: &Host<V4>, client: u8, flags| {
         let from = SocketAddr::from(([198, 51, 100, client], 50_000));
-        let (outcome, frame) =
-            host.see(Hook::Uplink, &Packet::tcp(Ingress, from, to, flags).frame());
+        let (outcome, frame) = host.pass(&Packet::tcp(Ingress, from, to, flags).frame());
         (outcome, ends(&frame)[0].port())
     };
     let answer = |host: &Host<V4>, port, flags| {
         let seen_as = SocketAddr::new(NODE[0], port);
-        host.see(Hook::Uplink, &Packet::tcp(Ingress, pod(), seen_as, flags).frame());
+        host.pass(&Packet::tcp(Ingress, pod(), seen_as, flags).frame());
     };
     let open = |host: &Host<V4>, client| {
         let (outcome, port) = see(host, client, SYN);
@@ -587,7 +604,7 @@ fn a_flow_that_left_by_itself_and_one_of_ours_never_share_a_place() {
     let frontend = Service { flags: 0, ..Service::new(at("0.0.0.0:30080"), proto::TCP, &[pod()]) };
     let syn = |host: &Host<V4>| {
         let packet = Packet::tcp(Ingress, at("198.51.100.7:50000"), node(30_080), SYN);
-        ends(&host.see(Hook::Uplink, &packet.frame()).1)[0]
+        ends(&host.pass(&packet.frame()).1)[0]
     };
     let own = Packet::tcp(Egress, node(50_000), pod(), SYN);
     // The kernel's own NAT was first.
@@ -604,15 +621,15 @@ fn a_flow_that_left_by_itself_and_one_of_ours_never_share_a_place() {
     assert_eq!(syn(&host), node(50_000));
     let (outcome, frame) = host.see(Hook::Egress, &own.frame());
     let seen_as = ends(&frame)[0];
-    assert_eq!((outcome, seen_as.ip()), (Outcome::Opened, NODE[0]));
+    assert_eq!((outcome, seen_as.ip()), (Outcome::Masqueraded, NODE[0]));
     assert_ne!(seen_as.port(), 50_000);
     // What we have sent on ourselves is seen again there.
     let mut ours = Buffer::new(&own.frame());
-    ours.sent_on = true;
+    ours.note = Note::SentOn;
     assert_eq!(host.see_buffer(Hook::Egress, &mut ours), Outcome::NotService);
     let back = Packet::tcp(Ingress, pod(), seen_as, SYN | ACK);
     let returned = Packet { dst: node(50_000), ..back.clone() };
-    assert_eq!(host.see(Hook::Uplink, &back.frame()), (Outcome::Replied, returned.frame()));
+    assert_eq!(host.see(Hook::Uplink, &back.frame()), (Outcome::Masqueraded, returned.frame()));
 }
 
 #[test]
@@ -649,11 +666,11 @@ fn a_port_whose_client_has_shown_nothing_is_given_away_before_a_flow_is_refused(
     }
     // Who has shown it keeps its own.
     let (_, seen_as) = open_node_port(&host, at("203.0.113.1:40007"));
-    let back = |flags| host.see(Hook::Uplink, &Packet::tcp(Ingress, pod(), seen_as, flags).frame());
-    assert_eq!(back(SYN | ACK).0, Outcome::Masqueraded);
+    let back = |flags| host.pass(&Packet::tcp(Ingress, pod(), seen_as, flags).frame());
+    assert_eq!(back(SYN | ACK).0, Outcome::Replied);
     let heard = Packet::tcp(Ingress, at("203.0.113.1:40007"), node(30_080), ACK);
-    assert_eq!(host.see(Hook::Uplink, &heard.frame()).0, Outcome::Masqueraded);
-    assert_eq!(host.flows(), 2);
+    assert_eq!(host.pass(&heard.frame()).0, Outcome::Masqueraded);
+    assert_eq!(host.flows(), 4);
     for number in 0..200 {
         let spoofed = SocketAddr::from(([198, 51, 101, number], 40_000 + u16::from(number)));
         let (outcome, other) = open_node_port(&host, spoofed);
@@ -677,7 +694,7 @@ fn serving_node_port() -> Host<V4> {
 /// A client's SYN to that `NodePort`: what comes of it, and as whom the pod sees the client.
 fn open_node_port(host: &Host<V4>, client: SocketAddr) -> (Outcome, SocketAddr) {
     let syn = Packet::tcp(Ingress, client, node(30_080), SYN);
-    let (outcome, frame) = host.see(Hook::Uplink, &syn.frame());
+    let (outcome, frame) = host.pass(&syn.frame());
     (outcome, ends(&frame)[0])
 }
 
@@ -714,7 +731,7 @@ fn the_nodes_own_connection_on_the_place_of_a_flow_that_is_over_gets_its_answers
     for seconds in [0, 300] {
         let host = serving_node_port();
         let (_, seen_as) = open_node_port(&host, at("198.51.100.7:50000"));
-        host.see(Hook::Uplink, &Packet::tcp(Ingress, pod(), seen_as, RST | ACK).frame());
+        host.pass(&Packet::tcp(Ingress, pod(), seen_as, RST | ACK).frame());
         pass(&host, seconds);
         let own = Packet::tcp(Egress, seen_as, pod(), SYN);
         let (_, frame) = host.see(Hook::Egress, &own.frame());
@@ -741,27 +758,6 @@ fn a_strangers_connection_that_goes_on_keeps_its_place_however_long_it_was_silen
         pass(&host, 30);
     }
     assert_ne!(open_node_port(&host, at("198.51.100.7:50000")).1, node(50_000));
-}
-
-/// Whose number another endpoint has by now: its packets do not go that one's way.
-#[test]
-fn a_connection_to_a_backend_whose_number_is_anothers_takes_no_wrong_way() {
-    let mut host = serving_node_port();
-    let client = at("198.51.100.7:50000");
-    open_node_port(&host, client);
-    let segment = Packet::tcp(Ingress, client, node(30_080), ACK).frame();
-    let mut row = host.backends[0];
-    row.flags = 0;
-    host.set_backend(0, row);
-    assert_eq!(
-        host.see(Hook::Uplink, &segment).0,
-        Outcome::Masqueraded,
-        "the row is still its own"
-    );
-    row.addr = proxy_common::Addr4 { octets: [10, 0, 9, 9] };
-    row.generation += 1;
-    host.set_backend(0, row);
-    assert_eq!(host.see(Hook::Uplink, &segment).0, Outcome::NoRoute);
 }
 
 /// A SYN that anybody can send ends no connection whose backend is being drained; after some silence it begins

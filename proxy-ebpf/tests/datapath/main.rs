@@ -11,6 +11,7 @@ mod ways;
 
 use std::net::SocketAddr;
 
+const FIN: u8 = 1;
 const SYN: u8 = 2;
 const ACK: u8 = 16;
 

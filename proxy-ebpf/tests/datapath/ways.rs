@@ -5,11 +5,11 @@ use std::net::{IpAddr, SocketAddr};
 
 use proxy_common::tables::ServiceValue;
 use proxy_common::tables::Side::{Egress, Ingress};
-use proxy_common::testing::{Hook, LINK, NODE, Packet, Service};
+use proxy_common::testing::{Hook, LINK, NODE, Packet, Service, ends};
 use proxy_common::{Outcome, V4, V6, proto};
 use proxy_ebpf::testing::{Buffer, Host, HostFamily};
 
-use crate::{ACK, SYN, at};
+use crate::{ACK, FIN, SYN, at};
 
 /// Another link than the one that packets are seen on.
 const OTHER: u32 = 7;
@@ -50,32 +50,25 @@ fn seen<F: HostFamily>(host: &Host<F>, hook: Hook, packet: &Packet) -> (Outcome,
 }
 
 fn answers_leave_by_the_link_that_leads_to_the_client<F: HostFamily>() {
-    for is_local in [false, true] {
-        let (mut host, cast) = balancing::<F>(is_local);
-        let asks = |flags| Packet::tcp(Ingress, cast.client, cast.vip, flags);
-        let (hook, side, to, sent_on) = if is_local {
-            (Hook::Egress, Egress, cast.client, Outcome::Replied)
-        } else {
-            let own = SocketAddr::new(cast.node, cast.client.port());
-            (Hook::Uplink, Ingress, own, Outcome::Masqueraded)
-        };
-        let answers = |flags| Packet::tcp(side, cast.pod, to, flags);
-        seen(&host, Hook::Uplink, &asks(SYN));
-        // No route is known: by the link that the client came by. A local pod's answer is there already.
-        let by_the_same = (sent_on, if is_local { 0 } else { LINK });
-        assert_eq!(seen(&host, hook, &answers(SYN | ACK)), by_the_same);
-        host.routes = vec![(cast.client.ip(), OTHER)];
-        assert_eq!(seen(&host, hook, &answers(SYN | ACK)), (sent_on, OTHER));
-        seen(&host, Hook::Uplink, &asks(ACK));
-        // A live flow asks once a tick.
-        for _ in 0..3 {
-            assert_eq!(seen(&host, hook, &answers(ACK)), (sent_on, OTHER));
-        }
-        host.routes = vec![(cast.client.ip(), LINK)];
-        host.now.set(host.now.get() + 1);
-        for _ in 0..3 {
-            assert_eq!(seen(&host, hook, &answers(ACK)), by_the_same);
-        }
+    let (mut host, cast) = balancing::<F>(true);
+    let asks = |flags| Packet::tcp(Ingress, cast.client, cast.vip, flags);
+    let answers = |flags| Packet::tcp(Egress, cast.pod, cast.client, flags);
+    seen(&host, Hook::Uplink, &asks(SYN));
+    // No route is known: by the link that the host stack has chosen.
+    let by_the_same = (Outcome::Replied, 0);
+    let by_the_other = (Outcome::Replied, OTHER);
+    assert_eq!(seen(&host, Hook::Egress, &answers(SYN | ACK)), by_the_same);
+    host.routes = vec![(cast.client.ip(), OTHER)];
+    assert_eq!(seen(&host, Hook::Egress, &answers(SYN | ACK)), by_the_other);
+    seen(&host, Hook::Uplink, &asks(ACK));
+    // A live flow asks once a tick.
+    for _ in 0..3 {
+        assert_eq!(seen(&host, Hook::Egress, &answers(ACK)), by_the_other);
+    }
+    host.routes = vec![(cast.client.ip(), LINK)];
+    host.now.set(host.now.get() + 1);
+    for _ in 0..3 {
+        assert_eq!(seen(&host, Hook::Egress, &answers(ACK)), by_the_same);
     }
 }
 
@@ -85,6 +78,182 @@ fn answers_leave_by_the_link_that_leads_to_the_client_of_both_families() {
         answers_leave_by_the_link_that_leads_to_the_client::<V4>,
         answers_leave_by_the_link_that_leads_to_the_client::<V6>,
     ]);
+}
+
+/// A connection from outside to a pod elsewhere, some ticks old, and who is who in it.
+struct Passing<F: HostFamily> {
+    host: Host<F>,
+    cast: Cast,
+    seen_as: SocketAddr,
+}
+
+impl<F: HostFamily> Passing<F> {
+    fn connected() -> Self {
+        let (mut host, cast) = balancing::<F>(false);
+        host.settings.short_cut = 1;
+        host.routes = vec![(cast.client.ip(), LINK)];
+        let seen_as = SocketAddr::new(cast.node, cast.client.port());
+        let this = Self { host, cast, seen_as };
+        this.asks(SYN);
+        this.answers(SYN | ACK);
+        for _ in 0..2 {
+            this.exchange();
+            assert_eq!(this.host.grant(), 0, "it goes by the stack at first");
+            this.host.now.set(this.host.now.get() + 1);
+        }
+        this
+    }
+
+    /// The same with a short cut, and in the middle of a tick.
+    fn shortened() -> Self {
+        let this = Self::connected();
+        this.exchange();
+        assert_eq!(this.host.grant(), 1);
+        this
+    }
+
+    fn ask(&self, flags: u8) -> Packet {
+        Packet::tcp(Ingress, self.cast.client, self.cast.vip, flags)
+    }
+
+    fn answer(&self, flags: u8) -> Packet {
+        Packet::tcp(Ingress, self.cast.pod, self.seen_as, flags)
+    }
+
+    /// A segment of the client passes the node, as the pod gets it.
+    fn asks(&self, flags: u8) -> Outcome {
+        let (outcome, frame) = self.host.pass(&self.ask(flags).frame());
+        assert_eq!(ends(&frame), [self.seen_as, self.cast.pod]);
+        outcome
+    }
+
+    /// A segment of the pod passes the node, as the client gets it.
+    fn answers(&self, flags: u8) -> Outcome {
+        let (outcome, frame) = self.host.pass(&self.answer(flags).frame());
+        assert_eq!(ends(&frame), [self.cast.vip, self.cast.client]);
+        outcome
+    }
+
+    /// What becomes of a segment of either.
+    fn exchange(&self) -> [Outcome; 2] {
+        [self.asks(ACK), self.answers(ACK)]
+    }
+
+    fn next_tick(&self) {
+        self.host.now.set(self.host.now.get() + 1);
+    }
+}
+
+const BY_STACK: [Outcome; 2] = [Outcome::Masqueraded, Outcome::Replied];
+const SHORT: [Outcome; 2] = [Outcome::ShortCut; 2];
+
+fn a_short_cut_takes_all_but_one_packet_in_a_tick<F: HostFamily>() {
+    let this = Passing::<F>::shortened();
+    for _ in 0..5 {
+        assert_eq!([this.exchange(), this.exchange()], [SHORT, SHORT]);
+        let verdict = this.host.verdict(Hook::Uplink, &mut Buffer::new(&this.ask(ACK).frame()));
+        assert_eq!((verdict.link, verdict.way), (LINK, 1));
+        this.next_tick();
+        assert_eq!(this.exchange(), BY_STACK);
+    }
+    // After a pause, too.
+    this.host.now.set(this.host.now.get() + 1000);
+    assert_eq!([this.exchange(), this.exchange()], [BY_STACK, SHORT]);
+    // It ends by the stack, which learns of it, and another one begins.
+    assert_eq!(this.asks(FIN | ACK), Outcome::Masqueraded);
+    assert_eq!(this.answers(FIN | ACK), Outcome::Replied);
+    assert_eq!(this.host.flows(), 0);
+    assert_eq!([this.asks(SYN), this.answers(SYN | ACK)], BY_STACK);
+}
+
+/// What the host stack does not let pass ends the short cut, in the next tick.
+fn what_the_stack_drops_takes_no_short_cut<F: HostFamily>() {
+    let over = |this: &Passing<F>| [this.exchange(), this.exchange()] == [BY_STACK, BY_STACK];
+    let this = Passing::<F>::shortened();
+    this.next_tick();
+    // A packet of the client that came in and did not leave.
+    this.host.see(Hook::Uplink, &this.ask(ACK).frame());
+    this.next_tick();
+    assert!(over(&this), "the client's is dropped");
+    let this = Passing::<F>::shortened();
+    this.next_tick();
+    this.host.see(Hook::Uplink, &this.answer(ACK).frame());
+    this.next_tick();
+    assert!(over(&this), "the pod's is dropped");
+    // A policy by marks came into force.
+    let this = Passing::<F>::shortened();
+    this.next_tick();
+    let mut marked = Buffer::new(&this.ask(ACK).frame());
+    this.host.see_buffer(Hook::Uplink, &mut marked);
+    marked.mark = 7;
+    this.host.see_buffer(Hook::Egress, &mut marked);
+    this.next_tick();
+    assert!(over(&this), "marked");
+    // Later it is asked for anew, and given if all is well again.
+    for _ in 0..40 {
+        this.next_tick();
+        this.exchange();
+    }
+    assert_eq!(this.host.grant(), 1);
+    assert_eq!(this.exchange(), SHORT);
+    // Another way leads to the pod than the one that the stack takes.
+    let mut this = this;
+    this.host.way.link = OTHER;
+    this.next_tick();
+    assert!(over(&this), "another way");
+}
+
+fn what_is_not_plain_goes_by_the_stack<F: HostFamily>() {
+    let mut this = Passing::<F>::shortened();
+    let headers = if F::BITS == 32 { 40 } else { 60 };
+    for (length, outcome) in [(1400, Outcome::ShortCut), (1401, Outcome::Forwarded)] {
+        let long = this.ask(ACK).with_payload(&vec![7; length - headers]);
+        assert_eq!(seen(&this.host, Hook::Uplink, &long).0, outcome, "{length}");
+    }
+    let last_hop = Packet { hops: 1, ..this.ask(ACK) };
+    assert_eq!(seen(&this.host, Hook::Uplink, &last_hop).0, Outcome::Forwarded);
+    let hops = Packet { hops: 2, ..this.ask(ACK) };
+    let (outcome, frame) = this.host.see(Hook::Uplink, &hops.frame());
+    let arrived = Packet { src: this.seen_as, dst: this.cast.pod, hops: 1, ..hops };
+    assert_eq!((outcome, frame), (Outcome::ShortCut, arrived.frame()));
+    // Nothing leads there any more.
+    this.host.way.link = 0;
+    assert_eq!(this.host.see(Hook::Uplink, &this.ask(ACK).frame()).0, Outcome::Forwarded);
+}
+
+fn who_gets_no_short_cut<F: HostFamily>() {
+    // Nobody, if that is switched off.
+    let mut this = Passing::<F>::connected();
+    this.host.settings.short_cut = 0;
+    this.exchange();
+    assert_eq!(this.host.grant(), 0);
+    // Whose answers are marked.
+    this.host.settings.short_cut = 1;
+    let mut answer = Buffer::new(&this.answer(ACK).frame());
+    this.next_tick();
+    this.host.see_buffer(Hook::Uplink, &mut answer);
+    answer.mark = 7;
+    this.host.see_buffer(Hook::Egress, &mut answer);
+    this.asks(ACK);
+    assert_eq!(this.host.wishes.borrow().len(), 1);
+    assert_eq!(this.host.grant(), 0);
+}
+
+#[test]
+fn short_cuts_of_both_families() {
+    over_both([
+        a_short_cut_takes_all_but_one_packet_in_a_tick::<V4>,
+        a_short_cut_takes_all_but_one_packet_in_a_tick::<V6>,
+    ]);
+    over_both([
+        what_the_stack_drops_takes_no_short_cut::<V4>,
+        what_the_stack_drops_takes_no_short_cut::<V6>,
+    ]);
+    over_both([
+        what_is_not_plain_goes_by_the_stack::<V4>,
+        what_is_not_plain_goes_by_the_stack::<V6>,
+    ]);
+    over_both([who_gets_no_short_cut::<V4>, who_gets_no_short_cut::<V6>]);
 }
 
 fn an_unknown_port_of_a_vip_goes_round_nowhere<F: HostFamily>() {

@@ -108,6 +108,11 @@ pub struct Args {
     #[arg(long, value_enum, default_value = "auto")]
     xdp: Xdp,
 
+    /// Whether flows from outside to pods elsewhere may take a short cut past the host stack, where that would do nothing but
+    /// forward them. The host's firewall then sees their beginning and end, and one packet a second of each direction
+    #[arg(long, value_enum, default_value = "auto")]
+    short_cut: ShortCuts,
+
     /// How programs are attached to links
     #[arg(long, value_enum, default_value = "auto")]
     tc: TcMode,
@@ -188,6 +193,15 @@ enum Xdp {
     Auto,
     Native,
     Generic,
+}
+
+/// Whether flows may take a short cut.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, clap::ValueEnum)]
+enum ShortCuts {
+    /// None: the host stack sees every packet
+    Off,
+    /// Those that may
+    Auto,
 }
 
 /// How much the tables hold.
@@ -280,6 +294,7 @@ impl Args {
                 local_by_cidr: self.detect_local_mode == DetectLocalMode::ClusterCidr,
                 masquerade_all: self.masquerade_all,
                 masquerade_pods: self.masquerade_pods,
+                short_cut: self.short_cut == ShortCuts::Auto,
                 vip_ping: self.vip_ping,
                 cluster_cidrs: self.cluster_cidr,
             },
@@ -339,6 +354,7 @@ impl Args {
                 "lbAlgorithm": self.lb_algorithm.label(),
                 "socketLB": name(&|| self.socket_lb.to_possible_value()),
                 "tc": name(&|| self.tc.to_possible_value()),
+                "shortCut": name(&|| self.short_cut.to_possible_value()),
                 "hostPorts": self.host_ports,
                 "vipPing": self.vip_ping,
                 "masqueradeAll": self.masquerade_all,

@@ -1,7 +1,7 @@
 //! The pinned maps, by name and shape, as `proxy_common::tables` lays them out.
 
 use proxy_common::tables::{
-    AffinityKey, AffinityValue, Backend, Config, EmbryoValue, Exit, FlowKey, FlowValue,
+    AffinityKey, AffinityValue, Backend, Config, EmbryoValue, Exit, ExitKey, FlowKey, FlowValue,
     FragmentKey, FragmentValue, Name, PeerKey, PeerValue, ServiceKey, ServiceValue, Slots,
     SourceRange, Traffic, Way, Work,
 };
@@ -36,13 +36,13 @@ macro_rules! family {
             shape::<SourceRange<$family>, u32>(concat!("ranges_", $suffix)),
             shape::<u32, Work<$family>>(concat!("scratch_", $suffix)),
             shape::<u32, u32>(concat!("loads_", $suffix)),
-            shape::<u32, Exit<$family>>(concat!("exits_", $suffix)),
+            shape::<ExitKey<$family>, Exit<$family>>(concat!("exits_", $suffix)),
             shape::<u32, u64>(concat!("exhausted_", $suffix)),
         ]
     };
 }
 
-const COMMON: [Shape; 8] = [
+const COMMON: [Shape; 9] = [
     shape::<u32, Config>("config"),
     shape::<u32, Name>("names"),
     shape::<u32, u64>("outcomes"),
@@ -51,6 +51,8 @@ const COMMON: [Shape; 8] = [
     shape::<u32, u32>("turns"),
     shape::<u32, u32>("port_turns"),
     shape::<u32, Traffic>("traffic"),
+    // A ring buffer has neither.
+    shape::<(), ()>("wishes"),
 ];
 
 /// All pinned maps.

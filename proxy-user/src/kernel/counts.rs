@@ -25,7 +25,7 @@ impl Counts {
         if record.packets == 0 {
             return;
         }
-        let origin = record.facts().origin;
+        let origin = record.facts().plain;
         *self.outcomes.entry(origin.outcome()).or_default() += u64::from(record.packets);
         let traffic = self.traffic.entry((origin.backend, origin.generation)).or_default();
         traffic[0] += u64::from(record.packets);

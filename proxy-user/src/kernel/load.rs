@@ -14,7 +14,7 @@ use proxy_common::tables::Config;
 
 use super::contract::shapes;
 use super::probe::{self, OwnNamespace};
-use super::{Options, Sizes, SocketLb, read, tails};
+use super::{Options, Sizes, SocketLb, conntrack, read, tails};
 
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/portal-ebpf.o"));
 
@@ -90,9 +90,7 @@ fn load_program(program: &mut Program) -> Result<(), aya::programs::ProgramError
 /// Until when connections that nobody here knows may be another proxy's. There is none to be taken over from where the
 /// kernel follows no connections.
 fn takeover_until(options: &Options) -> u32 {
-    let followed = fs::read_to_string("/proc/sys/net/netfilter/nf_conntrack_count");
-    let follows = followed.is_ok_and(|count| count.trim() != "0");
-    if !follows || options.takeover_grace == 0 {
+    if !conntrack::is_in_use() || options.takeover_grace == 0 {
         return 0;
     }
     tracing::info!(
@@ -233,6 +231,7 @@ fn settings(options: &Options, seed: u32, takeover_until: u32) -> Settings {
         local_by_cidr: options.local_by_cidr.into(),
         masquerade_all: options.masquerade_all.into(),
         masquerade_pods: options.masquerade_pods.into(),
+        short_cut: options.short_cut.into(),
         pods4: options.cluster_cidrs.iter().find_map(range4).unwrap_or(Settings::DEFAULT.pods4),
         pods6: options.cluster_cidrs.iter().find_map(range6).unwrap_or(Settings::DEFAULT.pods6),
     }

@@ -8,6 +8,7 @@
 //! All of it is pinned, so it outlives the agent; a new agent finds it, puts its own programs into the
 //! links (between one packet and the next) and goes on with the maps.
 
+mod conntrack;
 mod contract;
 mod counts;
 mod links;
@@ -15,6 +16,7 @@ mod load;
 mod mapped;
 pub mod probe;
 pub mod read;
+mod short_cuts;
 mod sockets;
 mod sweep;
 mod sys;
@@ -37,12 +39,15 @@ use nix::fcntl::{Flock, FlockArg};
 use proxy_common::Outcome;
 use proxy_common::settings::Lifetimes;
 
-use crate::links::{Exits, Role};
+use crate::exits::Exits;
+use crate::links::Role;
 use crate::plan::{Capacity, Op, Planner, Use};
 use crate::routes::Routes;
 pub use contract::{Shape, name_of, shapes};
 use links::PinnedLinks;
 pub use load::has_object;
+pub use short_cuts::Granting;
+use short_cuts::Wishes;
 pub use sockets::SocketLb;
 pub use sweep::{Sweep, Swept};
 use tails::Tails;
@@ -78,6 +83,8 @@ pub struct Options {
     pub masquerade_all: bool,
     /// Whether what pods send out of the cluster is masqueraded.
     pub masquerade_pods: bool,
+    /// Whether flows may take a short cut past the host stack.
+    pub short_cut: bool,
     /// Whether VIPs answer ICMP echo.
     pub vip_ping: bool,
     /// Whether a client in the pods' ranges is no outsider.
@@ -131,6 +138,7 @@ pub struct Datapath {
     tails: Tails,
     links: PinnedLinks,
     writer: Writer,
+    wishes: Wishes,
     tc: tc::Place,
     /// The network links that this agent has attached to.
     attached: HashMap<u32, Role>,
@@ -164,6 +172,7 @@ impl Datapath {
         let mut ebpf = load::load(options, &maps)?;
         let mut links = PinnedLinks::new(links_folder(&options.bpffs_root))?;
         let mut writer = Writer::open(&maps)?;
+        let wishes = Wishes::open(&maps)?;
         let tc = tc::resolve(options.tc, &options.bpffs_root, &ebpf)?;
         let tails = Tails::install(&mut ebpf, &links_folder(&options.bpffs_root))?;
         let planner = recover(&mut writer)?;
@@ -183,6 +192,7 @@ impl Datapath {
                 tails,
                 links,
                 writer,
+                wishes,
                 tc,
                 attached,
                 options,
@@ -238,7 +248,7 @@ impl Datapath {
         self.writer.keep_routes(wanted);
     }
 
-    /// Says by which address pods leave the cluster on each link.
+    /// Says by which addresses is masqueraded what leaves by each link.
     ///
     /// # Errors
     /// If the kernel refuses.
@@ -311,6 +321,11 @@ impl Datapath {
     /// A sweep, which removes flows that have ended from the table of live ones.
     pub fn sweep(&self) -> Sweep {
         Sweep { maps: self.maps.clone(), counted: self.writer.counted() }
+    }
+
+    /// Short cuts that were asked for since the last call, to be looked at; `None` if there are none.
+    pub fn wishes(&mut self) -> Option<Granting> {
+        self.wishes.take()
     }
 
     /// Which backends got no source port for how many flows since they were asked for last, by the numbers of

@@ -210,7 +210,26 @@ pub fn flows(bpffs_root: &Path) -> Result<Vec<Flow>> {
     let mut flows = Vec::new();
     read_flows::<V4>(bpffs_root, &mut flows)?;
     read_flows::<V6>(bpffs_root, &mut flows)?;
-    Ok(flows)
+    Ok(joined(flows))
+}
+
+/// A Service's flow that is masqueraded where it leaves is one, with the source that its backend sees.
+fn joined(flows: Vec<Flow>) -> Vec<Flow> {
+    let (outer, masqueraded): (Vec<Flow>, Vec<Flow>) =
+        flows.into_iter().partition(|flow| flow.has_backend);
+    let mut sources: HashMap<(u8, SocketAddr, SocketAddr), Flow> = masqueraded
+        .into_iter()
+        .map(|flow| ((flow.proto, flow.client, flow.backend), flow))
+        .collect();
+    let seen_as = |mut flow: Flow| {
+        if let Some(source) = sources.remove(&(flow.proto, flow.seen_as, flow.backend)) {
+            flow.seen_as = source.seen_as;
+        }
+        flow
+    };
+    let mut joined: Vec<Flow> = outer.into_iter().map(seen_as).collect();
+    joined.extend(sources.into_values());
+    joined
 }
 
 /// What the agent told the programs that use the maps of a folder.
@@ -246,7 +265,7 @@ fn read_flows<F: Family>(bpffs_root: &Path, flows: &mut Vec<Flow>) -> Result<()>
     let (path, map) = for_table("flows")?;
     for_each(map.fd(), |key: &FlowKey<F>, value: &FlowValue<F>| {
         live.insert(bytemuck::bytes_of(key).to_vec());
-        list(key, &value.other, value.facts());
+        list(key, &value.other_by_stack(key), value.facts());
     })
     .with_context(|| format!("cannot read {}", path.display()))?;
     // What a live flow has left there is its shadow.

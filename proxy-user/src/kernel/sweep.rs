@@ -172,8 +172,9 @@ impl<F: Family> Table<F> {
     /// Looks again whether both directions of a flow are idle, and removes both. How many went.
     fn remove_if_idle(&mut self, key: &FlowKey<F>) -> usize {
         let Ok(value) = self.flows.get(key, 0) else { return 0 };
-        let other = value.other;
-        let reply = self.flows.get(&other, 0).ok().filter(|reply| reply.other == *key);
+        let other = value.other_by_stack(key);
+        let reply =
+            self.flows.get(&other, 0).ok().filter(|reply| reply.other_by_stack(&other) == *key);
         let idle = |key: &FlowKey<F>, value: &FlowValue<F>| self.is_idle(key, value.facts());
         if !idle(key, &value) || reply.is_some_and(|reply| !idle(&other, &reply)) {
             return 0;
@@ -215,7 +216,7 @@ impl<F: Family> Table<F> {
                 halves.push((*key, *value));
             }
         })?;
-        let alone = halves.into_iter().filter(|(_, value)| !self.has(&value.other));
+        let alone = halves.into_iter().filter(|(key, value)| !self.has(&value.other_by_stack(key)));
         let alone: Vec<_> = alone.collect();
         Ok(alone.into_iter().map(|(key, value)| self.remove(&key, &value)).sum())
     }

@@ -16,9 +16,9 @@ use super::load::shortened;
 use super::sys;
 
 /// The stories' programs, in the order of `datapath::Story`, without the family.
-const STORIES: [&str; 12] = [
-    "pod", "out", "reply", "pending", "arrive", "leave", "settle", "send", "refuse", "toobig",
-    "icmpin", "icmpout",
+const STORIES: [&str; 11] = [
+    "pod", "out", "reply", "pending", "arrive", "leave", "settle", "send", "refuse", "icmpin",
+    "icmpout",
 ];
 /// How the pins of tables begin.
 const PIN: &str = "tails-";

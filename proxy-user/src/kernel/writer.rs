@@ -10,7 +10,10 @@ use std::time::Instant;
 use anyhow::{Context, Result};
 use aya::maps::lpm_trie::{Key, LpmTrie};
 use aya::maps::{HashMap, Map, MapData};
-use proxy_common::tables::{self, Choice, Name, RangeData, ServiceKey, ServiceValue};
+use ipnet::IpNet;
+use proxy_common::tables::{
+    self, Choice, ExitData, ExitKey, Name, RangeData, ServiceKey, ServiceValue,
+};
 use proxy_common::{Family, Port, V4, V6};
 
 use super::mapped::Mapped;
@@ -18,7 +21,7 @@ use super::read::{FromIp, read_actual};
 use super::sweep::Counted;
 use super::ways::Ways;
 use crate::desired::{Frontend, PortId};
-use crate::links::Exits;
+use crate::exits::Exits;
 use crate::model::IpFamily;
 use crate::plan::{Actual, BackendEntry, Capacity, Lead, Op, Use, flags_of};
 use crate::routes::{Known, Route, Routes};
@@ -30,7 +33,7 @@ pub struct FamilyTables<F: Family> {
     pub backends: Mapped<tables::Backend<F>>,
     pub loads: Mapped<u32>,
     ways: Ways<F>,
-    exits: HashMap<MapData, u32, tables::Exit<F>>,
+    exits: LpmTrie<MapData, ExitData<F>, tables::Exit<F>>,
     exits_size: usize,
     exhausted: HashMap<MapData, u32, u64>,
     /// Backends whose flows are counted, with their generations.
@@ -75,7 +78,7 @@ where
             exhausted: HashMap::try_from(Map::HashMap(exhausted))?,
             counted: std::collections::HashMap::new(),
             exits_size: exits.info()?.max_entries() as usize,
-            exits: HashMap::try_from(Map::HashMap(exits))?,
+            exits: LpmTrie::try_from(Map::LpmTrie(exits))?,
             services: HashMap::try_from(Map::HashMap(services))?,
             ranges: LpmTrie::try_from(Map::LpmTrie(ranges))?,
             backends: open_mapped(maps, &super::name_of::<F>("backends"))?,
@@ -164,18 +167,29 @@ where
     }
 
     /// Makes the table of exits hold these and no others.
-    fn set_exits(&mut self, wanted: impl Iterator<Item = (u32, IpAddr)>) -> Result<()> {
-        let mut gone: HashSet<u32> = self.exits.keys().filter_map(Result::ok).collect();
-        for (link, address) in wanted {
-            gone.remove(&link);
-            if let Some(address) = F::Addr::from_ip(address) {
-                self.exits
-                    .insert(link, tables::Exit { address }, 0)
-                    .context("cannot write an exit")?;
-            }
+    fn set_exits(&mut self, wanted: &Exits) -> Result<()> {
+        let all = |link: &u32, (toward, exit): &(IpNet, IpAddr)| {
+            let toward_ip = F::Addr::from_ip(toward.addr())?;
+            let key = ExitKey::<F>::new(*link, toward_ip, toward.prefix_len().into());
+            Some((Key::new(key.prefix, key.data), F::Addr::from_ip(*exit)?))
+        };
+        let wanted: Vec<_> = wanted
+            .iter()
+            .flat_map(|(link, exits)| exits.iter().filter_map(|exit| all(link, exit)))
+            .collect();
+        for (key, address) in &wanted {
+            self.exits
+                .insert(key, tables::Exit { address: *address }, 0)
+                .context("cannot write an exit")?;
         }
-        for link in gone {
-            let _ = self.exits.remove(&link);
+        let is_wanted = |key: &Key<ExitData<F>>| {
+            wanted.iter().any(|(other, _)| {
+                (other.prefix_len(), other.data()) == (key.prefix_len(), key.data())
+            })
+        };
+        let known: Vec<_> = self.exits.keys().filter_map(Result::ok).collect();
+        for key in known.iter().filter(|key| !is_wanted(key)) {
+            let _ = self.exits.remove(key);
         }
         Ok(())
     }
@@ -292,13 +306,10 @@ impl Writer {
         self.v4.usage().into_iter().chain(self.v6.usage()).collect()
     }
 
-    /// Says by which address pods leave the cluster on each link.
+    /// Says by which addresses is masqueraded what leaves by each link.
     pub fn set_exits(&mut self, exits: &Exits) -> Result<()> {
-        let of = |family: usize| {
-            exits.iter().filter_map(move |(link, addresses)| Some((*link, addresses[family]?)))
-        };
-        self.v4.set_exits(of(0))?;
-        self.v6.set_exits(of(1))
+        self.v4.set_exits(exits)?;
+        self.v6.set_exits(exits)
     }
 
     /// Carries out one write.

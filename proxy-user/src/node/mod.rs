@@ -16,10 +16,11 @@ use tokio::time::{Interval, MissedTickBehavior};
 
 use crate::agent::Agent;
 use crate::events::Events;
+use crate::exits::Exits;
 use crate::health::{Failure, HealthChecks};
 use crate::http::Status;
 use crate::kernel::{Datapath, Swept};
-use crate::links::{self, Change, Exits};
+use crate::links::{self, Change};
 use crate::memory;
 use crate::plan::{Op, Use};
 use crate::retries::Retries;
@@ -83,12 +84,14 @@ pub struct Node {
     events: Events,
     name: String,
     except: BTreeSet<IpNet>,
-    /// By which addresses pods leave the cluster, where that is to be written.
+    /// By which addresses is masqueraded, where that is to be written.
     exits: Option<Exits>,
     /// Links that could not be attached to.
     retries: Retries,
     /// The sweep that runs, on a thread of its own.
     sweeping: JoinSet<Result<Swept>>,
+    /// Short cuts that are looked at, on a thread of its own.
+    granting: JoinSet<Result<usize>>,
     /// How often live flows found no room, at the last pulse.
     unplaced: u64,
     /// What was said of tables and ports, so that it is said once.
@@ -124,6 +127,7 @@ impl Node {
             exits: None,
             retries: Retries::default(),
             sweeping: JoinSet::new(),
+            granting: JoinSet::new(),
             unplaced: 0,
             said: BTreeSet::new(),
             read_back: None,
@@ -166,6 +170,9 @@ impl Node {
                         sweeps.reset_after(HASTE);
                     }
                 }
+                Some(granted) = self.granting.join_next() => {
+                    self.granted(granted.context("the short cuts").flatten());
+                }
                 routes = self.routes.changed() => self.reroute(&routes),
                 () = until(self.retries.next()) => self.attach_again(),
                 _ = pulses.tick() => self.pulse().await,
@@ -186,6 +193,7 @@ impl Node {
     /// What may be to be done before its time.
     async fn pulse(&mut self) {
         self.serve_checks();
+        self.grant();
         if self.is_room_wanted() {
             self.sweep();
         }
@@ -316,12 +324,11 @@ impl Node {
         }
     }
 
-    /// Says by which address pods leave the cluster on each link, if that is new or was refused.
+    /// Says by which addresses is masqueraded what leaves by each link, if that is new or was refused.
     fn set_exits(&mut self) {
         let Some(exits) = self.exits.take() else { return };
         let result = self.datapath.set_exits(&exits);
-        let text = "pods may leave the cluster with their own addresses, since their exits can't be written; is \
-                    tried again";
+        let text = "flows may not be masqueraded, since the node's addresses can't be written; is tried again";
         self.say(result.is_err(), text.to_owned());
         if let Err(error) = result {
             tracing::debug!("{error:#}");
@@ -375,6 +382,24 @@ impl Node {
         if self.sweeping.is_empty() {
             let sweep = self.datapath.sweep();
             self.sweeping.spawn_blocking(move || sweep.run());
+        }
+    }
+
+    /// Looks at the short cuts that the datapath asks for, if that is not being done.
+    fn grant(&mut self) {
+        if self.granting.is_empty()
+            && let Some(granting) = self.datapath.wishes()
+        {
+            self.granting.spawn_blocking(move || granting.run());
+        }
+    }
+
+    fn granted(&mut self, granted: Result<usize>) {
+        let text = "flows from outside go by the host stack, and take no short cut: --short-cut=off asks for none";
+        self.say(granted.is_err(), text.to_owned());
+        match granted {
+            Ok(granted) => tracing::debug!("{granted} flows got a short cut"),
+            Err(error) => tracing::debug!("no short cut: {error:#}"),
         }
     }
 

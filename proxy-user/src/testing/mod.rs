@@ -16,6 +16,7 @@ pub mod objects;
 mod offload;
 pub mod program;
 pub mod server;
+pub mod stage;
 pub mod tunnel;
 pub mod world;
 

@@ -1,7 +1,9 @@
 //! Network and mount namespaces, held by descriptors.
 
 use std::fs::{self, File};
+use std::io::Write;
 use std::os::fd::{AsFd, OwnedFd};
+use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::thread;
 
@@ -52,6 +54,26 @@ impl Namespace {
     pub fn sysctl(&self, name: &str, value: &str) {
         let path = format!("/proc/sys/{name}");
         self.run(|| fs::write(&path, value).unwrap_or_else(|e| panic!("{path} = {value}: {e}")));
+    }
+
+    /// Gives the namespace these nft rules and no others.
+    pub fn firewall(&self, rules: &str) {
+        self.run(|| {
+            let mut nft = Command::new("nft");
+            let nft = nft.args(["-f", "-"]).stdin(Stdio::piped()).spawn();
+            let mut nft = nft.expect("nft is installed");
+            let mut stdin = nft.stdin.take().expect("a pipe");
+            write!(stdin, "flush ruleset\n{rules}").expect("nft reads");
+            drop(stdin);
+            assert!(nft.wait().expect("nft ends").success(), "nft refuses:\n{rules}");
+        });
+    }
+
+    /// The connections that the kernel follows here, a line each.
+    pub fn connections(&self) -> Vec<String> {
+        let read = || fs::read_to_string("/proc/thread-self/net/nf_conntrack");
+        let text = self.run(read).expect("this kernel lists connections");
+        text.lines().map(str::to_owned).collect()
     }
 
     /// Switches what a link does for the stack on or off: checksums and the cutting of segments.

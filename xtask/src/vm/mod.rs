@@ -61,7 +61,7 @@ fn wanted(names: &[String]) -> Result<Vec<&'static Release>> {
 
 /// Says how many kernels were tested on: what can't be had here is named and passed over.
 fn run_on(kernels: &[&Release], filter: Option<&str>) -> Result<usize> {
-    toolchain::need("bpftool")?;
+    toolchain::need("bpftool", "bpftool")?;
     let programs = programs()?;
     let folder = target().join("vm");
     let emulator = Emulator::find(&folder);

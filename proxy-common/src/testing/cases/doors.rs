@@ -2,7 +2,7 @@
 
 use std::net::{IpAddr, SocketAddr};
 
-use super::{ACK, Becomes, Cast, MTU, SYN, Service, Step, packet, translated, uplink};
+use super::{ACK, Becomes, Cast, SYN, Service, Step, packet, translated, uplink};
 use crate::tables::ServiceValue;
 use crate::tables::Side::{Egress, Ingress};
 use crate::testing::packets::Packet;
@@ -28,78 +28,107 @@ fn serve(service: &Service) -> Step {
     Step::Services(vec![of(proto::TCP), of(proto::UDP)])
 }
 
-/// A request from outside and what the pod gets; an answer of the pod and what the client gets.
+/// What is seen of a flow from outside that the node masquerades: what the client sends, as the host stack sees it, and as
+/// the pod does; the same of the pod's answer.
 struct Exchange {
     sent: Packet,
-    arrived: Packet,
+    led: Packet,
+    masqueraded: Packet,
     answer: Packet,
+    given_back: Packet,
     returned: Packet,
 }
 
 /// A segment there and one back, through a node that masquerades.
 fn exchange(cast: &Cast, there: u8, back: u8) -> Exchange {
     let (node_port, _) = cast.node_port();
+    let seen_as = SocketAddr::new(cast.node, cast.outsider.port());
     let sent = Packet::tcp(Ingress, cast.outsider, node_port, there);
-    let seen_as = SocketAddr::new(cast.node, sent.src.port());
-    let arrived = Packet { src: seen_as, dst: cast.pod, hops: 63, ..sent.clone() };
+    let led = Packet { side: Egress, dst: cast.pod, ..sent.clone() };
     let answer = Packet::tcp(Ingress, cast.pod, seen_as, back);
-    let returned = Packet { src: node_port, dst: cast.outsider, hops: 63, ..answer.clone() };
-    Exchange { sent, arrived, answer, returned }
+    let given_back = Packet { side: Egress, dst: cast.outsider, ..answer.clone() };
+    Exchange {
+        masqueraded: Packet { src: seen_as, ..led.clone() },
+        returned: Packet { src: node_port, ..given_back.clone() },
+        sent,
+        led,
+        answer,
+        given_back,
+    }
 }
 
-fn masquerades(from: &Packet, to: &Packet) -> Step {
-    uplink(translated(from, Outcome::Masqueraded, to))
+impl Exchange {
+    /// What the client sends, in at an uplink and out at one.
+    fn there(&self, outcome: Outcome) -> [Step; 2] {
+        [
+            uplink(translated(&self.sent, outcome, &Packet { side: Ingress, ..self.led.clone() })),
+            translated(&self.led, Outcome::Masqueraded, &self.masqueraded),
+        ]
+    }
+
+    /// The same of the answer.
+    fn back(&self) -> [Step; 2] {
+        [
+            uplink(translated(
+                &self.answer,
+                Outcome::Masqueraded,
+                &Packet { side: Ingress, ..self.given_back.clone() },
+            )),
+            translated(&self.given_back, Outcome::Replied, &self.returned),
+        ]
+    }
 }
 
 pub fn masqueraded(cast: &Cast) -> Vec<Step> {
     let (_, frontend) = cast.node_port();
-    let Exchange { sent, arrived, answer, returned } = exchange(cast, SYN, SYN | ACK);
+    let first = exchange(cast, SYN, SYN | ACK);
     let more = exchange(cast, ACK, ACK);
-    vec![
-        serve(&Service { flags: 0, ..Service::new(frontend, proto::TCP, &[cast.pod]) }),
-        masquerades(&sent, &arrived),
-        masquerades(&sent, &arrived),
-        masquerades(&answer, &returned),
-        masquerades(&more.sent, &more.arrived),
-        masquerades(&more.answer, &more.returned),
-        // No router has passed it on so far that this node may.
-        uplink(packet(&Packet { hops: 1, ..more.sent }, Outcome::HopLimit, Becomes::Nothing)),
-    ]
+    let mut steps =
+        vec![serve(&Service { flags: 0, ..Service::new(frontend, proto::TCP, &[cast.pod]) })];
+    steps.extend(first.there(Outcome::Opened));
+    steps.extend(first.there(Outcome::Forwarded));
+    steps.extend(first.back());
+    steps.extend(more.there(Outcome::Established));
+    steps.extend(more.back());
+    steps.extend(more.there(Outcome::Forwarded));
+    steps
 }
 
 /// "Too big" comes to the node, which looks like the sender; the client must know what it sent.
 pub fn masqueraded_error(cast: &Cast) -> Vec<Step> {
     let head = if cast.vip.is_ipv4() { [3, 4] } else { [2, 0] };
-    let Exchange { sent, arrived, .. } = exchange(cast, SYN, SYN | ACK);
-    let error = |to: IpAddr, quoted: &Packet| {
-        let quoted = Packet { hops: 64, ..quoted.clone() };
-        Packet::icmp(Ingress, cast.router, to, head, quoted.quoted(1000))
+    let Exchange { sent, led, masqueraded: seen, .. } = exchange(cast, SYN, SYN | ACK);
+    let error = |side, to: IpAddr, quoted: &Packet| {
+        Packet::icmp(side, cast.router, to, head, quoted.quoted(1000))
     };
+    let within = |side| error(side, cast.outsider.ip(), &led);
     let mut steps = masqueraded(cast);
-    steps.push(masquerades(&error(cast.node, &arrived), &error(cast.outsider.ip(), &sent)));
+    let came = error(Ingress, cast.node, &seen);
+    steps.push(uplink(translated(&came, Outcome::IcmpError, &within(Ingress))));
+    let went = error(Egress, cast.outsider.ip(), &sent);
+    steps.push(translated(&within(Egress), Outcome::IcmpError, &went));
     steps
 }
 
-pub fn too_big(cast: &Cast) -> Vec<Step> {
-    let (node_port, frontend) = cast.node_port();
-    let headers = if cast.vip.is_ipv4() { 28 } else { 48 };
-    let datagram = |length: usize| {
-        let bytes = vec![7; length - headers];
-        Packet::udp(Ingress, cast.outsider, node_port).with_payload(&bytes)
+/// A node that sends packets out of the link that they came by says so to their sender, who has never heard of the pod.
+pub fn redirected(cast: &Cast) -> Vec<Step> {
+    let Exchange { led, .. } = exchange(cast, SYN, SYN | ACK);
+    let redirect = |quoted: &Packet| {
+        let client = cast.outsider.ip();
+        if cast.vip.is_ipv4() {
+            return Packet::icmp(Egress, cast.node, client, [5, 1], quoted.quoted(1000));
+        }
+        // Target and destination, and the option that quotes the packet (RFC 4861, section 4.5).
+        let mut bytes = vec![0; 32];
+        bytes.extend([4, 12, 0, 0, 0, 0, 0, 0]);
+        bytes.extend(quoted.quoted(1000));
+        Packet::icmp(Egress, cast.node, client, [137, 0], bytes)
     };
-    let fits = datagram(MTU.into());
-    let seen_as = SocketAddr::new(cast.node, fits.src.port());
-    let arrived = Packet { src: seen_as, dst: cast.pod, hops: 63, ..fits.clone() };
-    let long = datagram(usize::from(MTU) + 1);
-    let head = if cast.vip.is_ipv4() { [3, 4] } else { [2, 0] };
-    let told = Packet::icmp(Egress, cast.node, cast.outsider.ip(), head, long.quoted(headers))
-        .with_rest(u32::from(MTU).to_be_bytes());
-    vec![
-        serve(&Service { flags: 0, ..Service::new(frontend, proto::TCP, &[cast.pod]) }),
-        masquerades(&fits, &arrived),
-        uplink(translated(&long, Outcome::TooBig, &told)),
-        masquerades(&fits, &arrived),
-    ]
+    let other = Packet { src: SocketAddr::new(cast.router, 1), ..led.clone() };
+    let mut steps = masqueraded(cast);
+    steps.push(packet(&redirect(&led), Outcome::Silent, Becomes::Nothing));
+    steps.push(packet(&redirect(&other), Outcome::NotService, Becomes::Same));
+    steps
 }
 
 pub fn local_pod(cast: &Cast) -> Vec<Step> {

@@ -252,7 +252,7 @@ pub fn cases() -> Vec<Case> {
         ("headers that no stack accepts", flows::malformed),
         ("from outside to a pod elsewhere the node masquerades", doors::masqueraded),
         ("an error about a masqueraded packet", doors::masqueraded_error),
-        ("what is too long for the way to the pod is told to its sender", doors::too_big),
+        ("a redirect to a pod is not told to a client", doors::redirected),
         ("from outside to a pod of this node the client's address stays", doors::local_pod),
         ("externalTrafficPolicy asks for a local pod only from outside", doors::external_policy),
         ("internalTrafficPolicy asks for a local pod from everyone", doors::internal_policy),
