@@ -123,8 +123,6 @@ map_type! {
         pub masquerade_pods: u32,
         /// 1: flows may take a short cut past the host stack.
         pub short_cut: u32,
-        /// 1: a client in the pods' ranges is no outsider (detectLocalMode `ClusterCIDR`, KP-84).
-        pub local_by_cidr: u32,
         /// The pods' IPv4 range (`--cluster-cidr`), by which pods of other nodes are known; its mask is
         /// zero if it is not given.
         pub pods4: Range4,
@@ -159,7 +157,6 @@ impl Settings {
         masquerade_all: 0,
         masquerade_pods: 0,
         short_cut: 0,
-        local_by_cidr: 1,
         pods4: Range4 { address: [0; 4], mask: [0; 4] },
         pods6: Range6 { address: [0; 16], mask: [0; 16] },
     };

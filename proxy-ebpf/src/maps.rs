@@ -17,8 +17,9 @@ use aya_ebpf::macros::btf_map;
 use aya_ebpf::maps::lpm_trie::Key;
 use aya_ebpf::programs::TcContext;
 use proxy_common::settings::{Settings, TICK_SHIFT};
+use proxy_common::tables::endpoint::Place;
 use proxy_common::tables::{
-    AffinityKey, AffinityValue, Backend, Config, EmbryoRecord, EmbryoValue, Exit, ExitData,
+    AffinityKey, AffinityValue, Backend, Bits, Config, EmbryoRecord, EmbryoValue, Exit, ExitData,
     ExitKey, FlowKey, FlowRecord, FlowValue, FragmentKey, FragmentValue, Name, PeerKey, PeerValue,
     RangeData, ServiceKey, ServiceValue, Slots, SourceRange, Traffic, Way, Work,
 };
@@ -128,7 +129,7 @@ macro_rules! tables {
     (
         $tables:ident, $family:ty,
         $services:ident = $services_name:literal, $backends:ident = $backends_name:literal,
-        $ways:ident = $ways_name:literal,
+        $ways:ident = $ways_name:literal, $endpoints:ident = $endpoints_name:literal,
         $loads:ident = $loads_name:literal, $exits:ident = $exits_name:literal,
         $flows:ident = $flows_name:literal, $embryos:ident = $embryos_name:literal,
         $fragments:ident = $fragments_name:literal, $peers:ident = $peers_name:literal,
@@ -143,6 +144,8 @@ macro_rules! tables {
         static $backends: Array<Backend<$family>, BACKENDS, MAPPED> = Array::new();
         #[btf_map(name = $ways_name)]
         static $ways: Array<Way<$family>, WAYS, MAPPED> = Array::new();
+        #[btf_map(name = $endpoints_name)]
+        static $endpoints: Array<Bits, { Bits::COUNT }, MAPPED> = Array::new();
         #[btf_map(name = $loads_name)]
         static $loads: Array<u32, BACKENDS, MAPPED> = Array::new();
         #[btf_map(name = $exits_name)]
@@ -259,6 +262,12 @@ macro_rules! tables {
             #[inline(always)]
             fn way(&self, number: u32) -> Option<Way<$family>> {
                 $ways.get(number).copied()
+            }
+
+            #[inline(always)]
+            fn may_be_endpoint(&self, address: &<$family as Family>::Addr) -> bool {
+                let Place { element, word, mask } = Bits::place(address);
+                $endpoints.get(element).is_some_and(|bits| bits.words[word & 1] & mask != 0)
             }
 
             #[inline(always)]
@@ -427,6 +436,11 @@ macro_rules! tables {
             }
 
             #[inline(always)]
+            fn forget_peer(&self, key: &PeerKey<$family>) {
+                let _ = $peers.remove(key);
+            }
+
+            #[inline(always)]
             fn remember_peer(&self, key: &PeerKey<$family>, value: &PeerValue<$family>) {
                 let _ = $peers.insert(key, value, u64::from(BPF_ANY));
             }
@@ -440,6 +454,7 @@ tables!(
     SERVICES_V4 = "services_v4",
     BACKENDS_V4 = "backends_v4",
     WAYS_V4 = "ways_v4",
+    ENDPOINTS_V4 = "endpoints_v4",
     LOADS_V4 = "loads_v4",
     EXITS_V4 = "exits_v4",
     FLOWS_V4 = "flows_v4",
@@ -458,6 +473,7 @@ tables!(
     SERVICES_V6 = "services_v6",
     BACKENDS_V6 = "backends_v6",
     WAYS_V6 = "ways_v6",
+    ENDPOINTS_V6 = "endpoints_v6",
     LOADS_V6 = "loads_v6",
     EXITS_V6 = "exits_v6",
     FLOWS_V6 = "flows_v6",

@@ -61,7 +61,6 @@ fn options() -> Options {
         trace: false,
         short_cut: true,
         vip_ping: true,
-        local_by_cidr: true,
         masquerade_all: false,
         masquerade_pods: false,
         cluster_cidrs: Vec::new(),

@@ -209,6 +209,35 @@ fn one_source_port_through_two_vips_to_one_pod_stays_two_connections() {
     }
 }
 
+/// As a load generator does that goes from a VIP to its pods, and back: to a pod of another node, and of the same bridge.
+#[test]
+fn one_source_port_to_a_pod_and_to_its_vip_at_once() {
+    for (cni, node) in CNIS.into_iter().flat_map(|cni| [(cni, 0), (cni, 1)]) {
+        let cluster = start(cni);
+        let (client, server) = (cluster.pod(0, "client"), cluster.server(node, "server"));
+        cluster.expose("web", &VIPS, &[&server]);
+        for (vip, port) in VIPS.into_iter().zip(40_000..) {
+            cluster.wait_backends(vip, 1);
+            let direct = SocketAddr::new(server.address(vip.is_ipv6()), 8080);
+            for (order, port) in
+                [[direct, at(vip)], [at(vip), direct]].into_iter().zip([port, port + 10])
+            {
+                let connect = |to| tcp_from_port(&client.namespace, to, port).unwrap();
+                let mut both = order.map(connect);
+                for round in 0..3_u8 {
+                    for connection in &mut both {
+                        assert_eq!(connection.echo(&[round; 100]).unwrap(), [round; 100]);
+                    }
+                }
+            }
+            let socket = udp_socket(&client.namespace, vip.is_ipv6(), port).unwrap();
+            for to in [direct, at(vip), direct, at(vip)] {
+                assert_eq!(exchange(&socket, to, b"x").unwrap().from, to);
+            }
+        }
+    }
+}
+
 #[test]
 fn other_traffic_is_not_touched() {
     over_both_cnis(|_, client, server, vip| {

@@ -151,6 +151,8 @@ fn terminating_endpoints_of_the_node_take_over_where_a_policy_is_local() {
             assert_eq!(asked(&outsider, cluster.node_port(0, v6)).as_deref(), Some("server"));
             cluster.assert_dropped(1, "no_local", &outsider, cluster.node_port(1, v6));
             assert_eq!(asked(&far.namespace, cluster.node_port(0, v6)).as_deref(), Some("server"));
+            // A pod of another node comes from outside (KP-57), where there is no endpoint.
+            cluster.assert_dropped(1, "no_local", &near.namespace, cluster.node_port(1, v6));
         }
     }
 }

@@ -381,3 +381,68 @@ fn a_cluster_ip_that_the_node_serves_itself_is_its_own_while_it_does() {
         }
     }
 }
+
+/// The addresses of node 0 on its NIC that are in the subnet of a gateway of its own, and the gateway's.
+const LEGS: [[IpAddr; 2]; 2] = [
+    [
+        IpAddr::V4(Ipv4Addr::new(192, 0, 2, 11)),
+        IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 2, 0, 0, 0, 0, 0x11)),
+    ],
+    [
+        IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1)),
+        IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 2, 0, 0, 0, 0, 1)),
+    ],
+];
+
+/// Case 13: of the addresses of a NIC pods leave by the one that the gateway, or the server, knows a way to.
+#[test]
+fn pods_are_masqueraded_by_the_address_that_the_gateway_knows() {
+    let world = World::new(Cni::Bridge);
+    let server = Namespace::new();
+    world.wire.netlink(async |net| {
+        net.veth("gateway", "eth0", &server).await;
+        net.enslave("gateway", "wire").await;
+        net.up("gateway").await;
+    });
+    server.netlink(async |net| {
+        net.up("eth0").await;
+        for (own, far) in LEGS[1].into_iter().zip(FAR) {
+            net.address("eth0", own, bits(own.is_ipv6())).await;
+            net.address("lo", far, if far.is_ipv6() { 128 } else { 32 }).await;
+        }
+    });
+    world.nodes[0].namespace.netlink(async |net| {
+        for ((own, gateway), before) in LEGS[0].into_iter().zip(LEGS[1]).zip(ROUTER[0]) {
+            net.address("eth0", own, bits(own.is_ipv6())).await;
+            net.unroute(any(own.is_ipv6()), 0, before).await;
+            net.route(any(own.is_ipv6()), 0, gateway).await;
+        }
+    });
+    let stage = stage(world, &["--masquerade-pods"]);
+    let client = stage.cluster.pod(0, "client");
+    for (far, own) in FAR.into_iter().zip(LEGS[0]) {
+        server::tcp(&server, "far", far, 8085);
+        server::udp(&server, "far", far, 8085);
+        let to = SocketAddr::new(far, 8085);
+        assert_eq!(tcp(&client.namespace, to).unwrap().seen_as.ip(), own);
+        assert_eq!(udp(&client.namespace, to, b"x").unwrap().seen_as.ip(), own);
+    }
+}
+
+/// Settings of hardened nodes, and of those where bridged packets pass iptables.
+#[test]
+fn strict_filters_of_the_source_and_of_bridges_stop_nobody() {
+    for cni in [Cni::Bridge, Cni::Routed] {
+        let world = World::new(cni);
+        for node in &world.nodes {
+            for link in ["all", "default", "eth0"] {
+                node.namespace.sysctl(&format!("net/ipv4/conf/{link}/rp_filter"), "1");
+            }
+            for family in ["ip", "ip6"] {
+                let name = format!("net/bridge/bridge-nf-call-{family}tables");
+                node.namespace.sysctl(&name, "1");
+            }
+        }
+        stage(world, &[]).assert_served();
+    }
+}

@@ -6,6 +6,7 @@
 //! | `slots` | array, memory-mapped | half of the slot → two slots ([`Slots`]): positions or backend numbers | agent | datapath |
 //! | `backends_v4/6` | array, memory-mapped | backend number → [`Backend`] | agent | datapath |
 //! | `ways_v4/6` | array, memory-mapped | way number → [`Way`] | agent | datapath |
+//! | `endpoints_v4/6` | array, memory-mapped | part of a hash of an address → [`Bits`] | agent | datapath |
 //! | `loads_v4/6` | array, memory-mapped | backend number → its flows (`u32`), for least-conn | datapath, agent's sweep | datapath |
 //! | `turns` | array | service id → flows so far (`u32`), for round-robin | datapath | datapath |
 //! | `affinity_v4/6` | LRU hash | [`AffinityKey`] → [`AffinityValue`] | datapath | datapath |
@@ -27,6 +28,7 @@
 //! | `scratch_v4/6` | per-CPU array | 0 → [`Work`] | datapath | datapath |
 
 pub mod config;
+pub mod endpoint;
 pub mod exit;
 pub mod flow;
 pub mod fragment;
@@ -37,6 +39,7 @@ pub mod short_cut;
 pub mod work;
 
 pub use config::{Config, Name, Traffic};
+pub use endpoint::Bits;
 pub use exit::{Exit, ExitData, ExitKey};
 pub use flow::{EmbryoValue, Facts, FlowKey, FlowValue, Making, Origin, Side, State, expired, tag};
 pub use fragment::{FragmentKey, FragmentValue};

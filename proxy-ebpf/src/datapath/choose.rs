@@ -25,7 +25,7 @@ pub enum Failure {
 /// What a frontend's policies look at.
 #[derive(Clone, Copy)]
 pub struct Asker {
-    /// He is no pod and not this node.
+    /// He is no pod of this node, and not the node.
     pub outside: bool,
     /// He is in the Service's source ranges.
     pub allowed: bool,

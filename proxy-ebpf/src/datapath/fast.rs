@@ -155,6 +155,13 @@ fn is_anyones<F: Family, T: Tables<F>>(
     client: Client,
 ) -> bool {
     let Some(mark) = tables.service(&ServiceKey::mark(key.dst)) else {
+        if tables.may_be_endpoint(&key.dst) {
+            return match pending(tables, plain, key) {
+                Known::Translated => true,
+                Known::Foreign => false,
+                Known::No => plain.begins(),
+            };
+        }
         // Who asks a pod by its own address is noted, where pods are masqueraded.
         return client == Client::Outside
             && !plain.is(proto::TCP)

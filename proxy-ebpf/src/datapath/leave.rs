@@ -144,9 +144,7 @@ fn own_source<F: Family, T: Tables<F>>(
     if place::is_taken(tables, key, other, &mut memory.spare, now) {
         return Ok(key.src);
     }
-    place::note(tables, key, other, &mut memory.embryo, now);
-    memory.embryo.fill(key, other, Origin::NONE, State::Foreign, (now, 0));
-    let _ = tables.insert_embryo(key, &memory.embryo);
+    place::note_both(tables, key, other, &mut memory.embryo, now);
     Err(Failure::NotService)
 }
 

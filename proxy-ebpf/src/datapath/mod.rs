@@ -6,6 +6,7 @@
 //!   rewrite.
 //! - [`story::egress`]: from a backend back to a client. parse → flow → rewrite. And what is to be masqueraded where it
 //!   leaves: [`leave`].
+//! - [`direct`]: who asks an endpoint by its own address.
 //! - [`icmp`] (errors about flows, and pings) and [`refuse`] (answers to what no backend serves).
 //! - [`socket`]: the same decision at connect and sendmsg, before there is a packet.
 //!
@@ -13,6 +14,7 @@
 //! (otherwise one is recorded), [`rewrite`] (the only code that changes a packet that goes on).
 
 pub mod choose;
+pub mod direct;
 pub mod fast;
 pub mod icmp;
 pub mod leave;
@@ -223,6 +225,8 @@ pub trait Tables<F: Family> {
     fn slot(&self, index: u32) -> Option<u32>;
     /// A backend.
     fn backend(&self, number: u32) -> Option<Backend<F>>;
+    /// Whether an address may be an endpoint's.
+    fn may_be_endpoint(&self, address: &F::Addr) -> bool;
     /// A way to backends.
     fn way(&self, number: u32) -> Option<Way<F>>;
 
@@ -281,6 +285,8 @@ pub trait Tables<F: Family> {
 
     /// The frontend that a socket asked for.
     fn peer(&self, key: &PeerKey<F>) -> Option<PeerValue<F>>;
+    /// Forgets the frontend that a socket asked for.
+    fn forget_peer(&self, key: &PeerKey<F>);
     /// Keeps the frontend that a socket asked for.
     fn remember_peer(&self, key: &PeerKey<F>, value: &PeerValue<F>);
 }

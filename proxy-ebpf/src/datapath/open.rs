@@ -143,6 +143,5 @@ fn asker<F: Family, T: Tables<F>>(
     } else {
         true
     };
-    let is_pod = tables.setting(|s| &s.local_by_cidr) != 0 && tables.is_pod(&key.src);
-    Asker { outside: client == Client::Outside && !is_pod, allowed }
+    Asker { outside: client == Client::Outside, allowed }
 }

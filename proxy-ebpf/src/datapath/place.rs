@@ -356,6 +356,20 @@ pub fn note<F: Family, T: Tables<F>>(
     tables.put_embryo(place, embryo);
 }
 
+/// As [`note`], and the same of the flow's own packets, so that few of them are looked at.
+#[inline(always)]
+pub fn note_both<F: Family, T: Tables<F>>(
+    tables: &T,
+    key: &FlowKey<F>,
+    place: &FlowKey<F>,
+    embryo: &mut EmbryoValue<F>,
+    now: u32,
+) {
+    note(tables, key, place, embryo, now);
+    embryo.fill(key, place, Origin::NONE, State::Foreign, (now, 0));
+    let _ = tables.insert_embryo(key, embryo);
+}
+
 /// Whether a place belongs to a flow that is translated, of another key; or has, so that the backend may have it in
 /// `TIME_WAIT`.
 #[inline(always)]

@@ -64,6 +64,9 @@ pub fn send<F: Family, S: Socket<F>, T: Tables<F>>(
     }
     let (address, port) = socket.address();
     let Some(mark) = tables.service(&ServiceKey::mark(address)) else {
+        if tables.may_be_endpoint(&address) {
+            forget(socket, tables);
+        }
         return Outcome::NotService;
     };
     // Every namespace has a loopback of its own.
@@ -82,6 +85,16 @@ pub fn send<F: Family, S: Socket<F>, T: Tables<F>>(
         Ok(()) => Outcome::SocketTranslated,
         Err(Failure::NotService) => Outcome::NotService,
         Err(_) => failed,
+    }
+}
+
+/// The socket asks an endpoint by its own address: what comes from there is not the answer to what it asked by a VIP before.
+#[inline(always)]
+fn forget<F: Family, S: Socket<F>, T: Tables<F>>(socket: &S, tables: &T) {
+    let (backend, port) = socket.address();
+    let key = PeerKey { cookie: halves(socket.cookie()), backend, port, pad: [0; 2] };
+    if tables.peer(&key).is_some() {
+        tables.forget_peer(&key);
     }
 }
 

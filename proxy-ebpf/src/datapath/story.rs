@@ -14,7 +14,7 @@ use proxy_common::tables::{
 
 use super::choose::Failure;
 use super::{
-    Client, Leg, Next, Service, Story, Tables, leave, live, open, pending, place, rewrite,
+    Client, Leg, Next, Service, Story, Tables, direct, leave, live, open, pending, place, rewrite,
 };
 use crate::packet::{Frame, Wire, fragment_key, has_ports, parse};
 
@@ -109,6 +109,9 @@ pub fn arrive<F: Wire, P: Frame, T: Tables<F>>(frame: &P, tables: &T, work: &mut
     let client = if work.from == Story::FromPod as u32 { Client::Pod } else { Client::Outside };
     let Work { key, other, memory, packet, .. } = work;
     let Some(mark) = tables.service(&ServiceKey::mark(key.dst)) else {
+        if let Some(opening) = direct::open(tables, packet, (key, other), memory) {
+            return ask(tables, work, opening);
+        }
         if client == Client::Outside {
             leave::admit(tables, packet, (key, other), memory);
         }

@@ -393,6 +393,10 @@ impl<F: HostFamily> Tables<F> for Host<F> {
         (number == 1).then_some(self.way)
     }
 
+    fn may_be_endpoint(&self, address: &F::Addr) -> bool {
+        self.backends.iter().any(|backend| backend.addr == *address)
+    }
+
     fn load(&self, backend: u32) -> u32 {
         self.loads.borrow().get(&backend).copied().unwrap_or_default()
     }
@@ -503,6 +507,10 @@ impl<F: HostFamily> Tables<F> for Host<F> {
 
     fn peer(&self, key: &PeerKey<F>) -> Option<PeerValue<F>> {
         self.peers.borrow().get(&bytes(key)).copied()
+    }
+
+    fn forget_peer(&self, key: &PeerKey<F>) {
+        self.peers.borrow_mut().remove(&bytes(key));
     }
 
     fn remember_peer(&self, key: &PeerKey<F>, value: &PeerValue<F>) {

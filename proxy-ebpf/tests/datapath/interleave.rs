@@ -127,6 +127,8 @@ impl Tables<V4> for Cpu<'_> {
         slot(index: u32) -> Option<u32>;
         backend(number: u32) -> Option<Backend<V4>>;
         way(number: u32) -> Option<Way<V4>>;
+        may_be_endpoint(address: &Addr4) -> bool;
+        forget_peer(key: &PeerKey<V4>);
         load(backend: u32) -> u32;
         count_flow(backend: u32, more: bool);
         turn(service: u32) -> u32;

@@ -38,6 +38,10 @@ fn a_socket_is_led_to_a_backend_and_shown_the_vip<F: HostFamily>(
         assert_eq!(restore(&mut stranger, &host), Outcome::NotService);
         assert_eq!(restore(&mut call, &host), Outcome::SocketRestored);
         assert_eq!(call.to(), vip);
+        // When it has asked the pod itself, that is who answers.
+        let backend = again.to();
+        send(&mut again, &host, Act::Send);
+        assert_eq!((restore(&mut again, &host), again.to()), (Outcome::NotService, backend));
     }
     assert_eq!(reached, [one, two].into());
     let mut direct = Call::<F>::new(other, 1);

@@ -43,13 +43,12 @@ pub struct Args {
     #[arg(long, value_name = "NAME")]
     hostname_override: Option<String>,
 
-    /// The pods' address ranges, one per family: by them a pod of another node is known as a pod
-    /// where a policy asks (externalTrafficPolicy)
+    /// The pods' address ranges, one per family: whom --masquerade-pods masquerades, and toward whom it does not
     #[arg(long, value_name = "CIDR", value_delimiter = ',', value_parser = range)]
     cluster_cidr: Vec<IpNet>,
 
-    /// Who else is a pod where a policy asks (externalTrafficPolicy), besides the pods of this node,
-    /// which are known by their links
+    /// How pods of this node are told from others: by what their links look like, or as this says. Pods of other nodes come
+    /// from outside, where a policy asks (externalTrafficPolicy)
     #[arg(long, value_name = "MODE", value_enum, default_value = "ClusterCIDR")]
     detect_local_mode: DetectLocalMode,
 
@@ -218,16 +217,16 @@ enum TableSize {
 /// kube-proxy's modes (KP-84 to 86).
 #[derive(Clone, Copy, PartialEq, Eq, Debug, clap::ValueEnum)]
 enum DetectLocalMode {
-    /// Whoever is in --cluster-cidr
+    /// By what links look like
     #[value(name = "ClusterCIDR")]
     ClusterCidr,
-    /// No one
+    /// The same
     #[value(name = "NodeCIDR")]
     NodeCidr,
-    /// No one; the ports of --pod-bridge-interface are pods' links
+    /// The ports of --pod-bridge-interface are pods' links, too
     #[value(name = "BridgeInterface")]
     BridgeInterface,
-    /// No one; links with --pod-interface-name-prefix are pods'
+    /// Links with --pod-interface-name-prefix are pods', too
     #[value(name = "InterfaceNamePrefix")]
     InterfaceNamePrefix,
 }
@@ -291,7 +290,6 @@ impl Args {
                 takeover_grace: self.takeover_grace,
                 masquerade_ports: self.masquerade_ports,
                 trace: self.trace,
-                local_by_cidr: self.detect_local_mode == DetectLocalMode::ClusterCidr,
                 masquerade_all: self.masquerade_all,
                 masquerade_pods: self.masquerade_pods,
                 short_cut: self.short_cut == ShortCuts::Auto,

@@ -1,9 +1,9 @@
 //! The pinned maps, by name and shape, as `proxy_common::tables` lays them out.
 
 use proxy_common::tables::{
-    AffinityKey, AffinityValue, Backend, Config, EmbryoValue, Exit, ExitKey, FlowKey, FlowValue,
-    FragmentKey, FragmentValue, Name, PeerKey, PeerValue, ServiceKey, ServiceValue, Slots,
-    SourceRange, Traffic, Way, Work,
+    AffinityKey, AffinityValue, Backend, Bits, Config, EmbryoValue, Exit, ExitKey, FlowKey,
+    FlowValue, FragmentKey, FragmentValue, Name, PeerKey, PeerValue, ServiceKey, ServiceValue,
+    Slots, SourceRange, Traffic, Way, Work,
 };
 use proxy_common::{Family, V4, V6};
 
@@ -28,6 +28,7 @@ macro_rules! family {
             shape::<ServiceKey<$family>, ServiceValue>(concat!("services_", $suffix)),
             shape::<u32, Backend<$family>>(concat!("backends_", $suffix)),
             shape::<u32, Way<$family>>(concat!("ways_", $suffix)),
+            shape::<u32, Bits>(concat!("endpoints_", $suffix)),
             shape::<FlowKey<$family>, FlowValue<$family>>(concat!("flows_", $suffix)),
             shape::<FlowKey<$family>, EmbryoValue<$family>>(concat!("embryos_", $suffix)),
             shape::<FragmentKey<$family>, FragmentValue>(concat!("fragments_", $suffix)),

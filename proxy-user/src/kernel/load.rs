@@ -228,7 +228,6 @@ fn settings(options: &Options, seed: u32, takeover_until: u32) -> Settings {
         cpus: possible_cpus(),
         vip_ping: options.vip_ping.into(),
         takeover_until,
-        local_by_cidr: options.local_by_cidr.into(),
         masquerade_all: options.masquerade_all.into(),
         masquerade_pods: options.masquerade_pods.into(),
         short_cut: options.short_cut.into(),

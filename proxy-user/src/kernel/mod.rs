@@ -87,8 +87,6 @@ pub struct Options {
     pub short_cut: bool,
     /// Whether VIPs answer ICMP echo.
     pub vip_ping: bool,
-    /// Whether a client in the pods' ranges is no outsider.
-    pub local_by_cidr: bool,
     /// The pods' ranges, by which pods of other nodes are known; the first of each family counts.
     pub cluster_cidrs: Vec<IpNet>,
 }

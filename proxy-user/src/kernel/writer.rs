@@ -11,8 +11,9 @@ use anyhow::{Context, Result};
 use aya::maps::lpm_trie::{Key, LpmTrie};
 use aya::maps::{HashMap, Map, MapData};
 use ipnet::IpNet;
+use proxy_common::tables::endpoint::Place;
 use proxy_common::tables::{
-    self, Choice, ExitData, ExitKey, Name, RangeData, ServiceKey, ServiceValue,
+    self, Bits, Choice, ExitData, ExitKey, Name, RangeData, ServiceKey, ServiceValue,
 };
 use proxy_common::{Family, Port, V4, V6};
 
@@ -33,6 +34,7 @@ pub struct FamilyTables<F: Family> {
     pub backends: Mapped<tables::Backend<F>>,
     pub loads: Mapped<u32>,
     ways: Ways<F>,
+    endpoints: Mapped<Bits>,
     exits: LpmTrie<MapData, ExitData<F>, tables::Exit<F>>,
     exits_size: usize,
     exhausted: HashMap<MapData, u32, u64>,
@@ -73,8 +75,10 @@ where
         let exits = open(maps, &super::name_of::<F>("exits"))?;
         let exhausted = open(maps, &super::name_of::<F>("exhausted"))?;
         let ways = Ways::new(open_mapped(maps, &super::name_of::<F>("ways"))?);
+        let endpoints = open_mapped(maps, &super::name_of::<F>("endpoints"))?;
         Ok(Self {
             ways,
+            endpoints,
             exhausted: HashMap::try_from(Map::HashMap(exhausted))?,
             counted: std::collections::HashMap::new(),
             exits_size: exits.info()?.max_entries() as usize,
@@ -121,6 +125,10 @@ where
         } else {
             self.counted.remove(&number);
         }
+        let Place { element, word, mask } = Bits::place(&addr);
+        let mut bits = self.endpoints.get(element)?;
+        bits.words[word] |= mask;
+        self.endpoints.set(element, bits)?;
         let now = Instant::now();
         let way = self.ways.take(now, route)?;
         // What is behind the number must be there first.
@@ -156,6 +164,7 @@ where
 
     fn unmap(&mut self) {
         self.backends.unmap();
+        self.endpoints.unmap();
         self.loads.unmap();
     }
 
