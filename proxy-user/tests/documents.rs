@@ -60,6 +60,7 @@ fn every_test_that_the_table_names_is_there() {
         "firewalls",
         "flows",
         "kernel",
+        "load",
         "network",
         "plan",
         "scenarios",

@@ -6,14 +6,16 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
+use std::time::Duration;
 
 use aya::maps::{HashMap, Map, MapData};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use portal::testing::cluster::{Cluster, VIPS};
-use portal::testing::eventually;
 use portal::testing::namespace::Namespace;
+use portal::testing::net::Net;
 use portal::testing::objects::{self, node_ports};
-use portal::testing::world::{BPFFS, Cni, Pod};
+use portal::testing::world::{BPFFS, Cni, Node, Pod};
+use portal::testing::{eventually, within};
 use proxy_common::V4;
 use proxy_common::tables::{EmbryoValue, FlowKey, FlowValue, Side};
 use proxy_common::testing::Packet;
@@ -359,4 +361,102 @@ fn a_connection_whose_records_are_lost_goes_on_by_each_door() {
         forget_flows(&stage);
     }
     connections.iter_mut().for_each(ask);
+}
+
+/// Takes the address of the node that is asked away and puts it back, with the routes that go with it.
+fn flap(stage: &Stage) {
+    let [node, other] = &stage.cluster.world.nodes[..] else { panic!("two nodes") };
+    node.namespace.netlink(async |net| {
+        net.unaddress("eth0", node.v4().into()).await;
+        net.address("eth0", node.v4().into(), 24).await;
+        reroute(&net, other).await;
+    });
+}
+
+async fn reroute(net: &Net, other: &Node) {
+    net.route(Ipv4Addr::new(10, 244, other.number, 0).into(), 24, other.v4().into()).await;
+}
+
+/// What happens to nodes while a thousand connections echo, by each door: from a pod through a VIP, and from outside to a pod
+/// elsewhere.
+#[test]
+fn a_thousand_connections_outlive_what_happens_to_links_routes_and_the_agent() {
+    let mut stage = Stage::new(&[]);
+    let held = [
+        Held::open(&stage.client.namespace, vip(81), 500),
+        Held::open(&stage.outsider, stage.node_port(0), 500),
+    ];
+    eventually("the short cut is taken", || {
+        (stage.cluster.outcomes(0, "short_cut") > 1000).then_some(())
+    });
+    let another_round = || held.iter().for_each(Held::another_round);
+    let node = stage.cluster.world.nodes[0].namespace.clone();
+    for _ in 0..3 {
+        flap(&stage);
+        another_round();
+        for (from, to) in [("eth0", "lan0"), ("lan0", "eth0")] {
+            node.netlink(async |net| net.rename(from, to).await);
+            another_round();
+        }
+        let other = &stage.cluster.world.nodes[1];
+        node.netlink(async |net| {
+            let pods = Ipv4Addr::new(10, 244, other.number, 0).into();
+            net.unroute(pods, 24, other.v4().into()).await;
+            reroute(&net, other).await;
+        });
+        another_round();
+        for present in [true, false] {
+            node.netlink(async |net| net.ingress("eth0", present).await);
+            another_round();
+        }
+        stage.cluster.agents[0] = None;
+        another_round();
+        stage.cluster.start_agent(0);
+        another_round();
+    }
+    assert_eq!(held.map(Held::end), [0, 0]);
+}
+
+/// The kernel's tables of connections are as they were, when what has ended is over: of short connections, which went by the host
+/// stack, and of long ones, which took the short cut.
+#[test]
+fn fifty_thousand_connections_leave_nothing_in_the_kernels_tables_of_connections() {
+    let stage = Stage::new(&[]);
+    let followed = |node: &Node| {
+        let name = "/proc/sys/net/netfilter/nf_conntrack_count";
+        let count = node.namespace.run(|| std::fs::read_to_string(name).unwrap());
+        count.trim().parse::<usize>().unwrap()
+    };
+    for node in &stage.cluster.world.nodes {
+        node.namespace.firewall(
+            "table inet t {
+                chain f { type filter hook forward priority filter; ct state invalid drop;
+                }
+            }
+",
+        );
+        // The kernel's two minutes, shortened.
+        node.namespace.sysctl("net/netfilter/nf_conntrack_tcp_timeout_time_wait", "5");
+    }
+    let before: Vec<usize> = stage.cluster.world.nodes.iter().map(followed).collect();
+    let held = Held::open(&stage.outsider, stage.node_port(0), 1000);
+    eventually("the short cut is taken", || {
+        (stage.cluster.outcomes(0, "short_cut") > 1000).then_some(())
+    });
+    let to = stage.node_port(1);
+    thread::scope(|scope| {
+        for _ in 0..2 {
+            scope.spawn(|| {
+                let connect = || (0..SHORT / 2).try_for_each(|_| short_here(to));
+                stage.outsider.run(connect).expect("none is refused");
+            });
+        }
+    });
+    assert_eq!(held.end(), 0);
+    for (node, before) in stage.cluster.world.nodes.iter().zip(before) {
+        let most = before + SHORT / 100;
+        within(Duration::from_mins(2), "they are forgotten", || {
+            (followed(node) <= most).then_some(())
+        });
+    }
 }

@@ -30,9 +30,9 @@ impl Bits {
     #[inline(always)]
     pub fn place(address: &impl Address) -> Place {
         let hash = spread(address.mix(0));
-        let element = hash as usize % Self::COUNT;
         Place {
-            element: element as u32,
+            // The lowest 13 bits, as there are elements.
+            element: hash & 0x1fff,
             word: (hash >> 18) as usize & 1,
             mask: 1 << (hash >> 13 & 31),
         }

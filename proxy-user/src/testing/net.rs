@@ -158,6 +158,20 @@ impl Net {
         added.unwrap_or_else(|error| panic!("{address} on {link}: {error}"));
     }
 
+    /// Puts the qdisc before what comes in by a link, as others beside us do, or takes it away.
+    pub async fn ingress(&self, link: &str, present: bool) {
+        const INGRESS: u32 = 0xffff_fff1;
+        let index = i32::try_from(self.index(link).await).expect("a small number");
+        let changed = if present {
+            self.handle.qdisc().add(index).ingress().execute().await
+        } else {
+            let mut request = self.handle.qdisc().del(index);
+            request.message_mut().header.parent = INGRESS.into();
+            request.execute().await
+        };
+        changed.unwrap_or_else(|error| panic!("ingress of {link}: {error}"));
+    }
+
     /// Gives a link another name.
     pub async fn rename(&self, link: &str, name: &str) {
         self.set(link, |message| message.name(name.to_owned())).await;
