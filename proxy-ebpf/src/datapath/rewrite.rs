@@ -139,7 +139,7 @@ pub fn send<F: Wire, P: Frame>(
             None => Verdict::of(Outcome::NotWritable),
         };
     }
-    if origin.is(Origin::MASQUERADES) && origin.has_backend() {
+    if origin.is(Origin::MASQUERADES) && origin.has_backend() && !origin.is(Origin::REPLY) {
         frame.set_led();
     }
     if link != 0 && link != frame.link() {

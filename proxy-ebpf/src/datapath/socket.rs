@@ -64,7 +64,9 @@ pub fn send<F: Family, S: Socket<F>, T: Tables<F>>(
     }
     let (address, port) = socket.address();
     let Some(mark) = tables.service(&ServiceKey::mark(address)) else {
-        if tables.may_be_endpoint(&address) {
+        // Not when it sends: the kernel does so with the endpoint's address for a connected IPv6 socket that was led to an
+        // IPv4 one.
+        if act == Act::Connect && tables.may_be_endpoint(&address) {
             forget(socket, tables);
         }
         return Outcome::NotService;
@@ -88,7 +90,7 @@ pub fn send<F: Family, S: Socket<F>, T: Tables<F>>(
     }
 }
 
-/// The socket asks an endpoint by its own address: what comes from there is not the answer to what it asked by a VIP before.
+/// The socket connects to an endpoint by its own address: what comes from there is not the answer to what it asked by a VIP before.
 #[inline(always)]
 fn forget<F: Family, S: Socket<F>, T: Tables<F>>(socket: &S, tables: &T) {
     let (backend, port) = socket.address();

@@ -38,9 +38,11 @@ fn a_socket_is_led_to_a_backend_and_shown_the_vip<F: HostFamily>(
         assert_eq!(restore(&mut stranger, &host), Outcome::NotService);
         assert_eq!(restore(&mut call, &host), Outcome::SocketRestored);
         assert_eq!(call.to(), vip);
-        // When it has asked the pod itself, that is who answers.
+        // What is sent to the backend by a socket that was led there changes nothing; but if it connects there.
         let backend = again.to();
-        send(&mut again, &host, Act::Send);
+        send(&mut again.clone(), &host, Act::Send);
+        assert_eq!(restore(&mut again.clone(), &host), Outcome::SocketRestored);
+        send(&mut again, &host, Act::Connect);
         assert_eq!((restore(&mut again, &host), again.to()), (Outcome::NotService, backend));
     }
     assert_eq!(reached, [one, two].into());
