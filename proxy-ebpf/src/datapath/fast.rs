@@ -154,30 +154,27 @@ fn is_anyones<F: Family, T: Tables<F>>(
     key: &FlowKey<F>,
     client: Client,
 ) -> bool {
-    let Some(mark) = tables.service(&ServiceKey::mark(key.dst)) else {
-        if tables.may_be_endpoint(&key.dst) {
-            return match pending(tables, plain, key) {
-                Known::Translated => true,
-                Known::Foreign => false,
-                Known::No => plain.begins(),
-            };
-        }
+    let mark = tables.service(&ServiceKey::mark(key.dst));
+    let is_node = mark.is_some_and(|mark| mark.has(ServiceValue::NODE));
+    if mark.is_some() && !is_node {
+        return true;
+    }
+    if !is_node && !tables.may_be_endpoint(&key.dst) {
         // Who asks a pod by its own address is noted, where pods are masqueraded.
         return client == Client::Outside
             && !plain.is(proto::TCP)
             && tables.setting(|s| &s.masquerade_pods) != 0;
-    };
-    if !mark.has(ServiceValue::NODE) {
-        return true;
     }
     match pending(tables, plain, key) {
         Known::Translated => true,
         Known::Foreign => false,
         // Whether it is one that counts here, the story sees.
-        Known::No => {
+        Known::No if is_node => {
             tables.has_service(&ServiceKey::new(key.dst, key.dport, key.proto))
                 || tables.has_service(&ServiceKey::node_port(key.dport, key.proto))
         }
+        // One to an endpoint by its own address.
+        Known::No => plain.begins(),
     }
 }
 
