@@ -41,6 +41,9 @@ outcomes! {
     ShortCut = "short_cut",
     /// Packet of a pod that reaches itself, rewritten and sent back out of its link.
     Hairpin = "hairpin",
+    /// Packet to a VIP that was not translated where it came in, or the answer to one: rewritten where it would have left the
+    /// node, and let in again.
+    Caught = "caught",
     /// ICMP error about a flow's packet, rewritten outside and in.
     IcmpError = "icmp_error",
     /// Later fragment of a rewritten datagram, rewritten alike.
@@ -81,6 +84,14 @@ impl Outcome {
     /// The number under which the outcome is counted.
     pub const fn index(self) -> u32 {
         self as u32
+    }
+
+    /// Whether the packet goes back to where it came from.
+    pub const fn turns_back(self) -> bool {
+        matches!(
+            self,
+            Self::Hairpin | Self::Caught | Self::Reset | Self::Unreachable | Self::EchoReply
+        )
     }
 }
 

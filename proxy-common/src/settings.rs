@@ -123,6 +123,8 @@ map_type! {
         pub masquerade_pods: u32,
         /// 1: flows may take a short cut past the host stack.
         pub short_cut: u32,
+        /// Index of the catch-all link, by which packets come in again that are led to backends where they leave; 0: none are.
+        pub catch_all: u32,
         /// The pods' IPv4 range (`--cluster-cidr`), by which pods of other nodes are known; its mask is
         /// zero if it is not given.
         pub pods4: Range4,
@@ -157,6 +159,7 @@ impl Settings {
         masquerade_all: 0,
         masquerade_pods: 0,
         short_cut: 0,
+        catch_all: 0,
         pods4: Range4 { address: [0; 4], mask: [0; 4] },
         pods6: Range6 { address: [0; 16], mask: [0; 16] },
     };

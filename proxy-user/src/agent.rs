@@ -221,6 +221,11 @@ impl Agent {
         self.planner.remote_backends()
     }
 
+    /// The `ClusterIPs` that the kernel holds, without those that are the node's own addresses too.
+    pub fn cluster_ips(&self) -> HashSet<IpAddr> {
+        self.planner.cluster_ips().collect()
+    }
+
     /// Writes backends again as they are: another way leads to those addresses.
     pub fn rewrite(&self, is_concerned: impl Fn(IpAddr) -> bool) -> Vec<Op> {
         self.planner.rewrite(is_concerned)

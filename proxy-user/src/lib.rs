@@ -7,6 +7,7 @@
 //! are pure: no I/O, no clock, no await.
 
 pub mod agent;
+pub mod catch_all;
 pub mod cli;
 pub mod desired;
 pub mod events;

@@ -6,6 +6,7 @@ use std::net::IpAddr;
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
+use crate::catch_all;
 use crate::exits::{self, Exits, Own};
 use crate::kernel::probe;
 
@@ -38,6 +39,8 @@ pub enum Role {
     Uplink,
     /// Leads to other machines, and has no Ethernet headers (wireguard, ipip, tun).
     Tunnel,
+    /// [`crate::catch_all`]: what is routed to it is caught there.
+    CatchAll,
     /// Not to be touched.
     Ignore,
 }
@@ -54,6 +57,7 @@ impl Role {
             Self::Pod => "pod link",
             Self::Uplink => "uplink",
             Self::Tunnel => "tunnel",
+            Self::CatchAll => "catch-all link",
             Self::Ignore => "link",
         }
     }
@@ -84,7 +88,8 @@ impl std::fmt::Display for Rule {
         let role = match self.role {
             Role::Pod => "pod",
             Role::Uplink | Role::Tunnel => "uplink",
-            Role::Ignore => "ignore",
+            // No rule makes a catch-all link.
+            Role::Ignore | Role::CatchAll => "ignore",
         };
         write!(f, "{role}={}", self.links)
     }
@@ -247,6 +252,9 @@ impl Links {
     /// What a link is for: what the first rule says that is of it, or else what it looks like.
     pub fn role(&self, ifindex: u32) -> Role {
         let Some(link) = self.known.get(&ifindex) else { return Role::Ignore };
+        if link.name == catch_all::NAME {
+            return Role::CatchAll;
+        }
         let ruled = self.rules_of(link).next().map(|rule| rule.role);
         link.served(ruled.unwrap_or_else(|| self.looks_like(ifindex, link)))
     }

@@ -20,6 +20,7 @@ use rtnetlink::sys::SocketAddr;
 use rtnetlink::{Handle, MulticastGroup, RouteMessageBuilder, new_multicast_connection};
 use tokio::sync::mpsc;
 
+use crate::catch_all;
 use crate::exits::Own;
 use crate::links::{Change, Header, Kind, Links, Rule, everywhere};
 
@@ -111,7 +112,7 @@ fn moved(message: &NetlinkMessage<RouteNetlinkMessage>) -> Vec<IpNet> {
         ) => everywhere().into(),
         NetlinkPayload::InnerMessage(
             RouteNetlinkMessage::NewRoute(route) | RouteNetlinkMessage::DelRoute(route),
-        ) => vec![destination(route)],
+        ) if route.header.protocol != catch_all::PROTOCOL => vec![destination(route)],
         _ => Vec::new(),
     }
 }

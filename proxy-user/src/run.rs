@@ -13,9 +13,11 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
+use tokio::sync::watch::Sender;
 use tokio::task::JoinSet;
 
 use crate::agent::Agent;
+use crate::catch_all;
 use crate::desired::node_ports::NodePortAddresses;
 use crate::events::{Events, Notice};
 use crate::health::HealthChecks;
@@ -51,6 +53,8 @@ pub struct Settings {
     pub node_ports: NodePortAddresses,
     /// Where pods go without being masqueraded.
     pub masquerade_except: BTreeSet<IpNet>,
+    /// Whether what goes to VIPs past the programs of pods' links is caught where it leaves.
+    pub catches: bool,
     /// Whether pods get the ports of the node that they ask for.
     pub host_ports: bool,
     /// Where to serve health.
@@ -73,12 +77,13 @@ pub async fn run(settings: Settings) -> Result<()> {
     }
 }
 
-async fn follow(settings: Settings) -> Result<()> {
+async fn follow(mut settings: Settings) -> Result<()> {
     let mut tasks = JoinSet::new();
     // First what may fail without a trace.
     let kinds = watch::kinds(settings.host_ports);
     let events = Events::start(&settings.source, &settings.node, &mut tasks).await?;
     let updates = watch::start(settings.source, &settings.node, kinds.clone(), &mut tasks).await?;
+    settings.kernel.catch_all = catch_all::prepare(settings.catches).await;
     let (mut datapath, planner) = Datapath::install(&settings.kernel)?;
     memory::trim();
     if settings.kernel.trace {
@@ -96,17 +101,22 @@ async fn follow(settings: Settings) -> Result<()> {
         algorithm: settings.algorithm,
         ..model::Node::default()
     };
+    let vips = Sender::new(planner.cluster_ips().collect());
     let mut agent = Agent::new(own, settings.node_ports, kinds, planner);
     datapath.apply(&agent.except_from_masquerade(&settings.masquerade_except))?;
     let (changes, links) = mpsc::channel(LINK_QUEUE);
     tasks.spawn(netlink::follow(settings.interfaces, changes));
+    if settings.kernel.catch_all != 0 {
+        tasks.spawn(catch_all::follow(settings.kernel.catch_all, vips.subscribe()));
+    }
     let routes = Resolver::new()?;
     let checks = HealthChecks::default();
     let name = settings.node;
     tracing::info!("portal {} on node {name}", env!("CARGO_PKG_VERSION"));
     events.tell(starting(&name));
     let except = settings.masquerade_except;
-    let node = Node::new(Parts { agent, datapath, status, routes, checks, events, name, except });
+    let node =
+        Node::new(Parts { agent, datapath, status, routes, checks, events, name, except, vips });
     tokio::select! {
         () = node.serve(updates, links) => Ok(()),
         Some(ended) = tasks.join_next() => ended?.context("a part of the agent has ended"),

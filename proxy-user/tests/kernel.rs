@@ -60,6 +60,7 @@ fn options() -> Options {
         masquerade_ports: (32_768, 65_535),
         trace: false,
         short_cut: true,
+        catch_all: 0,
         vip_ping: true,
         masquerade_all: false,
         masquerade_pods: false,
@@ -102,10 +103,8 @@ fn load(options: &Options, settings: &Settings) -> Ebpf {
 }
 
 /// The stories' programs, in the order of `datapath::Story`.
-const STORIES: [&str; 11] = [
-    "pod", "out", "reply", "pending", "arrive", "leave", "settle", "send", "refuse", "icmpin",
-    "icmpout",
-];
+const STORIES: [&str; 10] =
+    ["pod", "out", "reply", "pending", "arrive", "leave", "settle", "send", "refuse", "icmp"];
 
 fn fill_tails(programs: &mut Ebpf) {
     let mut tails = ProgramArray::try_from(programs.take_map("tails").unwrap()).unwrap();

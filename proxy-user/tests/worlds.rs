@@ -5,12 +5,12 @@ use std::path::Path;
 use std::time::Duration;
 
 use portal::testing::capture::{Capture, Seen};
-use portal::testing::client::{Connection, exchange, ping, tcp, udp, udp_socket};
-use portal::testing::cluster::VIPS;
+use portal::testing::client::{Connection, exchange, is_refused, ping, tcp, udp, udp_socket};
+use portal::testing::cluster::{VIPS, at};
 use portal::testing::namespace::Namespace;
 use portal::testing::objects::{self, NODE_PORT};
 use portal::testing::stage::{Stage, beside};
-use portal::testing::world::{Cni, Node, OUTSIDER4, OUTSIDER6, World};
+use portal::testing::world::{CNIS, Cni, Node, OUTSIDER4, OUTSIDER6, Pod, World};
 use portal::testing::{eventually, server};
 use serde_json::json;
 
@@ -444,5 +444,66 @@ fn strict_filters_of_the_source_and_of_bridges_stop_nobody() {
             }
         }
         stage(world, &[]).assert_served();
+    }
+}
+
+/// Whether a pod reaches both Services of a stage, of both families and by both protocols; one VIP of the first is returned
+/// with an open connection to it.
+fn reaches_services(pod: &Pod, agent: &str) -> Vec<Connection> {
+    let mut connections = Vec::new();
+    for (number, vip) in (0..2).flat_map(|number| VIPS.map(|vip| (number, beside(vip, number)))) {
+        let what = format!("{} reaches {vip} while the agent is {agent}", pod.name);
+        let connection = eventually(&what, || tcp(&pod.namespace, at(vip)).ok());
+        assert_eq!(connection.server, format!("on-n{number}"));
+        connections.push(connection);
+        let answer = eventually(&what, || udp(&pod.namespace, at(vip), b"x").ok());
+        assert_eq!(answer.from, at(vip), "{what}");
+        eventually(&what, || ping(&pod.namespace, vip, Duration::from_secs(1)).ok());
+        let closed = SocketAddr::new(vip, 9);
+        assert!(is_refused(&pod.namespace, closed), "{what}: {closed} is not refused");
+    }
+    connections
+}
+
+/// Case 3: whatever the CNI is, and however hardened the node. What they have begun goes on when an agent is there again.
+#[test]
+fn pods_that_start_while_no_agent_runs_have_services() {
+    for cni in CNIS {
+        let world = World::new(cni);
+        for (node, link) in world.nodes.iter().flat_map(|node| [(node, "all"), (node, "default")]) {
+            node.namespace.sysctl(&format!("net/ipv4/conf/{link}/rp_filter"), "1");
+        }
+        if cni == Cni::Bridge {
+            // The rules of a CNI, and a node that lets nothing else pass.
+            world.nodes[0].namespace.firewall(
+                "table inet t {
+                    chain f { type filter hook forward priority filter; policy drop; ct state invalid drop;
+                        ip saddr 10.244.0.0/16 accept; ip daddr 10.244.0.0/16 accept;
+                        ip6 saddr fd00:244::/32 accept; ip6 daddr fd00:244::/32 accept;
+                    }
+                    chain p { type nat hook postrouting priority srcnat;
+                        ip saddr 10.244.0.0/16 ip daddr != 10.244.0.0/16 masquerade;
+                        ip6 saddr fd00:244::/32 ip6 daddr != fd00:244::/32 masquerade;
+                    }
+                }
+            ",
+            );
+        }
+        let mut stage = stage(world, &[]);
+        stage.cluster.agents[0].take().expect("it runs").kill();
+        let newborn = stage.cluster.world.pod(0, "newborn");
+        let mut connections = reaches_services(&newborn, "away");
+        let door = stage.cluster.world.nodes[1].address(false);
+        let by_door = tcp(&newborn.namespace, SocketAddr::new(door, NODE_PORT));
+        connections.push(by_door.expect("a NodePort of the other node"));
+        stage.cluster.start_agent(0);
+        eventually("the agent attaches to it", || {
+            stage.cluster.world.nodes[0].is_attached(&newborn).then_some(())
+        });
+        reaches_services(&newborn, "back");
+        assert!(stage.cluster.outcomes(0, "caught") > 0);
+        for connection in &mut connections {
+            assert_eq!(connection.echo(b"still there").unwrap(), b"still there");
+        }
     }
 }

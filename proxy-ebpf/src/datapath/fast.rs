@@ -9,7 +9,7 @@ use bytemuck::Zeroable;
 use proxy_common::tables::{FlowKey, Origin, ServiceKey, ServiceValue, Side, State};
 use proxy_common::{Family, Outcome, proto};
 
-use super::{Client, Leg, Next, Story, Tables, live, rewrite};
+use super::{Client, Leg, Next, Story, Tables, catch, live, rewrite};
 use crate::packet::{Frame, Plain, Wire, tcp};
 
 /// A packet that comes in from a client's link.
@@ -50,8 +50,8 @@ pub fn egress<F: Wire, P: Frame, T: Tables<F>>(frame: &mut P, tables: &T, client
     }
 }
 
-/// Whether a packet of an unknown flow that leaves by an uplink may be one to be masqueraded, a Service's or a pod's; or of
-/// the node's own flow, which is noted. What goes out to a pod of this node is neither.
+/// Whether a packet of an unknown flow that leaves by an uplink may be one to be masqueraded, a Service's or a pod's; or goes
+/// to a VIP untranslated; or is of the node's own flow, which is noted. What goes out to a pod of this node is neither.
 #[inline(always)]
 fn leaves<F: Family, P: Frame, T: Tables<F>>(
     frame: &P,
@@ -68,7 +68,10 @@ fn leaves<F: Family, P: Frame, T: Tables<F>>(
     };
     let is_pods = || tables.setting(|s| &s.masquerade_pods) != 0 && tables.is_pod(&key.src);
     plain.begins()
-        && (is_nodes() || is_pods() || tables.embryo(&key.turned(Side::Egress)).is_some())
+        && (is_nodes()
+            || is_pods()
+            || catch::mark(tables, key).is_some()
+            || tables.embryo(&key.turned(Side::Egress)).is_some())
 }
 
 /// What is known of a flow that is not live.

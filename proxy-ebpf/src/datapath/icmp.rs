@@ -9,7 +9,7 @@ use proxy_common::checksum::Delta;
 use proxy_common::tables::{Origin, Packet, Part, ServiceKey, ServiceValue, State, Work};
 use proxy_common::{Address, Outcome, Port, proto};
 
-use super::{Tables, Verdict, rewrite};
+use super::{Tables, rewrite};
 use crate::packet::{Frame, REACH, Wire, forget, has_ports, tcp};
 
 /// The length of ICMP's header, behind which the quoted packet begins.
@@ -17,20 +17,20 @@ const HEADER: usize = 8;
 /// Where ICMP's checksum lies.
 const CHECKSUM: usize = 2;
 
-/// An ICMP packet from a client's link: answered if it asks a VIP whether it is there, otherwise as
-/// [`error`] has it. Its headers have been parsed.
+/// An ICMP packet: answered if it asks a VIP whether it is there, otherwise as [`error`] has it. Its headers have been
+/// parsed.
 #[inline(always)]
-pub fn inbound<F: Wire, P: Frame, T: Tables<F>>(
+pub fn tell<F: Wire, P: Frame, T: Tables<F>>(
     frame: &mut P,
     tables: &T,
     work: &mut Work<F>,
-) -> Verdict {
+) -> Outcome {
     let [request, reply] = F::ECHO;
     let is_request = frame.load::<[u8; 2]>(work.packet.l4()) == Some([request, 0]);
     if !is_request || !work.packet.is(Part::Whole) || tables.setting(|s| &s.vip_ping) == 0 {
         return error(frame, tables, work);
     }
-    let outcome = match tables.service(&ServiceKey::mark(work.key.dst)) {
+    match tables.service(&ServiceKey::mark(work.key.dst)) {
         // ClusterIPs are nobody's. Other VIPs may be a machine's address, which answers or is down.
         Some(mark) if mark.has(ServiceValue::REFUSES) && !mark.has(ServiceValue::NODE) => {
             match echo(frame, work, request, reply) {
@@ -39,8 +39,7 @@ pub fn inbound<F: Wire, P: Frame, T: Tables<F>>(
             }
         }
         _ => Outcome::NotService,
-    };
-    Verdict::of(outcome)
+    }
 }
 
 /// Turns a request into its answer. Swapped addresses leave every sum as it is.
@@ -55,22 +54,22 @@ fn echo<F: Wire, P: Frame>(frame: &mut P, work: &Work<F>, request: u8, answer: u
     rewrite::turn_around(frame)
 }
 
-/// An ICMP packet: translated if it is an error about a flow, left alone otherwise. Its headers have been
-/// parsed.
+/// An ICMP packet: translated if it is an error about a flow, left alone otherwise.
 #[inline(always)]
-pub fn error<F: Wire, P: Frame, T: Tables<F>>(
+fn error<F: Wire, P: Frame, T: Tables<F>>(
     frame: &mut P,
     tables: &T,
     work: &mut Work<F>,
-) -> Verdict {
-    Verdict::of(match find(frame, tables, work) {
+) -> Outcome {
+    match find(frame, tables, work) {
         Some((_, Message::Redirect)) => Outcome::Silent,
         Some((origin, Message::Error)) => match translate(frame, work) {
-            Some(()) => turn(frame, origin),
+            Some(()) if origin.is(Origin::TURN) => rewrite::turn(frame),
+            Some(()) => Outcome::IcmpError,
             None => Outcome::NotWritable,
         },
         None => Outcome::NotService,
-    })
+    }
 }
 
 /// What an ICMP message says of the packet that it quotes.
@@ -81,18 +80,6 @@ enum Message {
     /// There is a better way, to a backend that the client does not know: it would take it for its own way there.
     /// Netfilter's NAT drops that, too.
     Redirect,
-}
-
-/// A translated error goes on, or back to the pod that it came from.
-#[inline(always)]
-fn turn<P: Frame>(frame: &mut P, origin: Origin) -> Outcome {
-    if !origin.is(Origin::TURN) {
-        return Outcome::IcmpError;
-    }
-    match rewrite::turn_around(frame) {
-        Some(()) => Outcome::Hairpin,
-        None => Outcome::NotWritable,
-    }
 }
 
 /// The flow of the packet that the error quotes. What the receiver of the error had sent is then in

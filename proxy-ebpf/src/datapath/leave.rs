@@ -5,6 +5,7 @@
 //!   has done that already, and it shows.
 //! - Pods that talk to someone outside the cluster, with the node's address in the place of their own
 //!   (`--masquerade-pods`). Such a flow has no Service and no backend.
+//! - What goes to a VIP and was not translated where it came in: [`catch`].
 //! - The node's own flows, and those that the kernel's own NAT gave the node's address. They are not
 //!   translated, but the place of their answers is noted, so that no flow of ours gets it. Where one of
 //!   ours has it already, they get another source port.
@@ -16,7 +17,7 @@ use proxy_common::{Family, Outcome, Port, proto};
 
 use super::choose::{self, Failure};
 use super::open::Opening;
-use super::{Tables, live, place};
+use super::{Tables, catch, live, place};
 use crate::packet::{Frame, Wire, has_ports, tcp};
 
 /// The flow that a packet to someone else begins. The place that it wants is then in `other`.
@@ -35,6 +36,9 @@ pub fn open<F: Family, P: Frame, T: Tables<F>>(
     let is_first = packet.proto != proto::TCP || tcp::opens(packet.flags);
     if !is_first && !frame.is_led() {
         return Err(Failure::NotService);
+    }
+    if is_first && let Some(mark) = catch::mark(tables, key) {
+        return catch::open(tables, (key, other), memory, &mark);
     }
     *other = key.turned(Side::Egress);
     let mut opening = Opening {

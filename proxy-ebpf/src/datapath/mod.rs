@@ -6,6 +6,7 @@
 //!   rewrite.
 //! - [`story::egress`]: from a backend back to a client. parse → flow → rewrite. And what is to be masqueraded where it
 //!   leaves: [`leave`].
+//! - [`catch`]: what goes to a VIP and leaves untranslated.
 //! - [`direct`]: who asks an endpoint by its own address.
 //! - [`icmp`] (errors about flows, and pings) and [`refuse`] (answers to what no backend serves).
 //! - [`socket`]: the same decision at connect and sendmsg, before there is a packet.
@@ -13,6 +14,7 @@
 //! Steps: [`live`] and [`pending`] (a flow that is known wins), [`choose`], [`place`] and [`open`]
 //! (otherwise one is recorded), [`rewrite`] (the only code that changes a packet that goes on).
 
+pub mod catch;
 pub mod choose;
 pub mod direct;
 pub mod fast;
@@ -31,7 +33,7 @@ use proxy_common::settings::Settings;
 use proxy_common::tables::{
     AffinityKey, AffinityValue, Algorithm, Backend, Choice, EmbryoRecord, EmbryoValue, ExitKey,
     FlowKey, FlowRecord, FlowValue, FragmentKey, FragmentValue, PeerKey, PeerValue, ServiceKey,
-    ServiceValue, SourceRange, Way, Work,
+    ServiceValue, Side, SourceRange, Way, Work,
 };
 use proxy_common::{Family, Outcome};
 
@@ -128,18 +130,16 @@ pub enum Story {
     Send = 7,
     /// [`refuse::refuse`].
     Refuse = 8,
-    /// [`icmp::inbound`].
-    IcmpIn = 9,
-    /// [`icmp::error`].
-    IcmpOut = 10,
+    /// [`icmp::tell`].
+    Icmp = 9,
 }
 
 impl Story {
     /// How many there are.
-    pub const COUNT: usize = 11;
+    pub const COUNT: usize = 10;
 }
 
-/// What is done with a packet, and by which link it leaves if it is sent on past the host stack.
+/// What is done with a packet, and by which link it leaves if it is sent on past the host stack; or comes in, if it goes back.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Verdict {
     /// What is done.
@@ -155,6 +155,16 @@ impl Verdict {
     #[inline(always)]
     pub const fn of(outcome: Outcome) -> Self {
         Self { outcome, link: 0, way: 0 }
+    }
+
+    /// That; where the packet goes back to who has sent it, and was about to leave the node, by the link that it comes in by again.
+    #[inline(always)]
+    fn back<F: Family, T: Tables<F>>(tables: &T, key: &FlowKey<F>, outcome: Outcome) -> Self {
+        if !outcome.turns_back() || key.side != Side::Egress as u8 {
+            return Self::of(outcome);
+        }
+        let outcome = if outcome == Outcome::Hairpin { Outcome::Caught } else { outcome };
+        Self { outcome, link: tables.setting(|s| &s.catch_all), way: 0 }
     }
 }
 
@@ -307,8 +317,10 @@ pub fn tell<F: Wire, P: Frame, T: Tables<F>>(
         Story::Leave => story::leave(frame, tables, work),
         Story::Settle => story::settle(frame, tables, work),
         Story::Send => story::send(frame, tables, work),
-        Story::Refuse => refuse::refuse(frame, work).into(),
-        Story::IcmpIn => Next::Done(icmp::inbound(frame, tables, work)),
-        Story::IcmpOut => Next::Done(icmp::error(frame, tables, work)),
+        Story::Refuse => Next::Done(Verdict::back(tables, &work.key, refuse::refuse(frame, work))),
+        Story::Icmp => {
+            let outcome = icmp::tell(frame, tables, work);
+            Next::Done(Verdict::back(tables, &work.key, outcome))
+        }
     }
 }

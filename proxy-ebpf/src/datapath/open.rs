@@ -117,7 +117,7 @@ fn address<F: Family>(
 
 /// The number that chooses a new flow's backend.
 #[inline(always)]
-fn draw<F: Family, T: Tables<F>>(tables: &T, service: &Service, key: &FlowKey<F>) -> u32 {
+pub fn draw<F: Family, T: Tables<F>>(tables: &T, service: &Service, key: &FlowKey<F>) -> u32 {
     if service.chooses(Algorithm::Maglev) {
         // Without this node's seed: any node that the flow comes by chooses alike.
         key.hash(0)
@@ -137,11 +137,21 @@ fn asker<F: Family, T: Tables<F>>(
     service: &Service,
     (key, client): (&FlowKey<F>, Client),
 ) -> Asker {
-    let allowed = if service.has(ServiceValue::SOURCE_RANGES) {
-        memory.range = choose::source_range(service.id, key.src);
-        tables.is_in_range(&memory.range)
-    } else {
-        true
-    };
+    let allowed = is_allowed(tables, memory, service, key.src);
     Asker { outside: client == Client::Outside, allowed }
+}
+
+/// Whether a client is in the Service's source ranges, if it has any.
+#[inline(always)]
+pub fn is_allowed<F: Family, T: Tables<F>>(
+    tables: &T,
+    memory: &mut Memory<F>,
+    service: &Service,
+    client: F::Addr,
+) -> bool {
+    if !service.has(ServiceValue::SOURCE_RANGES) {
+        return true;
+    }
+    memory.range = choose::source_range(service.id, client);
+    tables.is_in_range(&memory.range)
 }

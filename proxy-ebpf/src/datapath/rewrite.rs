@@ -145,15 +145,16 @@ pub fn send<F: Wire, P: Frame>(
     if link != 0 && link != frame.link() {
         return Verdict { outcome, link, way };
     }
-    let outcome = if origin.is(Origin::TURN) {
-        match turn_around(frame) {
-            Some(()) => Outcome::Hairpin,
-            None => Outcome::NotWritable,
-        }
-    } else {
-        outcome
-    };
-    Verdict::of(outcome)
+    Verdict::of(if origin.is(Origin::TURN) { turn(frame) } else { outcome })
+}
+
+/// Sends a translated packet back to where it came from.
+#[inline(always)]
+pub fn turn<P: Frame>(frame: &mut P) -> Outcome {
+    match turn_around(frame) {
+        Some(()) => Outcome::Hairpin,
+        None => Outcome::NotWritable,
+    }
 }
 
 /// Whether a packet that is not a later fragment is longer than `mtu`; which is 0 if the way takes any.

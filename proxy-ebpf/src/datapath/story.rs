@@ -8,13 +8,14 @@
 
 use proxy_common::Outcome;
 use proxy_common::tables::{
-    Decision, FlowKey, FragmentValue, LastResort, Packet, Part, Request, ServiceKey, ServiceValue,
-    Side, Work,
+    Decision, FlowKey, FragmentValue, LastResort, Origin, Packet, Part, Request, ServiceKey,
+    ServiceValue, Side, Work,
 };
 
 use super::choose::Failure;
 use super::{
-    Client, Leg, Next, Service, Story, Tables, direct, leave, live, open, pending, place, rewrite,
+    Client, Leg, Next, Service, Story, Tables, Verdict, catch, direct, leave, live, open, pending,
+    place, rewrite,
 };
 use crate::packet::{Frame, Wire, fragment_key, has_ports, parse};
 
@@ -45,7 +46,7 @@ pub fn ingress<F: Wire, P: Frame, T: Tables<F>>(
     if !has_ports(work.packet.proto) && !leave::identify(frame, tables, &work.packet, &mut work.key)
     {
         let is_icmp = work.packet.proto == F::ICMP;
-        return if is_icmp { Next::Story(Story::IcmpIn) } else { Outcome::NotService.into() };
+        return if is_icmp { Next::Story(Story::Icmp) } else { Outcome::NotService.into() };
     }
     if work.packet.is(Part::Later) && !recall_ports(tables, &work.packet, &mut work.key) {
         return unknown_fragment(tables, &work.key).into();
@@ -67,7 +68,7 @@ pub fn egress<F: Wire, P: Frame, T: Tables<F>>(
     if !has_ports(work.packet.proto) && !leave::identify(frame, tables, &work.packet, &mut work.key)
     {
         let is_icmp = work.packet.proto == F::ICMP;
-        return if is_icmp { Next::Story(Story::IcmpOut) } else { Outcome::NotService.into() };
+        return if is_icmp { Next::Story(Story::Icmp) } else { Outcome::NotService.into() };
     }
     if work.packet.is(Part::Later) && !recall_ports(tables, &work.packet, &mut work.key) {
         return Outcome::NotService.into();
@@ -117,7 +118,10 @@ pub fn arrive<F: Wire, P: Frame, T: Tables<F>>(frame: &P, tables: &T, work: &mut
         }
         return Outcome::NotService.into();
     };
-    if mark.has(ServiceValue::LOOPBACK) || !has_ports(packet.proto) {
+    if mark.has(ServiceValue::LOOPBACK)
+        || !has_ports(packet.proto)
+        || catch::has(tables, packet, key, &mut memory.spare)
+    {
         return Outcome::NotService.into();
     }
     match open::open(frame, tables, packet, (key, other), memory, (&mark, client)) {
@@ -210,6 +214,9 @@ pub fn send<F: Wire, P: Frame, T: Tables<F>>(
     };
     let (l4, number) = (packet.l4(), packet.proto);
     match rewrite::translate(frame, l4, number, part, &work.key, &work.other) {
+        Some(()) if origin.is(Origin::TURN) => {
+            Next::Done(Verdict::back(tables, &work.key, rewrite::turn(frame)))
+        }
         Some(()) => Next::Done(rewrite::send::<F, P>(frame, origin, leg, outcome)),
         None => Outcome::NotWritable.into(),
     }

@@ -2,11 +2,12 @@
 
 use core::mem::zeroed;
 
-use aya_ebpf::bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC, bpf_redir_neigh};
+use aya_ebpf::bindings::{BPF_F_INGRESS, TC_ACT_SHOT, TC_ACT_UNSPEC, bpf_redir_neigh};
 use aya_ebpf::helpers::{bpf_redirect, bpf_redirect_neigh, bpf_skb_change_head};
 use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
 use bytemuck::Zeroable;
+use proxy_common::abi::CATCH_ALL_MAC;
 use proxy_common::{Family, Outcome, V4, V6};
 use proxy_ebpf::datapath::{Client, Next, Story, Tables, Verdict, fast, tell};
 
@@ -20,6 +21,13 @@ const ETHERNET: usize = 14;
 /// How long the kernel's struct is.
 const NEIGHBOUR: i32 = 20;
 const _: () = assert!(size_of::<bpf_redir_neigh>() == 20);
+
+#[repr(C)]
+struct EthernetHeader {
+    to: [u8; 6],
+    from: [u8; 6],
+    ethertype: u16,
+}
 
 macro_rules! hooks {
     ($($(#[$doc:meta])+ $name:ident<$network:literal>: $fast:ident($client:ident);)+) => {$(
@@ -71,8 +79,13 @@ macro_rules! stories {
             let Some(work) = $tables.work() else {
                 return leave_alone(&ctx, Outcome::NotService);
             };
-            let next = tell(Story::$story, &mut skb, &$tables, work);
-            go_on::<$network>(&ctx, next, $is_v6)
+            match tell(Story::$story, &mut skb, &$tables, work) {
+                Next::Done(done) if done.link != 0 && done.outcome.turns_back() => {
+                    count(&ctx, done.outcome);
+                    let_in::<$network>(&ctx, done.link, $is_v6)
+                }
+                next => go_on::<$network>(&ctx, next, $is_v6),
+            }
         }
     )+};
 }
@@ -96,10 +109,8 @@ stories! {
     portal_send6<14>(Tables6, true): Send;
     portal_refuse4<14>(Tables4, false): Refuse;
     portal_refuse6<14>(Tables6, true): Refuse;
-    portal_icmpin4<14>(Tables4, false): IcmpIn;
-    portal_icmpin6<14>(Tables6, true): IcmpIn;
-    portal_icmpout4<14>(Tables4, false): IcmpOut;
-    portal_icmpout6<14>(Tables6, true): IcmpOut;
+    portal_icmp4<14>(Tables4, false): Icmp;
+    portal_icmp6<14>(Tables6, true): Icmp;
     portal_l3out4<0>(Tables4, false): FromOutside;
     portal_l3out6<0>(Tables6, true): FromOutside;
     portal_l3reply4<0>(Tables4, false): ToClient;
@@ -116,10 +127,8 @@ stories! {
     portal_l3send6<0>(Tables6, true): Send;
     portal_l3refuse4<0>(Tables4, false): Refuse;
     portal_l3refuse6<0>(Tables6, true): Refuse;
-    portal_l3icmpin4<0>(Tables4, false): IcmpIn;
-    portal_l3icmpin6<0>(Tables6, true): IcmpIn;
-    portal_l3icmpout4<0>(Tables4, false): IcmpOut;
-    portal_l3icmpout6<0>(Tables6, true): IcmpOut;
+    portal_l3icmp4<0>(Tables4, false): Icmp;
+    portal_l3icmp6<0>(Tables6, true): Icmp;
 }
 
 /// What comes of a packet, in this program or in the next one. Where the next is missing, which happens
@@ -129,8 +138,7 @@ fn go_on<const NETWORK: usize>(ctx: &TcContext, next: Next, is_v6: bool) -> i32 
     let done = match next {
         Next::Counted(done) => done,
         Next::Done(done) => {
-            maps::count(done.outcome, 1);
-            trace::log(ctx, done.outcome);
+            count(ctx, done.outcome);
             done
         }
         Next::Story(story) => {
@@ -148,9 +156,14 @@ fn go_on<const NETWORK: usize>(ctx: &TcContext, next: Next, is_v6: bool) -> i32 
 /// Counts that nothing is done with the packet.
 #[inline(always)]
 fn leave_alone(ctx: &TcContext, outcome: Outcome) -> i32 {
+    count(ctx, outcome);
+    TC_ACT_UNSPEC
+}
+
+#[inline(always)]
+fn count(ctx: &TcContext, outcome: Outcome) {
     maps::count(outcome, 1);
     trace::log(ctx, outcome);
-    TC_ACT_UNSPEC
 }
 
 /// What the kernel does with a packet that the stack sends on, or nobody. "On" is UNSPEC and not OK, so that the programs
@@ -179,8 +192,9 @@ fn action<const NETWORK: usize>(ctx: &TcContext, outcome: Outcome) -> i32 {
         | Outcome::NoSource
         | Outcome::NoPort
         | Outcome::NotWritable
-        // Not without a link to leave by.
+        // Not without a link to leave or to come in by.
         | Outcome::ShortCut
+        | Outcome::Caught
         // Not what becomes of a packet.
         | Outcome::TableFull
         | Outcome::SocketTranslated
@@ -232,6 +246,27 @@ fn fill(neighbour: &mut bpf_redir_neigh, way: u32, is_v6: bool) -> bool {
 #[inline(always)]
 fn gateway<F: Family, T: Tables<F>>(tables: &T, way: u32) -> F::Addr {
     tables.way(way).map_or_else(F::Addr::zeroed, |way| way.hop)
+}
+
+/// In by the catch-all link, as from a wire: with its address, and without what the host has noted on the way here.
+#[inline(always)]
+fn let_in<const NETWORK: usize>(ctx: &TcContext, link: u32, is_v6: bool) -> i32 {
+    if NETWORK == 0 {
+        // SAFETY: the helper checks all; packet pointers are not used any more.
+        if unsafe { bpf_skb_change_head(ctx.skb.skb, ETHERNET as u32, 0) } != 0 {
+            return TC_ACT_SHOT;
+        }
+    }
+    let ethertype = if is_v6 { V6::ETHERTYPE } else { V4::ETHERTYPE };
+    let header =
+        EthernetHeader { to: CATCH_ALL_MAC, from: CATCH_ALL_MAC, ethertype: ethertype.to_be() };
+    if ctx.store(0, &header, 0).is_err() {
+        return TC_ACT_SHOT;
+    }
+    // SAFETY: the context is the kernel's and outlives the program.
+    unsafe { (*ctx.skb.skb).mark = 0 };
+    // SAFETY: the helper only notes where the packet comes in after the program's end.
+    unsafe { bpf_redirect(link, BPF_F_INGRESS.into()) as i32 }
 }
 
 /// Out of the link it came from.

@@ -37,6 +37,8 @@ fn every_case_and_between_them_every_outcome() {
     let elsewhere = [
         // Told by the hook, before there is a family.
         Outcome::NotIp,
+        // catch.rs
+        Outcome::Caught,
         // ways.rs
         Outcome::ShortCut,
         // life.rs

@@ -2,6 +2,7 @@
 
 mod algorithms;
 mod cases;
+mod catch;
 mod direct;
 mod interleave;
 mod life;

@@ -62,7 +62,11 @@ pub fn main() -> Result<()> {
         Command::Services(args) => list::services(&args),
         Command::Backends(args) => list::backends(&args),
         Command::Flows(args) => list::flows(&args),
-        Command::Cleanup(place) => crate::kernel::cleanup(&place.bpffs_root),
+        Command::Cleanup(place) => {
+            crate::kernel::cleanup(&place.bpffs_root)?;
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+            runtime.block_on(crate::catch_all::remove())
+        }
         Command::Version => {
             let object = if crate::kernel::has_object() { "inside" } else { "absent" };
             println!(

@@ -112,6 +112,11 @@ pub struct Args {
     #[arg(long, value_enum, default_value = "auto")]
     short_cut: ShortCuts,
 
+    /// Whether what goes to a VIP from a link that has no programs is caught where it leaves the node: of pods that start while
+    /// no agent runs. For that there is a pair of links, portal0 and portal1, and routes to ClusterIPs where no others lead
+    #[arg(long, value_name = "BOOL", default_value_t = true, action = clap::ArgAction::Set)]
+    catch_all: bool,
+
     /// How programs are attached to links
     #[arg(long, value_enum, default_value = "auto")]
     tc: TcMode,
@@ -293,10 +298,13 @@ impl Args {
                 masquerade_all: self.masquerade_all,
                 masquerade_pods: self.masquerade_pods,
                 short_cut: self.short_cut == ShortCuts::Auto,
+                // It is made when all else is known to be right.
+                catch_all: 0,
                 vip_ping: self.vip_ping,
                 cluster_cidrs: self.cluster_cidr,
             },
             masquerade_except,
+            catches: self.catch_all,
             interfaces,
             host_ports: self.host_ports,
             node_ports: node_ports(&self.nodeport_addresses)?,
@@ -352,6 +360,7 @@ impl Args {
                 "lbAlgorithm": self.lb_algorithm.label(),
                 "socketLB": name(&|| self.socket_lb.to_possible_value()),
                 "tc": name(&|| self.tc.to_possible_value()),
+                "catchAll": self.catch_all,
                 "shortCut": name(&|| self.short_cut.to_possible_value()),
                 "hostPorts": self.host_ports,
                 "vipPing": self.vip_ping,

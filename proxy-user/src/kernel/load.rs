@@ -231,6 +231,7 @@ fn settings(options: &Options, seed: u32, takeover_until: u32) -> Settings {
         masquerade_all: options.masquerade_all.into(),
         masquerade_pods: options.masquerade_pods.into(),
         short_cut: options.short_cut.into(),
+        catch_all: options.catch_all,
         pods4: options.cluster_cidrs.iter().find_map(range4).unwrap_or(Settings::DEFAULT.pods4),
         pods6: options.cluster_cidrs.iter().find_map(range6).unwrap_or(Settings::DEFAULT.pods6),
     }

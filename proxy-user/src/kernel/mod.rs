@@ -85,6 +85,8 @@ pub struct Options {
     pub masquerade_pods: bool,
     /// Whether flows may take a short cut past the host stack.
     pub short_cut: bool,
+    /// Index of the link by which comes in again what is translated where it leaves; 0 if there is none.
+    pub catch_all: u32,
     /// Whether VIPs answer ICMP echo.
     pub vip_ping: bool,
     /// The pods' ranges, by which pods of other nodes are known; the first of each family counts.

@@ -16,10 +16,8 @@ use super::load::shortened;
 use super::sys;
 
 /// The stories' programs, in the order of `datapath::Story`, without the family.
-const STORIES: [&str; 11] = [
-    "pod", "out", "reply", "pending", "arrive", "leave", "settle", "send", "refuse", "icmpin",
-    "icmpout",
-];
+const STORIES: [&str; 10] =
+    ["pod", "out", "reply", "pending", "arrive", "leave", "settle", "send", "refuse", "icmp"];
 /// How the pins of tables begin.
 const PIN: &str = "tails-";
 

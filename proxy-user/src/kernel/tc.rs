@@ -38,12 +38,13 @@ const HOOKS: [(TcAttachType, &str, u32); 2] = [
     (TcAttachType::Ingress, "ingress", sys::TCX_INGRESS),
 ];
 
-/// The programs of a link, in the order of [`HOOKS`].
-const fn programs(role: Role) -> [&'static str; 2] {
+/// The programs of a link, in the order of [`HOOKS`], as far as it has any.
+const fn programs(role: Role) -> &'static [&'static str] {
     match role {
-        Role::Uplink => ["portal_upegress", "portal_uplink"],
-        Role::Tunnel => ["portal_l3egress", "portal_l3uplink"],
-        Role::Pod | Role::Ignore => ["portal_egress", "portal_ingress"],
+        Role::Uplink => &["portal_upegress", "portal_uplink"],
+        Role::Tunnel => &["portal_l3egress", "portal_l3uplink"],
+        Role::CatchAll => &["portal_upegress"],
+        Role::Pod | Role::Ignore => &["portal_egress", "portal_ingress"],
     }
 }
 
@@ -110,7 +111,7 @@ pub fn attach(
     role: Role,
 ) -> Result<usize> {
     let mut fresh = 0;
-    for (program, (direction, side, attach_type)) in programs(role).into_iter().zip(HOOKS) {
+    for (program, (direction, side, attach_type)) in programs(role).iter().zip(HOOKS) {
         let program: &mut SchedClassifier = ebpf
             .program_mut(program)
             .with_context(|| format!("the object has no program {program}"))?

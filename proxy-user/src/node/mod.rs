@@ -1,6 +1,7 @@
 //! The running agent: what is heard becomes writes, at once, and links are attached as they come.
 
 mod attach;
+mod vips;
 
 use std::collections::{BTreeSet, HashSet};
 use std::net::IpAddr;
@@ -10,7 +11,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use ipnet::IpNet;
 use proxy_common::Outcome;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::{Interval, MissedTickBehavior};
 
@@ -72,6 +73,8 @@ pub struct Parts {
     pub name: String,
     /// Where pods go without being masqueraded.
     pub except: BTreeSet<IpNet>,
+    /// The `ClusterIPs` that there are.
+    pub vips: watch::Sender<HashSet<IpAddr>>,
 }
 
 /// The agent with its datapath.
@@ -84,6 +87,7 @@ pub struct Node {
     events: Events,
     name: String,
     except: BTreeSet<IpNet>,
+    vips: watch::Sender<HashSet<IpAddr>>,
     /// By which addresses is masqueraded, where that is to be written.
     exits: Option<Exits>,
     /// Links that could not be attached to.
@@ -114,7 +118,7 @@ pub struct Node {
 impl Node {
     /// An agent that has heard nothing yet.
     pub fn new(parts: Parts) -> Self {
-        let Parts { agent, datapath, status, routes, checks, events, name, except } = parts;
+        let Parts { agent, datapath, status, routes, checks, events, name, except, vips } = parts;
         Self {
             agent,
             datapath,
@@ -124,6 +128,7 @@ impl Node {
             events,
             name,
             except,
+            vips,
             exits: None,
             retries: Retries::default(),
             sweeping: JoinSet::new(),
@@ -286,6 +291,7 @@ impl Node {
     fn write(&mut self, ops: &[Op]) -> bool {
         let Err(error) = self.datapath.apply(ops) else {
             self.wait = FIRST_WAIT;
+            self.tell_vips(ops);
             return true;
         };
         self.postpone(&error.context("the kernel refused a write to its maps"));

@@ -203,6 +203,12 @@ impl Frontends {
         mark.refusing = mark.refusing + refuses(after) - refuses(before);
     }
 
+    /// The addresses that are `ClusterIPs`, and none of the node's own.
+    pub fn cluster_ips(&self) -> impl Iterator<Item = IpAddr> {
+        let is_cluster_ip = |mark: &Mark| mark.refusing > 0 && mark.node == 0;
+        self.marks.iter().filter(move |(_, mark)| is_cluster_ip(mark)).map(|(address, _)| *address)
+    }
+
     fn write_mark(&mut self, address: IpAddr, ops: &mut Vec<Op>) {
         let Some(mark) = self.marks.get_mut(&address) else { return };
         let wanted = mark.wanted();

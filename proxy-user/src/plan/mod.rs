@@ -169,6 +169,11 @@ impl Planner {
         all.filter(|(_, entry)| !entry.local).map(|(_, entry)| entry.address.ip()).collect()
     }
 
+    /// The `ClusterIPs` that the kernel holds, without those that are the node's own addresses too.
+    pub fn cluster_ips(&self) -> impl Iterator<Item = IpAddr> {
+        self.frontends.cluster_ips()
+    }
+
     /// Writes backends again as they are: another way leads to those addresses.
     pub fn rewrite(&self, is_concerned: impl Fn(IpAddr) -> bool) -> Vec<Op> {
         let mut ops = Vec::new();

@@ -1,0 +1,267 @@
+//! The catch-all link: by it comes in again what went to a VIP and was translated where it left the node (docs/decisions/0025).
+//!
+//! It is a pair of links of which only the first is of use. `ClusterIPs` are routed to it, in a table of their own, so that they are
+//! caught whatever other routes there are; what goes to other VIPs leaves by an uplink and is caught there. Link and routes stay when the
+//! agent ends, as the programs do.
+
+use std::collections::HashSet;
+use std::fs;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use futures::TryStreamExt;
+use proxy_common::abi::CATCH_ALL_MAC;
+use rtnetlink::packet_route::link::{LinkAttribute, LinkMessage};
+use rtnetlink::packet_route::route::{
+    RouteAddress, RouteAttribute, RouteMessage, RouteProtocol, RouteScope,
+};
+use rtnetlink::packet_route::rule::{RuleAction, RuleMessage};
+use rtnetlink::{Error, Handle, LinkUnspec, LinkVeth, RouteMessageBuilder, new_connection};
+use tokio::sync::watch;
+
+/// Its name.
+pub const NAME: &str = "portal0";
+/// The name of its other end, by which nothing goes.
+pub const PEER: &str = "portal1";
+/// By which our routes are known.
+pub const PROTOCOL: RouteProtocol = RouteProtocol::Other(112);
+
+/// The table of our routes.
+const TABLE: u32 = 112;
+/// The rule for it comes before the one for the table `main`, where a default route would lead elsewhere.
+const RULE_PRIORITY: u32 = 32_765;
+/// What is on its way is as long as the links take that it comes from and goes to.
+const MTU: u32 = 65_535;
+/// How often it is looked whether all is still there.
+const CHECK: Duration = Duration::from_secs(30);
+
+/// What is set for the link: packets with VIPs as their sources come in by it, that are routed elsewhere (RFC 3704, "loose"). It needs
+/// no address of its own.
+const SYSCTLS: [(&str, &str); 5] = [
+    ("ipv4/conf/portal0/rp_filter", "2"),
+    ("ipv4/conf/portal0/forwarding", "1"),
+    ("ipv6/conf/portal0/accept_ra", "0"),
+    ("ipv6/conf/portal0/addr_gen_mode", "1"),
+    ("ipv6/conf/portal1/disable_ipv6", "1"),
+];
+
+/// Sees to it that the link is there, or not if it is not wanted. Returns its index; 0 if there is none.
+pub async fn prepare(is_wanted: bool) -> u32 {
+    if !is_wanted {
+        if let Err(error) = remove().await {
+            tracing::warn!("{error:#}");
+        }
+        return 0;
+    }
+    make().await.unwrap_or_else(|error| {
+        tracing::warn!(
+            "{error:#}; pods that start while no agent runs reach no Services until one does. --catch-all=false does \
+             without"
+        );
+        0
+    })
+}
+
+/// Makes the link, unless it is there. Returns its index.
+async fn make() -> Result<u32> {
+    let (connection, handle, _) = new_connection()?;
+    let connection = tokio::spawn(connection);
+    let made = ensure(&handle, None).await;
+    connection.abort();
+    made
+}
+
+/// Removes the link, and its routes with it.
+///
+/// # Errors
+/// If the kernel refuses.
+pub async fn remove() -> Result<()> {
+    let (connection, handle, _) = new_connection()?;
+    let connection = tokio::spawn(connection);
+    if let Some(link) = find(&handle).await
+        && is_ours(&link)
+    {
+        handle.link().del(link.header.index).execute().await.context("cannot remove portal0")?;
+        for rule in [rule(&handle, false), rule(&handle, true)] {
+            let _ = handle.rule().del(rule).execute().await;
+        }
+    }
+    connection.abort();
+    Ok(())
+}
+
+/// Routes the `ClusterIPs` that it is told of to the link, and sees to it that they and the link stay, for ever.
+///
+/// # Errors
+/// If netlink can't be used.
+pub async fn follow(index: u32, mut wanted: watch::Receiver<HashSet<IpAddr>>) -> Result<()> {
+    let (connection, handle, _) = new_connection()?;
+    tokio::spawn(connection);
+    let mut routes = Routes { handle, index, known: None, has_rule: [false; 2] };
+    let mut is_refused = false;
+    loop {
+        let addresses = wanted.borrow_and_update().clone();
+        match routes.sync(&addresses).await {
+            Err(error) if !is_refused => {
+                tracing::warn!(
+                    "pods that start while no agent runs may not reach Services: {error:#}; is tried again"
+                );
+                is_refused = true;
+            }
+            Err(error) => tracing::debug!("the catch-all link: {error:#}"),
+            Ok(()) => is_refused = false,
+        }
+        tokio::select! {
+            changed = wanted.changed() => changed.context("the agent has ended")?,
+            () = tokio::time::sleep(CHECK) => routes.known = None,
+        }
+    }
+}
+
+/// What is routed to the link.
+struct Routes {
+    handle: Handle,
+    index: u32,
+    /// `None` if it is to be asked.
+    known: Option<HashSet<IpAddr>>,
+    /// Of IPv4 and of IPv6.
+    has_rule: [bool; 2],
+}
+
+impl Routes {
+    async fn sync(&mut self, wanted: &HashSet<IpAddr>) -> Result<()> {
+        let mut known = match self.known.take() {
+            Some(known) => known,
+            None => self.list().await?,
+        };
+        for v6 in [false, true] {
+            if wanted.iter().any(|address| address.is_ipv6() == v6) {
+                self.add_rule(v6).await?;
+            }
+        }
+        for address in known.difference(wanted).copied().collect::<Vec<_>>() {
+            let gone = self.handle.route().del(route(address, self.index)).execute().await;
+            // It may have gone with the link.
+            gone.or_else(|error| if is(&error, libc::ESRCH) { Ok(()) } else { Err(error) })?;
+            known.remove(&address);
+        }
+        for address in wanted.difference(&known).copied().collect::<Vec<_>>() {
+            let added = self.handle.route().add(route(address, self.index)).replace();
+            added.execute().await.with_context(|| format!("no route to {address}"))?;
+            known.insert(address);
+        }
+        self.known = Some(known);
+        Ok(())
+    }
+
+    /// The routes that are there, of an agent before too.
+    async fn list(&mut self) -> Result<HashSet<IpAddr>> {
+        let index = ensure(&self.handle, Some(self.index)).await?;
+        anyhow::ensure!(
+            index == self.index,
+            "another link has the name {NAME}; started anew, the agent takes it"
+        );
+        self.has_rule = [false; 2];
+        let mut known = HashSet::new();
+        let v4 = RouteMessageBuilder::<Ipv4Addr>::new().build();
+        let v6 = RouteMessageBuilder::<Ipv6Addr>::new().build();
+        for all_of_family in [v4, v6] {
+            let mut all = self.handle.route().get(all_of_family).execute();
+            while let Some(route) = all.try_next().await? {
+                known.extend(destination(&route).filter(|_| route.header.protocol == PROTOCOL));
+            }
+        }
+        Ok(known)
+    }
+
+    async fn add_rule(&mut self, v6: bool) -> Result<()> {
+        let has_rule = &mut self.has_rule[usize::from(v6)];
+        if *has_rule {
+            return Ok(());
+        }
+        let mut request = self.handle.rule().add();
+        *request.message_mut() = rule(&self.handle, v6);
+        match request.execute().await {
+            Err(error) if !is(&error, libc::EEXIST) => {
+                return Err(error).context("no rule for the table of ClusterIPs");
+            }
+            _ => *has_rule = true,
+        }
+        Ok(())
+    }
+}
+
+/// That our table is asked.
+fn rule(handle: &Handle, v6: bool) -> RuleMessage {
+    let rule = handle.rule().add().table_id(TABLE).priority(RULE_PRIORITY);
+    let rule = rule.action(RuleAction::ToTable);
+    if v6 { rule.v6().message_mut().clone() } else { rule.v4().message_mut().clone() }
+}
+
+/// Makes the link, with that index if it had one, unless it is there.
+async fn ensure(handle: &Handle, index: Option<u32>) -> Result<u32> {
+    if let Some(link) = find(handle).await {
+        anyhow::ensure!(is_ours(&link), "a link that is none of Portal's is called {NAME}");
+        return Ok(link.header.index);
+    }
+    let pair = LinkVeth::new(NAME, PEER).address(CATCH_ALL_MAC.to_vec()).arp(false).mtu(MTU);
+    let pair = pair.index(index.unwrap_or_default()).build();
+    handle.link().add(pair).execute().await.context("cannot make the pair of links portal0")?;
+    for (name, value) in SYSCTLS {
+        // What is not there (IPv6) needs no setting.
+        if let Err(error) = fs::write(format!("/proc/sys/net/{name}"), value)
+            && error.kind() != std::io::ErrorKind::NotFound
+        {
+            tracing::warn!("cannot set net/{name} to {value}: {error}");
+        }
+    }
+    let mut made = 0;
+    for name in [PEER, NAME] {
+        let mut found = handle.link().get().match_name(name.to_owned()).execute();
+        let link = found.try_next().await?.with_context(|| format!("no link {name}"))?;
+        made = link.header.index;
+        let up = LinkUnspec::new_with_index(made).mtu(MTU).up().build();
+        handle.link().set(up).execute().await.with_context(|| format!("link {name}"))?;
+    }
+    Ok(made)
+}
+
+async fn find(handle: &Handle) -> Option<LinkMessage> {
+    let mut found = handle.link().get().match_name(NAME.to_owned()).execute();
+    found.try_next().await.ok().flatten()
+}
+
+fn is_ours(link: &LinkMessage) -> bool {
+    link.attributes.contains(&LinkAttribute::Address(CATCH_ALL_MAC.to_vec()))
+}
+
+fn is(error: &Error, number: i32) -> bool {
+    matches!(error, Error::NetlinkError(message) if message.raw_code() == -number)
+}
+
+fn route(to: IpAddr, index: u32) -> RouteMessage {
+    match to {
+        IpAddr::V4(to) => RouteMessageBuilder::<Ipv4Addr>::new()
+            .destination_prefix(to, 32)
+            .output_interface(index)
+            .scope(RouteScope::Link)
+            .table_id(TABLE)
+            .protocol(PROTOCOL)
+            .build(),
+        IpAddr::V6(to) => RouteMessageBuilder::<Ipv6Addr>::new()
+            .destination_prefix(to, 128)
+            .output_interface(index)
+            .table_id(TABLE)
+            .protocol(PROTOCOL)
+            .build(),
+    }
+}
+
+fn destination(route: &RouteMessage) -> Option<IpAddr> {
+    route.attributes.iter().find_map(|attribute| match attribute {
+        RouteAttribute::Destination(RouteAddress::Inet(to)) => Some(IpAddr::V4(*to)),
+        RouteAttribute::Destination(RouteAddress::Inet6(to)) => Some(IpAddr::V6(*to)),
+        _ => None,
+    })
+}
