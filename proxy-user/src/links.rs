@@ -39,6 +39,8 @@ pub enum Role {
     Uplink,
     /// Leads to other machines, and has no Ethernet headers (wireguard, ipip, tun).
     Tunnel,
+    /// Leads to other machines, but lies on an uplink (macvlan, ipvlan): what comes in by it has come in there.
+    Child,
     /// [`crate::catch_all`]: what is routed to it is caught there.
     CatchAll,
     /// Not to be touched.
@@ -48,7 +50,7 @@ pub enum Role {
 impl Role {
     /// Whether it leads to other machines.
     pub const fn is_uplink(self) -> bool {
-        matches!(self, Self::Uplink | Self::Tunnel)
+        matches!(self, Self::Uplink | Self::Tunnel | Self::Child)
     }
 
     /// The role in words.
@@ -57,6 +59,7 @@ impl Role {
             Self::Pod => "pod link",
             Self::Uplink => "uplink",
             Self::Tunnel => "tunnel",
+            Self::Child => "uplink on an uplink",
             Self::CatchAll => "catch-all link",
             Self::Ignore => "link",
         }
@@ -87,7 +90,7 @@ impl std::fmt::Display for Rule {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let role = match self.role {
             Role::Pod => "pod",
-            Role::Uplink | Role::Tunnel => "uplink",
+            Role::Uplink | Role::Tunnel | Role::Child => "uplink",
             // No rule makes a catch-all link.
             Role::Ignore | Role::CatchAll => "ignore",
         };
@@ -163,6 +166,8 @@ pub struct Link {
     pub leads_on: bool,
     /// The bridge or bond that it is a port of.
     pub controller: Option<u32>,
+    /// The link of this namespace by which comes in what comes in by it.
+    pub lower: Option<u32>,
 }
 
 impl Link {
@@ -256,7 +261,9 @@ impl Links {
             return Role::CatchAll;
         }
         let ruled = self.rules_of(link).next().map(|rule| rule.role);
-        link.served(ruled.unwrap_or_else(|| self.looks_like(ifindex, link)))
+        let role = link.served(ruled.unwrap_or_else(|| self.looks_like(ifindex, link)));
+        let lies_on = |lower: u32| lower != ifindex && self.role(lower).is_uplink();
+        if role == Role::Uplink && link.lower.is_some_and(lies_on) { Role::Child } else { role }
     }
 
     /// A pod's link leads into another namespace, and at most has a gateway's address and routes to the pod. What connects
@@ -518,6 +525,11 @@ mod tests {
                 "an overlay: vxlan with a single address",
                 vec![(1, nic()), (2, link("flannel.1", Plain, "10.0.1.0")), (3, pod())],
                 &[Uplink, Uplink, Pod],
+            ),
+            (
+                "a macvlan child of the NIC, by which the node reaches pods that are such children",
+                vec![(1, nic()), (2, Link { lower: Some(1), ..link("shim", Plain, "192.0.2.9") })],
+                &[Uplink, Role::Child],
             ),
             (
                 "a node that is itself a container",

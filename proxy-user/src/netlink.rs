@@ -201,12 +201,13 @@ fn changes_uplink(links: &Links, message: &NetlinkMessage<RouteNetlinkMessage>) 
 fn set_link(links: &mut Links, message: &LinkMessage) {
     let link = links.known.entry(message.header.index).or_default();
     link.header = header_of(message.header.link_layer_type);
-    let (mut kind, mut elsewhere) = (None, false);
+    let (mut kind, mut elsewhere, mut lower) = (None, false, None);
     link.controller = None;
     for attribute in &message.attributes {
         match attribute {
             LinkAttribute::IfName(name) => link.name.clone_from(name),
             LinkAttribute::LinkNetNsId(_) => elsewhere = true,
+            LinkAttribute::Link(index) => lower = Some(*index),
             LinkAttribute::Controller(index) => link.controller = Some(*index),
             LinkAttribute::LinkInfo(infos) => {
                 kind = infos.iter().find_map(|info| match info {
@@ -217,6 +218,8 @@ fn set_link(links: &mut Links, message: &LinkMessage) {
             _ => {}
         }
     }
+    let is_child = matches!(kind, Some(InfoKind::MacVlan | InfoKind::MacVtap | InfoKind::IpVlan));
+    link.lower = lower.filter(|_| is_child && !elsewhere);
     link.kind = kind.map_or(Kind::Plain, |kind| kind_of(kind, elsewhere));
 }
 

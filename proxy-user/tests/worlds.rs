@@ -507,3 +507,37 @@ fn pods_that_start_while_no_agent_runs_have_services() {
         }
     }
 }
+
+/// Pods whose links no agent can attach to: macvlan children of the NIC, in the nodes' subnet, whose gateway is the node.
+#[test]
+fn macvlan_pods_have_services_where_their_traffic_passes_the_host() {
+    let world = World::new(Cni::Bridge);
+    let pod = Namespace::new();
+    let node = &world.nodes[0];
+    let shim = [node.address(false), node.address(true)].map(|own| beside(own, 0x40));
+    let own = shim.map(|shim| beside(shim, 1));
+    node.namespace.netlink(async |net| {
+        net.macvlan("shim", "eth0", &node.namespace).await;
+        net.up("shim").await;
+        for (shim, own) in shim.into_iter().zip(own) {
+            let bits = if own.is_ipv6() { 128 } else { 32 };
+            net.address("shim", shim, bits).await;
+            net.link_route(own, bits, "shim").await;
+        }
+        net.macvlan("eth0", "eth0", &pod).await;
+    });
+    pod.netlink(async |net| {
+        net.up("eth0").await;
+        for (shim, own) in shim.into_iter().zip(own) {
+            net.address("eth0", own, bits(own.is_ipv6())).await;
+            net.route(any(own.is_ipv6()), 0, shim).await;
+        }
+    });
+    let _stage = stage(world, &[]);
+    for (number, vip) in (0..2).flat_map(|number| VIPS.map(|vip| (number, beside(vip, number)))) {
+        let server = format!("on-n{number}");
+        let served = eventually(&format!("{vip}"), || tcp(&pod, at(vip)).ok());
+        assert_eq!(served.server, server);
+        assert_eq!(udp(&pod, at(vip), b"x").unwrap().from, at(vip));
+    }
+}

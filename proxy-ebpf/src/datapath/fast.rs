@@ -15,6 +15,7 @@ use crate::packet::{Frame, Plain, Wire, tcp};
 /// A packet that comes in from a client's link.
 #[inline(always)]
 pub fn ingress<F: Wire, P: Frame, T: Tables<F>>(frame: &mut P, tables: &T, client: Client) -> Next {
+    frame.forget_notes();
     let Some((plain, key)) = F::plain(frame, Side::Ingress) else {
         return Next::Story(client.story());
     };
@@ -31,7 +32,7 @@ pub fn ingress<F: Wire, P: Frame, T: Tables<F>>(frame: &mut P, tables: &T, clien
 /// A packet that goes out to a client's link.
 #[inline(always)]
 pub fn egress<F: Wire, P: Frame, T: Tables<F>>(frame: &mut P, tables: &T, client: Client) -> Next {
-    if frame.was_sent_on() {
+    if frame.is_done() {
         return Outcome::NotService.into();
     }
     let Some((plain, key)) = F::plain(frame, Side::Egress) else {
@@ -142,6 +143,9 @@ fn established<F: Wire, P: Frame, T: Tables<F>>(
     }
     if rewrite::translate_plain(frame, plain, &other, &change).is_none() {
         return Some(Outcome::NotWritable.into());
+    }
+    if story == Story::ToClient {
+        frame.set_done();
     }
     match rewrite::send::<F, P>(frame, origin, leg, origin.translated()) {
         verdict if verdict.outcome == Outcome::NotWritable => Some(Next::Done(verdict)),

@@ -213,6 +213,9 @@ pub fn send<F: Wire, P: Frame, T: Tables<F>>(
         _ => (Part::Later, Outcome::Fragment),
     };
     let (l4, number) = (packet.l4(), packet.proto);
+    if work.key.side == Side::Egress as u8 {
+        frame.set_done();
+    }
     match rewrite::translate(frame, l4, number, part, &work.key, &work.other) {
         Some(()) if origin.is(Origin::TURN) => {
             Next::Done(Verdict::back(tables, &work.key, rewrite::turn(frame)))

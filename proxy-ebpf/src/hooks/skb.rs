@@ -16,10 +16,10 @@ use proxy_ebpf::packet::{Frame, Route, Window};
 use super::host;
 use crate::maps::Tables6;
 
-/// What a packet's `tc_index` says that was sent on past the host stack. Others write that field (clsact for a
+/// What a packet's `tc_index` says that the node has done with. Others write that field (clsact for a
 /// class that a verdict names, the qdiscs gred and dsmark), but not this number: a class of that minor number
 /// is nobody's.
-const SENT_ON: u32 = 0x506f;
+const DONE: u32 = 0x506f;
 /// What it says that was led to a backend, and is to be masqueraded if it leaves by an uplink. Where a classifier beside
 /// ours overwrites it, that is found out by a look-up, but for packets in the middle of a connection whose record is lost.
 const LED: u32 = 0x5070;
@@ -60,11 +60,11 @@ impl<'a, const NETWORK: usize> Skb<'a, NETWORK> {
         Self { ctx }
     }
 
-    /// Marks the packet as one that is sent on past the host stack.
+    /// Notes that the node has done with the packet.
     #[inline(always)]
-    pub fn mark_sent_on(ctx: &TcContext) {
+    pub fn mark_done(ctx: &TcContext) {
         // SAFETY: the context is the kernel's and outlives the program.
-        unsafe { (*ctx.skb.skb).tc_index = SENT_ON };
+        unsafe { (*ctx.skb.skb).tc_index = DONE };
     }
 
     /// The `EtherType` in host byte order. The kernel keeps VLAN tags aside, so it is the inner one.
@@ -173,9 +173,25 @@ impl<const NETWORK: usize> Frame for Skb<'_, NETWORK> {
     }
 
     #[inline(always)]
-    fn was_sent_on(&self) -> bool {
+    fn set_done(&mut self) {
+        Self::mark_done(self.ctx);
+    }
+
+    #[inline(always)]
+    fn is_done(&self) -> bool {
         // SAFETY: the context is the kernel's and outlives the program.
-        unsafe { (*self.ctx.skb.skb).tc_index == SENT_ON }
+        unsafe { (*self.ctx.skb.skb).tc_index == DONE }
+    }
+
+    #[inline(always)]
+    fn forget_notes(&mut self) {
+        // SAFETY: the context is the kernel's and outlives the program.
+        unsafe {
+            // Mostly there is none, and a write would cost more than a look.
+            if (*self.ctx.skb.skb).tc_index != 0 {
+                (*self.ctx.skb.skb).tc_index = 0;
+            }
+        }
     }
 
     #[inline(always)]

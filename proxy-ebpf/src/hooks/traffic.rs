@@ -213,7 +213,7 @@ fn send_on<const NETWORK: usize>(ctx: &TcContext, done: Verdict, is_v6: bool) ->
             return TC_ACT_SHOT;
         }
     }
-    Skb::<NETWORK>::mark_sent_on(ctx);
+    Skb::<NETWORK>::mark_done(ctx);
     // SAFETY: plain numbers, for which zeros are valid.
     let mut neighbour: bpf_redir_neigh = unsafe { zeroed() };
     let mut length = 0;
@@ -264,7 +264,10 @@ fn let_in<const NETWORK: usize>(ctx: &TcContext, link: u32, is_v6: bool) -> i32 
         return TC_ACT_SHOT;
     }
     // SAFETY: the context is the kernel's and outlives the program.
-    unsafe { (*ctx.skb.skb).mark = 0 };
+    unsafe {
+        (*ctx.skb.skb).mark = 0;
+        (*ctx.skb.skb).tc_index = 0;
+    }
     // SAFETY: the helper only notes where the packet comes in after the program's end.
     unsafe { bpf_redirect(link, BPF_F_INGRESS.into()) as i32 }
 }
@@ -272,7 +275,7 @@ fn let_in<const NETWORK: usize>(ctx: &TcContext, link: u32, is_v6: bool) -> i32 
 /// Out of the link it came from.
 #[inline(always)]
 fn send_back<const NETWORK: usize>(ctx: &TcContext) -> i32 {
-    Skb::<NETWORK>::mark_sent_on(ctx);
+    Skb::<NETWORK>::mark_done(ctx);
     // SAFETY: the context is the kernel's and outlives the program.
     let link = unsafe { (*ctx.skb.skb).ifindex };
     // SAFETY: the helper only notes where to send the packet after the program's end.

@@ -30,8 +30,15 @@ pub trait Frame {
     /// Whether it was led to a backend by this node, and is to be masqueraded.
     fn is_led(&self) -> bool;
 
-    /// Whether it was sent on past the host stack by us, and so is seen again on its way out.
-    fn was_sent_on(&self) -> bool;
+    /// Notes that this node has done with it: it is seen again only where it leaves, if it was sent on past the host stack or if
+    /// a link lies on another one.
+    fn set_done(&mut self);
+
+    /// Whether this node has done with it.
+    fn is_done(&self) -> bool;
+
+    /// Forgets what was noted: it has just come in, and another node's notes are none of ours.
+    fn forget_notes(&mut self);
 
     /// How long the packet is, link-layer header included.
     fn length(&self) -> u32;

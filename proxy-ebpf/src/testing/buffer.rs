@@ -16,8 +16,8 @@ use crate::packet::{Frame, Route, Window};
 pub enum Note {
     /// Nothing.
     None,
-    /// It was sent on past the host stack.
-    SentOn,
+    /// The node has done with it.
+    Done,
     /// It was led to a backend, to be masqueraded if it leaves.
     Led,
 }
@@ -91,8 +91,16 @@ impl Frame for Buffer {
         self.note == Note::Led
     }
 
-    fn was_sent_on(&self) -> bool {
-        self.note == Note::SentOn
+    fn set_done(&mut self) {
+        self.note = Note::Done;
+    }
+
+    fn is_done(&self) -> bool {
+        self.note == Note::Done
+    }
+
+    fn forget_notes(&mut self) {
+        self.note = Note::None;
     }
 
     fn length(&self) -> u32 {

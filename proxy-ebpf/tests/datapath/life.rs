@@ -622,7 +622,7 @@ fn a_flow_that_left_by_itself_and_one_of_ours_never_share_a_place() {
     assert_ne!(seen_as.port(), 50_000);
     // What we have sent on ourselves is seen again there.
     let mut ours = Buffer::new(&own.frame());
-    ours.note = Note::SentOn;
+    ours.note = Note::Done;
     assert_eq!(host.see_buffer(Hook::Egress, &mut ours), Outcome::NotService);
     let back = Packet::tcp(Ingress, pod(), seen_as, SYN | ACK);
     let returned = Packet { dst: node(50_000), ..back.clone() };

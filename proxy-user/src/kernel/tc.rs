@@ -43,7 +43,7 @@ const fn programs(role: Role) -> &'static [&'static str] {
     match role {
         Role::Uplink => &["portal_upegress", "portal_uplink"],
         Role::Tunnel => &["portal_l3egress", "portal_l3uplink"],
-        Role::CatchAll => &["portal_upegress"],
+        Role::CatchAll | Role::Child => &["portal_upegress"],
         Role::Pod | Role::Ignore => &["portal_egress", "portal_ingress"],
     }
 }
