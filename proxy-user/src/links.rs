@@ -221,16 +221,24 @@ pub fn everywhere() -> [IpNet; 2] {
     [IpNet::V4(Ipv4Net::default()), IpNet::V6(Ipv6Net::default())]
 }
 
+/// What was told of a link, and what it was then.
+#[derive(Clone, PartialEq, Eq, Debug)]
+struct Told {
+    name: String,
+    role: Role,
+    kind: Kind,
+}
+
 /// All links, and what was told of them.
 #[derive(Default)]
 pub struct Links {
     rules: Vec<Rule>,
     /// By index.
     pub known: HashMap<u32, Link>,
-    /// Links that were told of, with their names and roles.
-    told: HashMap<u32, (String, Role)>,
-    /// The names of those that were uplinks, while all is listed anew.
-    uplinks: HashMap<u32, String>,
+    /// Links that were told of.
+    told: HashMap<u32, Told>,
+    /// Those that were uplinks, while all is listed anew.
+    uplinks: HashMap<u32, Told>,
     /// The addresses that were told of.
     addresses: BTreeSet<IpAddr>,
     exits: Exits,
@@ -246,12 +254,7 @@ impl Links {
     /// then.
     pub fn start_over(&mut self) {
         self.known.clear();
-        self.uplinks.extend(
-            self.told
-                .drain()
-                .filter(|(_, (_, role))| role.is_uplink())
-                .map(|(ifindex, (name, _))| (ifindex, name)),
-        );
+        self.uplinks.extend(self.told.drain().filter(|(_, told)| told.role.is_uplink()));
     }
 
     /// What a link is for: what the first rule says that is of it, or else what it looks like.
@@ -268,11 +271,14 @@ impl Links {
 
     /// A pod's link leads into another namespace, and at most has a gateway's address and routes to the pod. What connects
     /// machines has, or had, a subnet or routes to more than one of them: a node that is itself a container is reached by such a
-    /// pair too. Once it was an uplink it stays one, whatever addresses come and go. Ports belong to their bridge or bond,
+    /// pair too. Once it was an uplink it stays one, whatever addresses come and go; but a pair whose other end has been here until
+    /// then is new. Ports belong to their bridge or bond,
     /// and a bridge whose ports are all pods' is left to those.
     fn looks_like(&self, ifindex: u32, link: &Link) -> Role {
-        let was_uplink = self.told.get(&ifindex).is_some_and(|(_, role)| role.is_uplink())
-            || self.uplinks.get(&ifindex) == Some(&link.name);
+        let told = self.told.get(&ifindex);
+        let before = self.uplinks.get(&ifindex).filter(|before| before.name == link.name);
+        let was_uplink =
+            told.or(before).is_some_and(|told| told.role.is_uplink() && told.kind == link.kind);
         let connects = link.has_subnet() || link.leads_on || was_uplink;
         if link.kind == Kind::Pair && !connects {
             return Role::Pod;
@@ -355,13 +361,13 @@ impl Links {
     pub fn changes(&mut self) -> Vec<Change> {
         let mut changes = Vec::new();
         let wanted = self.wanted();
-        for (ifindex, (name, role)) in &self.told {
-            if wanted.get(ifindex).is_none_or(|(_, wanted)| wanted != role) {
+        for (ifindex, Told { name, role, .. }) in &self.told {
+            if wanted.get(ifindex).is_none_or(|wanted| wanted.role != *role) {
                 changes.push(Change::Went { ifindex: *ifindex, name: name.clone() });
             }
         }
-        for (ifindex, (name, role)) in &wanted {
-            if self.told.get(ifindex).is_none_or(|(_, told)| told != role) {
+        for (ifindex, Told { name, role, .. }) in &wanted {
+            if self.told.get(ifindex).is_none_or(|told| told.role != *role) {
                 let (ifindex, name, role) = (*ifindex, name.clone(), *role);
                 changes.push(Change::Came { ifindex, name, role });
             }
@@ -386,7 +392,7 @@ impl Links {
             self.known.iter().map(|(ifindex, link)| (*ifindex, link)).collect();
         let others = in_order.values().flat_map(|link| link.own.iter().map(|own| own.net.addr()));
         let others: Vec<IpAddr> = others.collect();
-        let told = self.told.iter().filter(|(_, (_, role))| role.is_uplink());
+        let told = self.told.iter().filter(|(_, told)| told.role.is_uplink());
         let of_link = |ifindex: &u32| {
             Some((*ifindex, exits::of_link(&self.known.get(ifindex)?.own, &others)))
         };
@@ -394,11 +400,12 @@ impl Links {
     }
 
     /// The links to attach to.
-    fn wanted(&self) -> HashMap<u32, (String, Role)> {
-        let links = self.known.iter();
-        let roles =
-            links.map(|(ifindex, link)| (*ifindex, (link.name.clone(), self.role(*ifindex))));
-        roles.filter(|(_, (_, role))| *role != Role::Ignore).collect()
+    fn wanted(&self) -> HashMap<u32, Told> {
+        let told = self.known.iter().map(|(ifindex, link)| {
+            let (name, role, kind) = (link.name.clone(), self.role(*ifindex), link.kind);
+            (*ifindex, Told { name, role, kind })
+        });
+        told.filter(|(_, told)| told.role != Role::Ignore).collect()
     }
 }
 
@@ -584,6 +591,19 @@ mod tests {
                 links.changes().contains(&Change::Went { ifindex: 1, name: "lan0".to_owned() })
             );
         }
+    }
+
+    /// A CNI makes both ends of a pod's link here, and moves one: until then it has no end elsewhere.
+    #[test]
+    fn a_pods_link_is_one_as_soon_as_its_other_end_is_elsewhere() {
+        let mut links = node(&[], &[(1, link("cali1", Plain, "169.254.1.1"))]);
+        links.changes();
+        links.known.insert(1, link("cali1", Pair, "169.254.1.1"));
+        let came = Change::Came { ifindex: 1, name: "cali1".to_owned(), role: Pod };
+        assert!(links.changes().contains(&came));
+        links.start_over();
+        links.known.insert(1, link("cali1", Pair, "169.254.1.1"));
+        assert!(links.all().contains(&came));
     }
 
     #[test]

@@ -7,6 +7,8 @@ use anyhow::{Context, Result};
 use futures::channel::mpsc::UnboundedReceiver;
 use futures::{FutureExt, StreamExt, TryStreamExt};
 use ipnet::IpNet;
+use nix::sys::socket::setsockopt;
+use nix::sys::socket::sockopt::RcvBufForce;
 use rtnetlink::packet_core::{NetlinkMessage, NetlinkPayload};
 use rtnetlink::packet_route::address::{
     AddressAttribute, AddressHeader, AddressHeaderFlags, AddressMessage, AddressScope,
@@ -16,13 +18,16 @@ use rtnetlink::packet_route::link::{
 };
 use rtnetlink::packet_route::route::{RouteAddress, RouteAttribute, RouteMessage, RouteType};
 use rtnetlink::packet_route::{AddressFamily, RouteNetlinkMessage};
-use rtnetlink::sys::SocketAddr;
+use rtnetlink::sys::{AsyncSocket, SocketAddr};
 use rtnetlink::{Handle, MulticastGroup, RouteMessageBuilder, new_multicast_connection};
 use tokio::sync::mpsc;
 
 use crate::catch_all;
 use crate::exits::Own;
 use crate::links::{Change, Header, Kind, Links, Rule, everywhere};
+
+/// How many bytes of news may wait. What is lost when there are more is listed anew.
+const BUFFER: usize = 4 << 20;
 
 /// The index of every namespace's loopback.
 const LOOPBACK: u32 = 1;
@@ -44,8 +49,10 @@ pub async fn follow(rules: Vec<Rule>, changes: mpsc::Sender<Change>) -> Result<(
         MulticastGroup::Ipv4Rule,
         MulticastGroup::Ipv6Rule,
     ];
-    let (connection, handle, mut messages) =
+    let (mut connection, handle, mut messages) =
         new_multicast_connection(&groups).context("cannot follow the network links by netlink")?;
+    // Fifty pods that start at once are a thousand messages. Without CAP_NET_ADMIN it stays as it is.
+    let _ = setsockopt(connection.socket_mut().socket_ref(), RcvBufForce, &BUFFER);
     let connection = tokio::spawn(connection);
     let mut links = Links::new(rules);
     let mut said = BTreeSet::new();

@@ -2,7 +2,7 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use portal::testing::capture::{Capture, Seen};
 use portal::testing::client::{Connection, exchange, is_refused, ping, tcp, udp, udp_socket};
@@ -539,5 +539,34 @@ fn macvlan_pods_have_services_where_their_traffic_passes_the_host() {
         let served = eventually(&format!("{vip}"), || tcp(&pod, at(vip)).ok());
         assert_eq!(served.server, server);
         assert_eq!(udp(&pod, at(vip), b"x").unwrap().from, at(vip));
+    }
+}
+
+/// Fifty pods that start at once are served from their first packet on, whether an agent runs or not. How long it took from
+/// a pod's birth to its first answer is printed (`--nocapture`), for the record and not for a verdict.
+#[test]
+fn fifty_pods_that_start_at_once_are_served() {
+    let mut stage = stage(World::new(Cni::Routed), &[]);
+    for agent in ["runs", "is away"] {
+        if agent == "is away" {
+            stage.cluster.agents[0].take().expect("it runs").kill();
+        }
+        let world = &stage.cluster.world;
+        let births = std::thread::scope(|threads| {
+            let born = (0..50).map(|number| {
+                threads.spawn(move || {
+                    let pod = world.pod(0, &format!("born-{number}"));
+                    let birth = Instant::now();
+                    let served = tcp(&pod.namespace, at(VIPS[0])).map(|server| server.server);
+                    (birth.elapsed(), served, pod)
+                })
+            });
+            let born: Vec<_> = born.collect();
+            born.into_iter().map(|birth| birth.join().unwrap()).collect::<Vec<_>>()
+        });
+        let mut times: Vec<Duration> = births.iter().map(|(time, ..)| *time).collect();
+        times.sort_unstable();
+        eprintln!("an agent {agent}: median {:?}, longest {:?}", times[25], times[49]);
+        assert!(births.iter().all(|(_, served, _)| served.as_deref().is_ok_and(|s| s == "on-n0")));
     }
 }

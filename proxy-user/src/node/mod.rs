@@ -163,8 +163,11 @@ impl Node {
                     self.sync().await;
                 }
                 Some(change) = links.recv() => {
+                    // To attach takes the kernel tens of milliseconds: Services do not wait for all links that have come.
+                    let mut is_last = matches!(change, Change::Came { .. });
                     let mut moved = self.take_in(change);
-                    while let Ok(change) = links.try_recv() {
+                    while !is_last && let Ok(change) = links.try_recv() {
+                        is_last = matches!(change, Change::Came { .. });
                         moved.extend(self.take_in(change));
                     }
                     self.routes.refresh(&moved);
