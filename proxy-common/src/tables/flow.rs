@@ -338,7 +338,7 @@ map_type! {
         pub ask_at: u32,
         /// The longest IP packet that a short cut to the client takes; 0 if that is not known.
         pub mtu: u16,
-        /// 1: its packets had a mark when they left, by which policies of the host's may go.
+        /// 1: a policy of the host's led its packets when they left: they had a mark, or went by a gateway of their own.
         pub marked: u16,
     }
 }

@@ -11,7 +11,8 @@ use crate::Family;
 /// Other CPUs and the kernel's own reuse of deleted elements may change it at any time. So it is read
 /// as a whole by [`FlowRecord::read`], which verifies what it has read, and written to only soon after that.
 /// Should the element change hands in the nanoseconds between, a stranger's record gets a wrong `seen`,
-/// `state` or count of its own direction, which cost it nothing but a way through the slower program.
+/// `state` or count of its own direction, which cost it nothing but a way through the slower program; or a wrong link, by which
+/// answers leave until the next tick.
 #[derive(Clone, Copy)]
 pub struct FlowRecord<'a, F: Family> {
     value: NonNull<FlowValue<F>>,
@@ -107,13 +108,13 @@ impl<F: Family> FlowRecord<'_, F> {
         store!(self, link, link);
     }
 
-    /// Notes whether its packets had a mark when they left.
+    /// Notes whether a policy of the host's led its packets when they left, which no short cut would follow.
     #[inline(always)]
     pub fn set_marked(&self, is_marked: bool) {
         store!(self, marked, u16::from(is_marked));
     }
 
-    /// Whether its packets had a mark when they left.
+    /// Whether a policy of the host's led its packets when they left.
     #[inline(always)]
     pub fn is_marked(&self) -> bool {
         load!(self, marked) != 0
@@ -133,6 +134,25 @@ impl<F: Family> FlowRecord<'_, F> {
             store!(self, ask_at, now.wrapping_add(pause));
         }
         may
+    }
+
+    /// Notes that no short cut is to be asked for before then.
+    #[inline(always)]
+    pub fn ask_later(&self, when: u32) {
+        store!(self, ask_at, when);
+    }
+
+    /// Whether the other direction's key is that one, as it is of a plain packet.
+    #[inline(always)]
+    pub fn leads_to(&self, other: &FlowKey<F>) -> bool {
+        let words = other.words().iter().enumerate();
+        words.fold(true, |is_same, (position, word)| is_same & (self.word(position) == *word))
+    }
+
+    /// Whether it may be of a flow that is masqueraded where it leaves: a hint, for which nothing is verified.
+    #[inline(always)]
+    pub fn may_be_masqueraded(&self) -> bool {
+        load!(self, kind) & Origin::MASQUERADES != 0
     }
 
     /// Notes how far the record's direction has come.

@@ -1,6 +1,6 @@
 //! A short cut past the host stack, made of what is known of a flow that goes by it.
 
-use super::flow::{FlowKey, FlowValue, Origin, Side, State, tag};
+use super::flow::{FlowKey, FlowValue, Origin, Side, State, expired, tag};
 use crate::Family;
 
 /// The two records that take a short cut: what they are to be instead of what they are.
@@ -17,8 +17,8 @@ pub struct ShortCut<F: Family> {
 impl<F: Family> ShortCut<F> {
     /// The short cut of the flow whose client's packets leave under the key `leaving`, as masqueraded there. `None` if it may
     /// not have one: it must be established, and known in all four places, in both directions; nothing but the two
-    /// translations may be done to it on its way; and no marks may be on its packets, by which policies go. `None` too
-    /// if it has one already.
+    /// translations may be done to it on its way; the host stack must have let its last packets pass; and no policy may have led them.
+    /// `None` too if it has one already.
     pub fn of(
         leaving: FlowKey<F>,
         record: impl Fn(&FlowKey<F>) -> Option<FlowValue<F>>,
@@ -42,8 +42,11 @@ impl<F: Family> ShortCut<F> {
             && there.marked == 0
             && home.marked == 0;
         let is_known = there.link != 0 && home.link != 0;
+        // What came in last has left too: the host stack lets it pass still.
+        let passes = |came: &FlowValue<F>, left: &FlowValue<F>| !expired(left.seen, 0, came.seen);
+        let is_passing = passes(&first, &there) && passes(&back, &home);
         let has_one = first.facts().is_cut() && back.facts().is_cut();
-        (is_whole && is_plain && is_known && !has_one).then(|| Self {
+        (is_whole && is_plain && is_known && is_passing && !has_one).then(|| Self {
             asked: (asked, led(&first, &asked, &answered, origin)),
             answered: (
                 answered,
@@ -64,5 +67,7 @@ fn led<F: Family>(
     let origin = origin.shortened();
     let Origin { backend, client_link, generation, kind } = origin;
     let tag = tag(key, other, origin);
-    FlowValue { other: *other, tag, backend, client_link, generation, kind, ..*value }
+    // The next packet goes by the stack, and looks whether the last did.
+    let seen = value.seen.wrapping_sub(1);
+    FlowValue { other: *other, tag, backend, client_link, generation, kind, seen, ..*value }
 }

@@ -72,7 +72,9 @@ fn leaves<F: Family, P: Frame, T: Tables<F>>(
         && (is_nodes()
             || is_pods()
             || catch::mark(tables, key).is_some()
-            || tables.embryo(&key.turned(Side::Egress)).is_some())
+            || tables
+                .embryo(&key.turned(Side::Egress))
+                .is_some_and(|answers| answers.common().may_be_masqueraded()))
 }
 
 /// What is known of a flow that is not live.

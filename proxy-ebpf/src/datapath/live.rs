@@ -1,6 +1,7 @@
 //! A live flow wins: its record says how the packet is translated, and the packet says how the flow is
 //! doing.
 
+use bytemuck::Zeroable;
 use proxy_common::tables::{
     Backend, Decision, Facts, FlowKey, FlowRecord, Memory, Origin, Packet, Side, State, expired,
 };
@@ -30,7 +31,7 @@ pub fn find<F: Family, T: Tables<F>>(
     let facts = record.read(key, other)?;
     let now = tables.now();
     if facts.is_cut() && facts.seen != now && !is_renewed(tables, record, other, memory, facts) {
-        give_up(tables, (key, other), memory);
+        give_up(tables, (key, other), memory, now);
         record = tables.flow(key)?;
     }
     if packet.proto == proto::TCP {
@@ -108,12 +109,15 @@ pub fn way_back<F: Family, P: Frame, T: Tables<F>>(
     frame: &P,
     tables: &T,
     (key, other): (&FlowKey<F>, &FlowKey<F>),
+    spare: &mut FlowKey<F>,
 ) -> Leg {
     let link = match frame.route::<F>(&other.dst, &other.src).link {
         0 => frame.link(),
         link => link,
     };
-    if let Some(record) = tables.flow(key) {
+    if let Some(record) = tables.flow(key)
+        && record.read(key, spare).is_some()
+    {
         record.set_link(link);
         record.set_marked(frame.is_marked());
     }
@@ -130,14 +134,34 @@ pub fn note_way<F: Family, P: Frame, T: Tables<F>>(
     spare: &mut FlowKey<F>,
 ) {
     let Some(record) = tables.flow(key) else { return };
+    if record.read(key, spare).is_none() {
+        return;
+    }
+    let is_led = frame.is_marked() || goes_elsewhere(frame, tables, key, spare);
     record.set_link(frame.link());
-    record.set_marked(frame.is_marked());
-    let may_ask = tables.setting(|s| &s.short_cut) != 0
-        && !frame.is_marked()
-        && record.may_ask(tables.now(), PAUSE);
+    record.set_marked(is_led);
+    let may_ask =
+        tables.setting(|s| &s.short_cut) != 0 && !is_led && record.may_ask(tables.now(), PAUSE);
     if may_ask && half(tables, key, other, spare).is_some_and(|answers| !answers.is_cut()) {
         tables.wish(key);
     }
+}
+
+/// Whether the host's routes lead a client's packets to another gateway than the node's own to that backend, on the same link.
+#[inline(always)]
+fn goes_elsewhere<F: Family, P: Frame, T: Tables<F>>(
+    frame: &P,
+    tables: &T,
+    key: &FlowKey<F>,
+    spare: &mut FlowKey<F>,
+) -> bool {
+    // Which backend it is, the record of its answers to the client knows.
+    let answers = key.turned(Side::Egress);
+    let facts = tables.flow(&answers).and_then(|record| record.read(&answers, spare));
+    let backend = facts.and_then(|facts| backend(facts.origin, tables));
+    let Some(way) = backend.and_then(|backend| tables.way(backend.way)) else { return true };
+    let hop = if way.hop == F::Addr::zeroed() { key.dst } else { way.hop };
+    frame.route::<F>(&key.src, &key.dst).hop != hop
 }
 
 /// Whether the host stack has let the last packet pass that was not sent on past it, and by the way of the short cut: once a
@@ -154,26 +178,37 @@ fn is_renewed<F: Family, T: Tables<F>>(
     let passed = &memory.live.other;
     let Some(there) = tables.flow(passed) else { return false };
     let Some(seen) = there.read(passed, &mut memory.spare) else { return false };
-    // It was noted there in the same tick, or in the next.
+    // It was noted there in the same tick, or in the next. And it left as what the short cut makes of it.
     let is_missing = expired(seen.seen, 0, facts.seen);
-    if is_missing || there.is_marked() {
+    let is_other = !record.leads_to(&memory.spare);
+    if is_missing || is_other || there.is_marked() || tables.setting(|s| &s.short_cut) == 0 {
         return false;
     }
-    if facts.origin.is(Origin::REPLY) {
-        record.set_link(seen.link);
-        return seen.link != 0;
-    }
-    seen.link == way(facts.origin, tables, other.src).link
+    // Another link may take less, and is asked for anew.
+    let link = if facts.origin.is(Origin::REPLY) {
+        facts.link
+    } else {
+        way(facts.origin, tables, other.src).link
+    };
+    seen.link == link
 }
 
-/// From now on all packets of both directions go by the host stack.
+/// From now on all packets of both directions go by the host stack, for a while at least.
 #[inline(always)]
 fn give_up<F: Family, T: Tables<F>>(
     tables: &T,
     (key, other): (&FlowKey<F>, &FlowKey<F>),
     memory: &mut Memory<F>,
+    now: u32,
 ) {
     let far = other.turned(Side::Egress);
+    for leaving in [&far, other] {
+        if let Some(record) = tables.flow(leaving)
+            && record.read(leaving, &mut memory.spare).is_some()
+        {
+            record.ask_later(now.wrapping_add(PAUSE));
+        }
+    }
     lengthen(tables, key, memory);
     // The other end of the short cut is what answers what leaves there.
     if let Some(record) = tables.flow(&far)
@@ -195,6 +230,13 @@ fn lengthen<F: Family, T: Tables<F>>(tables: &T, key: &FlowKey<F>, memory: &mut 
         memory.live.fill(key, &memory.spare, facts.origin, facts.seen);
         memory.live.state = facts.state as u8;
         tables.replace_flow(key, &memory.live);
+        // What another CPU has noted meanwhile.
+        if let Some(before) = record.read(key, &mut memory.spare)
+            && before.state != facts.state
+            && let Some(record) = tables.flow(key)
+        {
+            record.set_state(before.state);
+        }
     }
 }
 

@@ -53,7 +53,7 @@ pub fn find<F: Wire, P: Frame, T: Tables<F>>(
             Some(outcome) => outcome,
             // Its other end was the flow's, but the connection is another one, past every VIP.
             None if packet.flags & tcp::SYN != 0 => {
-                disown(tables, key, memory, now);
+                disown(tables, key, memory);
                 return Some(Found::Foreign);
             }
             None => return None,
@@ -167,9 +167,13 @@ fn answered<F: Wire, P: Frame, T: Tables<F>>(
     Some(Outcome::Replied)
 }
 
-/// Notes that a place where a flow has ended is another connection's now, which is none of ours.
+/// Notes that a place where a flow has ended is another connection's now, which is none of ours. Where none was, nothing is noted.
 #[inline(always)]
-fn disown<F: Family, T: Tables<F>>(tables: &T, key: &FlowKey<F>, memory: &mut Memory<F>, now: u32) {
+pub fn disown<F: Family, T: Tables<F>>(tables: &T, key: &FlowKey<F>, memory: &mut Memory<F>) {
+    if tables.embryo(key).is_none() {
+        return;
+    }
+    let now = tables.now();
     let other =
         key.turned(if key.side == Side::Ingress as u8 { Side::Egress } else { Side::Ingress });
     let origin = Origin::NONE.inverse();

@@ -17,7 +17,7 @@ use super::{
     Client, Leg, Next, Service, Story, Tables, Verdict, catch, direct, leave, live, open, pending,
     place, rewrite,
 };
-use crate::packet::{Frame, Wire, fragment_key, has_ports, parse};
+use crate::packet::{Frame, Wire, fragment_key, has_ports, parse, tcp};
 
 impl From<Failure> for Next {
     #[inline(always)]
@@ -146,7 +146,13 @@ pub fn leave<F: Wire, P: Frame, T: Tables<F>>(frame: &P, tables: &T, work: &mut 
     let Work { key, other, memory, packet, .. } = work;
     match leave::open(frame, tables, packet, (key, other), memory) {
         Ok(opening) => ask(tables, work, opening),
-        Err(failure) => failure.into(),
+        Err(failure) => {
+            if failure == Failure::NotService && tcp::opens(packet.flags) {
+                // A flow of ours has ended here, and this is another one.
+                pending::disown(tables, key, memory);
+            }
+            failure.into()
+        }
     }
 }
 
@@ -199,7 +205,7 @@ pub fn send<F: Wire, P: Frame, T: Tables<F>>(
     let keys = (&work.key, &work.other);
     let mut leg = Leg::NONE;
     if origin.answers_outside() {
-        leg = live::way_back(frame, tables, keys);
+        leg = live::way_back(frame, tables, keys, &mut work.memory.spare);
     } else if origin.may_be_shortened() {
         live::note_way(frame, tables, keys, &mut work.memory.spare);
     }

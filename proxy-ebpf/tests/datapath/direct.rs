@@ -104,6 +104,31 @@ fn others<F: HostFamily>() {
     assert!(host.embryos().is_empty());
 }
 
+/// A connection to the pod itself, from outside, after one through its VIP has ended that was masqueraded where it left: every
+/// segment has the client's own address.
+fn a_direct_one_after_a_masqueraded_one<F: HostFamily>() {
+    let (mut host, cast) = serving::<F>();
+    host.settings.lifetimes.hold = 10;
+    let pass = |side_dst, flags| {
+        let packet = Packet::tcp(Ingress, cast.client, side_dst, flags);
+        let (_, frame) = host.see(Hook::Uplink, &packet.frame());
+        let [from, to] = ends(&frame);
+        let (_, frame) = host.see(Hook::Egress, &Packet::tcp(Egress, from, to, flags).frame());
+        ends(&frame)
+    };
+    let [seen_as, _] = pass(cast.vip, SYN);
+    assert_ne!(seen_as, cast.client);
+    let answers = |flags| host.pass(&Packet::tcp(Ingress, cast.pod, seen_as, flags).frame());
+    answers(SYN | ACK);
+    pass(cast.vip, ACK);
+    pass(cast.vip, FIN | ACK);
+    answers(FIN | ACK);
+    host.now.set(host.now.get() + 20);
+    for flags in [SYN, ACK, ACK] {
+        assert_eq!(pass(cast.pod, flags), [cast.client, cast.pod]);
+    }
+}
+
 #[test]
 fn a_port_to_a_pod_and_to_its_vip_is_two_flows_of_both_families() {
     connections::<V4>();
@@ -112,4 +137,6 @@ fn a_port_to_a_pod_and_to_its_vip_is_two_flows_of_both_families() {
     datagrams::<V6>();
     others::<V4>();
     others::<V6>();
+    a_direct_one_after_a_masqueraded_one::<V4>();
+    a_direct_one_after_a_masqueraded_one::<V6>();
 }

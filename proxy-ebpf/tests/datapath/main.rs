@@ -15,6 +15,7 @@ use std::net::SocketAddr;
 
 const FIN: u8 = 1;
 const SYN: u8 = 2;
+const RST: u8 = 4;
 const ACK: u8 = 16;
 
 fn at(text: &str) -> SocketAddr {

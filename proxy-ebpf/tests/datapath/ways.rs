@@ -9,7 +9,7 @@ use proxy_common::testing::{Hook, LINK, NODE, Packet, Service, ends};
 use proxy_common::{Outcome, V4, V6, proto};
 use proxy_ebpf::testing::{Buffer, Host, HostFamily};
 
-use crate::{ACK, FIN, SYN, at};
+use crate::{ACK, FIN, RST, SYN, at};
 
 /// Another link than the one that packets are seen on.
 const OTHER: u32 = 7;
@@ -109,6 +109,7 @@ impl<F: HostFamily> Passing<F> {
         let this = Self::connected();
         this.exchange();
         assert_eq!(this.host.grant(), 1);
+        assert_eq!(this.exchange(), BY_STACK, "to see whether it still lets them pass");
         this
     }
 
@@ -195,12 +196,91 @@ fn what_the_stack_drops_takes_no_short_cut<F: HostFamily>() {
         this.exchange();
     }
     assert_eq!(this.host.grant(), 1);
-    assert_eq!(this.exchange(), SHORT);
+    assert_eq!([this.exchange(), this.exchange()], [BY_STACK, SHORT]);
     // Another way leads to the pod than the one that the stack takes.
     let mut this = this;
     this.host.way.link = OTHER;
     this.next_tick();
     assert!(over(&this), "another way");
+}
+
+/// A firewall that lets the client's packets pass and not the answers: no short cut comes back for them.
+fn what_is_dropped_on_its_way_back_gets_no_short_cut<F: HostFamily>() {
+    let this = Passing::<F>::shortened();
+    for _ in 0..100 {
+        this.next_tick();
+        this.asks(ACK);
+        let (outcome, _) = this.host.see(Hook::Uplink, &this.answer(ACK).frame());
+        assert_eq!(outcome, Outcome::Masqueraded, "by the stack, which drops it");
+        assert_eq!(this.host.grant(), 0);
+    }
+}
+
+/// A route by the client's address leads to another gateway on the same link than the node's own packets go by.
+fn what_goes_by_another_gateway_takes_no_short_cut<F: HostFamily>() {
+    let mut this = Passing::<F>::connected();
+    this.host.way.hop = F::address(this.cast.node).unwrap();
+    this.exchange();
+    assert_eq!(this.host.grant(), 0);
+    let mut this = Passing::<F>::shortened();
+    this.host.way.hop = F::address(this.cast.node).unwrap();
+    this.next_tick();
+    this.exchange();
+    this.next_tick();
+    assert_eq!([this.exchange(), this.exchange()], [BY_STACK, BY_STACK]);
+    // Nor does what has one when it is switched off.
+    let mut this = Passing::<F>::shortened();
+    this.host.settings.short_cut = 0;
+    this.next_tick();
+    assert_eq!([this.exchange(), this.exchange()], [BY_STACK, BY_STACK]);
+}
+
+/// The connection to the pod has ended, unseen by its client's end of the short cut, and another one goes by another port: the
+/// old one may be someone else's.
+fn a_short_cut_ends_with_what_it_cuts<F: HostFamily>() {
+    let (mut host, cast) = balancing::<F>(false);
+    host.settings.short_cut = 1;
+    host.routes = vec![(cast.client.ip(), LINK)];
+    let neighbour = at(if F::BITS == 32 { "198.51.100.8:40000" } else { "[2001:db8:9::8]:40000" });
+    let asks = |client, flags| {
+        let (_, frame) = host.pass(&Packet::tcp(Ingress, client, cast.vip, flags).frame());
+        ends(&frame)[0]
+    };
+    let answers = |seen_as, flags| {
+        host.pass(&Packet::tcp(Ingress, cast.pod, seen_as, flags).frame());
+    };
+    // The neighbour has the port first, and lets it go.
+    let first = asks(neighbour, SYN);
+    let old = asks(cast.client, SYN);
+    assert_eq!((first.port(), old.port() == 40000), (40000, false));
+    answers(first, SYN | ACK);
+    asks(neighbour, ACK);
+    asks(neighbour, FIN | ACK);
+    answers(first, FIN | ACK);
+    answers(old, SYN | ACK);
+    for _ in 0..4 {
+        asks(cast.client, ACK);
+        answers(old, ACK);
+        host.now.set(host.now.get() + 1);
+    }
+    asks(cast.client, ACK);
+    answers(old, ACK);
+    assert_eq!(host.grant(), 1);
+    host.now.set(host.now.get() + 100);
+    asks(cast.client, ACK);
+    answers(old, ACK);
+    // Past the node's way in, as one who is in the pods' network can do.
+    host.see(Hook::Egress, &Packet::tcp(Egress, cast.client, cast.pod, RST).frame());
+    let new = asks(cast.client, SYN);
+    assert_eq!(new.port(), 40000);
+    answers(new, SYN | ACK);
+    // Not plain, so that it goes by the stack.
+    host.pass(&Packet::tcp(Ingress, cast.client, cast.vip, ACK).with_options().frame());
+    for _ in 0..3 {
+        host.now.set(host.now.get() + 1);
+        assert_eq!([asks(cast.client, ACK), asks(cast.client, ACK)], [new, new]);
+        answers(new, ACK);
+    }
 }
 
 fn what_is_not_plain_goes_by_the_stack<F: HostFamily>() {
@@ -249,6 +329,15 @@ fn short_cuts_of_both_families() {
         what_the_stack_drops_takes_no_short_cut::<V4>,
         what_the_stack_drops_takes_no_short_cut::<V6>,
     ]);
+    over_both([
+        what_is_dropped_on_its_way_back_gets_no_short_cut::<V4>,
+        what_is_dropped_on_its_way_back_gets_no_short_cut::<V6>,
+    ]);
+    over_both([
+        what_goes_by_another_gateway_takes_no_short_cut::<V4>,
+        what_goes_by_another_gateway_takes_no_short_cut::<V6>,
+    ]);
+    over_both([a_short_cut_ends_with_what_it_cuts::<V4>, a_short_cut_ends_with_what_it_cuts::<V6>]);
     over_both([
         what_is_not_plain_goes_by_the_stack::<V4>,
         what_is_not_plain_goes_by_the_stack::<V6>,

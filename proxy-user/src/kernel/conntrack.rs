@@ -3,12 +3,16 @@
 
 use std::io;
 use std::net::SocketAddr;
+use std::time::Duration;
 
 use netlink_packet_netfilter::conntrack::{
     ConntrackAttribute, ConntrackMessage, IPTuple, ProtoInfo, ProtoInfoTCP, ProtoTuple, Protocol,
     TCPFlags, Tuple,
 };
 use netlink_packet_netfilter::{NetfilterHeader, NetfilterMessage, NetfilterProtoFamily};
+use nix::sys::socket::setsockopt;
+use nix::sys::socket::sockopt::ReceiveTimeout;
+use nix::sys::time::{TimeVal, TimeValLike};
 use rtnetlink::packet_core::{
     NLM_F_ACK, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload,
 };
@@ -17,12 +21,19 @@ use rtnetlink::sys::{self, Socket};
 
 /// `IP_CT_TCP_FLAG_BE_LIBERAL`: a segment is the connection's, whatever its numbers.
 const BE_LIBERAL: u8 = 8;
+/// `IP_CT_TCP_FLAG_DATA_UNACKNOWLEDGED`, for which a connection is forgotten after minutes, and `IP_CT_TCP_FLAG_MAXACK_SET`, by
+/// which a RST is judged: what it has not seen says neither.
+const JUDGED: u8 = 0x10 | 0x20;
+/// How long an answer is waited for.
+const PATIENCE: Duration = Duration::from_secs(1);
 /// How long the kernel's answer may be.
 const ANSWER: usize = 4096;
 
 /// A way to the kernel's table of connections.
 pub struct Conntrack {
     socket: Socket,
+    /// For how many seconds an idle connection is kept; `None` if that is not known.
+    idle: Option<u32>,
 }
 
 impl Conntrack {
@@ -34,22 +45,26 @@ impl Conntrack {
         let mut socket = Socket::new(NETLINK_NETFILTER)?;
         socket.bind_auto()?;
         socket.connect(&sys::SocketAddr::new(0, 0))?;
-        Ok(Self { socket })
+        setsockopt(&socket, ReceiveTimeout, &TimeVal::seconds(PATIENCE.as_secs().cast_signed()))?;
+        Ok(Self { socket, idle: idle_timeout() })
     }
 
-    /// Says of a TCP connection that it is not to be judged by its numbers any more, so that it is followed to its end though
-    /// most of it is not seen. False if the kernel knows of none.
+    /// Says of a TCP connection that it is not to be judged by what was seen of it, so that it is followed to its end though
+    /// most of it is not seen, and kept as long as any that is idle. False if the kernel knows of none.
     ///
     /// # Errors
     /// If the kernel refuses.
     pub fn be_liberal(&self, from: SocketAddr, to: SocketAddr) -> io::Result<bool> {
-        let flags = TCPFlags::parse(&[BE_LIBERAL, BE_LIBERAL]).map_err(io::Error::other)?;
+        let flags = [BE_LIBERAL, BE_LIBERAL | JUDGED];
+        let flags = TCPFlags::parse(&flags).map_err(io::Error::other)?;
         let both =
             vec![ProtoInfoTCP::OriginalFlags(flags.clone()), ProtoInfoTCP::ReplyFlags(flags)];
-        let message = ConntrackMessage::New(vec![
+        let mut attributes = vec![
             ConntrackAttribute::CtaTupleOrig(tuple(from, to)),
             ConntrackAttribute::CtaProtoInfo(vec![ProtoInfo::TCP(both)]),
-        ]);
+        ];
+        attributes.extend(self.idle.map(ConntrackAttribute::CtaTimeout));
+        let message = ConntrackMessage::New(attributes);
         let family =
             if from.is_ipv4() { NetfilterProtoFamily::IPv4 } else { NetfilterProtoFamily::IPv6 };
         let header = NetfilterHeader::new(family, 0, 0);
@@ -89,6 +104,12 @@ fn tuple(from: SocketAddr, to: SocketAddr) -> Vec<Tuple> {
             ProtoTuple::DestinationPort(to.port()),
         ]),
     ]
+}
+
+/// For how many seconds the kernel keeps an idle TCP connection.
+fn idle_timeout() -> Option<u32> {
+    let name = "/proc/sys/net/netfilter/nf_conntrack_tcp_timeout_established";
+    std::fs::read_to_string(name).ok()?.trim().parse().ok()
 }
 
 /// Whether the kernel follows connections in this network namespace.

@@ -17,6 +17,7 @@ mod mapped;
 pub mod probe;
 pub mod read;
 mod short_cuts;
+mod silent;
 mod sockets;
 mod sweep;
 mod sys;
@@ -46,8 +47,8 @@ use crate::routes::Routes;
 pub use contract::{Shape, name_of, shapes};
 use links::PinnedLinks;
 pub use load::has_object;
-pub use short_cuts::Granting;
 use short_cuts::Wishes;
+pub use short_cuts::{Granted, Granting};
 pub use sockets::SocketLb;
 pub use sweep::{Sweep, Swept};
 use tails::Tails;
@@ -145,6 +146,8 @@ pub struct Datapath {
     options: Options,
     maps: PathBuf,
     max_flows: usize,
+    /// When the last sweep began, in ticks.
+    swept_at: u32,
     /// Held while this agent runs.
     _lock: Flock<OwnedFd>,
 }
@@ -198,6 +201,7 @@ impl Datapath {
                 options,
                 maps,
                 max_flows,
+                swept_at: 0,
                 _lock: lock,
             },
             planner,
@@ -319,13 +323,19 @@ impl Datapath {
     }
 
     /// A sweep, which removes flows that have ended from the table of live ones.
-    pub fn sweep(&self) -> Sweep {
-        Sweep { maps: self.maps.clone(), counted: self.writer.counted() }
+    pub fn sweep(&mut self) -> Sweep {
+        let since = std::mem::replace(&mut self.swept_at, read::now());
+        Sweep { maps: self.maps.clone(), counted: self.writer.counted(), since }
     }
 
     /// Short cuts that were asked for since the last call, to be looked at; `None` if there are none.
     pub fn wishes(&mut self) -> Option<Granting> {
         self.wishes.take()
+    }
+
+    /// Keeps in mind who got a short cut: it is looked at once more.
+    pub fn keep_granted(&mut self, granted: Granted) {
+        self.wishes.keep(granted);
     }
 
     /// Which backends got no source port for how many flows since they were asked for last, by the numbers of

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use aya::maps::{HashMap as HashTable, Map, MapData, RingBuf};
-use proxy_common::tables::{Backend, FlowKey, FlowValue, ShortCut, Way};
+use proxy_common::tables::{Backend, FlowKey, FlowValue, ShortCut, Side, State, Way};
 use proxy_common::{Family, V4, V6, proto};
 
 use super::conntrack::{self, Conntrack};
@@ -27,6 +27,23 @@ const EXIST: u64 = 2;
 pub struct Wishes {
     ring: RingBuf<MapData>,
     maps: PathBuf,
+    granted: Granted,
+}
+
+/// Who got a short cut.
+#[derive(Default)]
+pub struct Granted {
+    v4: Vec<FlowKey<V4>>,
+    v6: Vec<FlowKey<V6>>,
+    /// Why others did not.
+    pub error: Option<anyhow::Error>,
+}
+
+impl Granted {
+    /// How many.
+    pub fn count(&self) -> usize {
+        self.v4.len() + self.v6.len()
+    }
 }
 
 impl Wishes {
@@ -36,12 +53,15 @@ impl Wishes {
     /// If the map can't be opened.
     pub fn open(maps: &Path) -> Result<Self> {
         let ring = RingBuf::try_from(Map::RingBuf(open(maps, "wishes")?))?;
-        Ok(Self { ring, maps: maps.to_owned() })
+        Ok(Self { ring, maps: maps.to_owned(), granted: Granted::default() })
     }
 
     /// What has been wished for since the last call; `None` if nothing has.
     pub fn take(&mut self) -> Option<Granting> {
-        let mut granting = Granting { maps: self.maps.clone(), v4: Vec::new(), v6: Vec::new() };
+        let Granted { v4, v6, .. } = std::mem::take(&mut self.granted);
+        let before = (v4, v6);
+        let maps = self.maps.clone();
+        let mut granting = Granting { maps, before, v4: Vec::new(), v6: Vec::new() };
         for _ in 0..MOST {
             let Some(wish) = self.ring.next() else { break };
             if let Ok(key) = bytemuck::try_pod_read_unaligned::<FlowKey<V4>>(&wish) {
@@ -50,42 +70,69 @@ impl Wishes {
                 granting.v6.push(key);
             }
         }
-        (!granting.v4.is_empty() || !granting.v6.is_empty()).then_some(granting)
+        let Granting { before, v4, v6, .. } = &granting;
+        let is_empty = v4.is_empty() && v6.is_empty() && before.0.is_empty() && before.1.is_empty();
+        (!is_empty).then_some(granting)
+    }
+
+    /// Keeps in mind who got a short cut: it is looked at once more.
+    pub fn keep(&mut self, granted: Granted) {
+        self.granted = granted;
     }
 }
 
 /// Wishes to be looked at. That needs nothing of the agent, and so can be done on a thread of its own.
 pub struct Granting {
     maps: PathBuf,
+    /// Who got a short cut before.
+    before: (Vec<FlowKey<V4>>, Vec<FlowKey<V6>>),
     v4: Vec<FlowKey<V4>>,
     v6: Vec<FlowKey<V6>>,
 }
 
 impl Granting {
-    /// Gives a short cut to each flow that may have one. How many got one.
+    /// Gives a short cut to each flow that may have one. Says which got one.
     ///
     /// # Errors
     /// If the maps can't be used, or the kernel's table of connections can't.
-    pub fn run(self) -> Result<usize> {
+    pub fn run(self) -> Result<Granted> {
         let conntrack = Conntrack::open().context("cannot ask for connections by netlink")?;
-        Ok(self.grant(&self.v4, &conntrack)? + self.grant(&self.v6, &conntrack)?)
+        let mut error = None;
+        let v4 = self.grant(&self.before.0, &self.v4, &conntrack, &mut error)?;
+        let v6 = self.grant(&self.before.1, &self.v6, &conntrack, &mut error)?;
+        Ok(Granted { v4, v6, error })
     }
 
-    fn grant<F: Family>(&self, wishes: &[FlowKey<F>], conntrack: &Conntrack) -> Result<usize> {
-        if wishes.is_empty() {
-            return Ok(0);
+    fn grant<F: Family>(
+        &self,
+        before: &[FlowKey<F>],
+        wishes: &[FlowKey<F>],
+        conntrack: &Conntrack,
+        refused: &mut Option<anyhow::Error>,
+    ) -> Result<Vec<FlowKey<F>>> {
+        if wishes.is_empty() && before.is_empty() {
+            return Ok(Vec::new());
         }
         let mut tables = Tables::<F>::open(&self.maps)?;
-        let mut granted = 0;
+        before.iter().for_each(|leaving| tables.mend(leaving));
+        let mut granted = Vec::new();
         for wish in wishes {
             let Some(cut) = tables.short_cut(*wish)? else { continue };
-            if !is_told(wish, conntrack).context("the kernel's table of connections")? {
-                continue;
+            match is_told(wish, conntrack) {
+                Ok(true) => {}
+                Ok(false) => continue,
+                Err(error) => {
+                    let error = anyhow::Error::from(error);
+                    *refused = Some(error.context("the kernel's table of connections"));
+                    continue;
+                }
             }
-            // Once more: it may have ended, or changed, meanwhile.
-            if tables.short_cut(*wish)?.as_ref().map(ends) == Some(ends(&cut)) {
-                tables.write(&cut);
-                granted += 1;
+            // Once more, as it is now: it may have ended, or changed, meanwhile.
+            if let Some(now) = tables.short_cut(*wish)?
+                && ends(&now) == ends(&cut)
+            {
+                tables.write(&now);
+                granted.push(*wish);
             }
         }
         Ok(granted)
@@ -142,6 +189,25 @@ impl<F: Family> Tables<F> {
         let back = cut.answered.1.link;
         cut.answered.1.mtu = *self.mtus.entry(back).or_insert_with(|| mtu_of(back));
         Ok((way.link == cut.link).then_some(cut))
+    }
+
+    /// The end of a connection that came while its short cut was written was overwritten then. Where it left the node it is
+    /// noted still.
+    fn mend(&mut self, leaving: &FlowKey<F>) {
+        let record = |tables: &Self, key: &FlowKey<F>| tables.flows.get(key, 0).ok();
+        let (there, home) = (record(self, leaving), record(self, &leaving.turned(Side::Egress)));
+        let finished = State::Finished as u8;
+        for (left, answers) in [(there, home), (home, there)] {
+            let is_over = left.is_none_or(|left| left.state == finished);
+            let Some(came) = answers.map(|answers| answers.other) else { continue };
+            if let Some(value) = record(self, &came)
+                && is_over
+                && value.facts().is_cut()
+                && value.state == State::Established as u8
+            {
+                let _ = self.flows.insert(came, FlowValue { state: finished, ..value }, EXIST);
+            }
+        }
     }
 
     /// Both ends of it. Either works without the other.

@@ -23,6 +23,7 @@ use super::counts::Counts;
 use super::mapped::Mapped;
 use super::name_of;
 use super::read::{self, now};
+use super::silent::Silent;
 use super::sys::{self, for_each};
 use super::writer::open_mapped;
 use crate::plan::Use;
@@ -57,6 +58,8 @@ pub struct Sweep {
     pub maps: PathBuf,
     /// Whose flows are counted.
     pub counted: Counted,
+    /// When the last one began, in ticks.
+    pub since: u32,
 }
 
 impl Sweep {
@@ -104,9 +107,11 @@ impl Sweep {
         let mut loads = Loads::new(counted);
         let mut swept = Found::default();
         let mut idle = Vec::with_capacity(BATCH);
+        let mut silent = Silent::new(table.now, self.since);
         let file = table.file.try_clone()?;
         for_each(&file, |key: &FlowKey<F>, value: &FlowValue<F>| {
             swept.left += 1;
+            silent.note(key, value);
             if !table.is_idle(key, value.facts()) {
                 loads.count(value.facts());
             } else if value.facts().origin.is(Origin::REPLY) {
@@ -121,6 +126,7 @@ impl Sweep {
         .with_context(|| format!("cannot read {}", path.display()))?;
         idle.drain(..).for_each(|key| swept.removed += table.remove_if_idle(&key));
         swept.removed += table.remove_halves()?;
+        silent.keep();
         std::mem::take(&mut table.counts).hand_over::<F>(&self.maps)?;
         // Some were removed before they were seen.
         swept.left = swept.left.saturating_sub(swept.removed);

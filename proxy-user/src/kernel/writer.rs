@@ -93,18 +93,25 @@ where
     /// Takes over which ways the backends have that an earlier agent has written, and whose flows are counted.
     fn adopt_rows(&mut self) -> Result<()> {
         let mut found = Vec::new();
+        // Those of endpoints of before are not set any more.
+        let mut bits = vec![Bits { words: [0; 2] }; Bits::COUNT];
         self.counted.clear();
         let both = tables::Backend::<F>::COUNTED | tables::Backend::<F>::SERVING;
         let counted = &mut self.counted;
         let note = |number, row: tables::Backend<F>| {
             if row.generation != 0 {
                 found.push(row.way);
+                let Place { element, word, mask } = Bits::place(&row.addr);
+                bits[element as usize].words[word] |= mask;
             }
             if row.flags & both == both {
                 counted.insert(number, row.generation);
             }
         };
         self.backends.read_to(u32::MAX, note)?;
+        for (element, bits) in (0..).zip(bits) {
+            self.endpoints.set(element, bits)?;
+        }
         self.ways.clear();
         found.into_iter().try_for_each(|way| self.ways.adopt(way)).context("cannot read the ways")
     }

@@ -20,7 +20,7 @@ use crate::events::Events;
 use crate::exits::Exits;
 use crate::health::{Failure, HealthChecks};
 use crate::http::Status;
-use crate::kernel::{Datapath, Swept};
+use crate::kernel::{Datapath, Granted, Swept};
 use crate::links::{self, Change};
 use crate::memory;
 use crate::plan::{Op, Use};
@@ -95,7 +95,7 @@ pub struct Node {
     /// The sweep that runs, on a thread of its own.
     sweeping: JoinSet<Result<Swept>>,
     /// Short cuts that are looked at, on a thread of its own.
-    granting: JoinSet<Result<usize>>,
+    granting: JoinSet<Result<Granted>>,
     /// How often live flows found no room, at the last pulse.
     unplaced: u64,
     /// What was said of tables and ports, so that it is said once.
@@ -403,7 +403,12 @@ impl Node {
         }
     }
 
-    fn granted(&mut self, granted: Result<usize>) {
+    fn granted(&mut self, granted: Result<Granted>) {
+        let granted = granted.and_then(|mut granted| {
+            let (error, count) = (granted.error.take(), granted.count());
+            self.datapath.keep_granted(granted);
+            error.map_or(Ok(count), Err)
+        });
         let text = "flows from outside go by the host stack, and take no short cut: --short-cut=off asks for none";
         self.say(granted.is_err(), text.to_owned());
         match granted {
