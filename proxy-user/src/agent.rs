@@ -222,7 +222,7 @@ impl Agent {
     }
 
     /// The `ClusterIPs` that the kernel holds, without those that are the node's own addresses too.
-    pub fn cluster_ips(&self) -> HashSet<IpAddr> {
+    pub fn cluster_ips(&self) -> BTreeSet<IpAddr> {
         self.planner.cluster_ips().collect()
     }
 

@@ -4,9 +4,10 @@
 //! caught whatever other routes there are; what goes to other VIPs leaves by an uplink and is caught there. Link and routes stay when the
 //! agent ends, as the programs do.
 
-use std::collections::HashSet;
+use std::collections::BTreeSet;
 use std::fs;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -46,15 +47,16 @@ const SYSCTLS: [(&str, &str); 5] = [
     ("ipv6/conf/portal1/disable_ipv6", "1"),
 ];
 
-/// Sees to it that the link is there, or not if it is not wanted. Returns its index; 0 if there is none.
-pub async fn prepare(is_wanted: bool) -> u32 {
+/// Sees to it that the link is there, or not if it is not wanted, of the agent with these pins. Returns its index; 0 if there is
+/// none.
+pub async fn prepare(is_wanted: bool, bpffs_root: &Path) -> u32 {
     if !is_wanted {
-        if let Err(error) = remove().await {
+        if let Err(error) = remove(bpffs_root).await {
             tracing::warn!("{error:#}");
         }
         return 0;
     }
-    make().await.unwrap_or_else(|error| {
+    make(bpffs_root).await.unwrap_or_else(|error| {
         tracing::warn!(
             "{error:#}; pods that start while no agent runs reach no Services until one does. --catch-all=false does \
              without"
@@ -64,23 +66,24 @@ pub async fn prepare(is_wanted: bool) -> u32 {
 }
 
 /// Makes the link, unless it is there. Returns its index.
-async fn make() -> Result<u32> {
+async fn make(bpffs_root: &Path) -> Result<u32> {
     let (connection, handle, _) = new_connection()?;
     let connection = tokio::spawn(connection);
-    let made = ensure(&handle, None).await;
+    let made = ensure(&handle, None, &owner(bpffs_root)).await;
     connection.abort();
     made
 }
 
-/// Removes the link, and its routes with it.
+/// Removes the link of the agent with these pins, and its routes with it.
 ///
 /// # Errors
 /// If the kernel refuses.
-pub async fn remove() -> Result<()> {
+pub async fn remove(bpffs_root: &Path) -> Result<()> {
     let (connection, handle, _) = new_connection()?;
     let connection = tokio::spawn(connection);
     if let Some(link) = find(&handle).await
         && is_ours(&link)
+        && link.attributes.contains(&LinkAttribute::IfAlias(owner(bpffs_root)))
     {
         handle.link().del(link.header.index).execute().await.context("cannot remove portal0")?;
         for rule in [rule(&handle, false), rule(&handle, true)] {
@@ -95,10 +98,15 @@ pub async fn remove() -> Result<()> {
 ///
 /// # Errors
 /// If netlink can't be used.
-pub async fn follow(index: u32, mut wanted: watch::Receiver<HashSet<IpAddr>>) -> Result<()> {
+pub async fn follow(
+    index: u32,
+    bpffs_root: PathBuf,
+    mut wanted: watch::Receiver<BTreeSet<IpAddr>>,
+) -> Result<()> {
     let (connection, handle, _) = new_connection()?;
     tokio::spawn(connection);
-    let mut routes = Routes { handle, index, known: None, has_rule: [false; 2] };
+    let owner = owner(&bpffs_root);
+    let mut routes = Routes { handle, index, owner, known: None, has_rule: [false; 2] };
     let mut is_refused = false;
     loop {
         let addresses = wanted.borrow_and_update().clone();
@@ -123,14 +131,16 @@ pub async fn follow(index: u32, mut wanted: watch::Receiver<HashSet<IpAddr>>) ->
 struct Routes {
     handle: Handle,
     index: u32,
+    /// What the link says of its agent.
+    owner: String,
     /// `None` if it is to be asked.
-    known: Option<HashSet<IpAddr>>,
+    known: Option<BTreeSet<IpAddr>>,
     /// Of IPv4 and of IPv6.
     has_rule: [bool; 2],
 }
 
 impl Routes {
-    async fn sync(&mut self, wanted: &HashSet<IpAddr>) -> Result<()> {
+    async fn sync(&mut self, wanted: &BTreeSet<IpAddr>) -> Result<()> {
         let mut known = match self.known.take() {
             Some(known) => known,
             None => self.list().await?,
@@ -156,14 +166,14 @@ impl Routes {
     }
 
     /// The routes that are there, of an agent before too.
-    async fn list(&mut self) -> Result<HashSet<IpAddr>> {
-        let index = ensure(&self.handle, Some(self.index)).await?;
+    async fn list(&mut self) -> Result<BTreeSet<IpAddr>> {
+        let index = ensure(&self.handle, Some(self.index), &self.owner).await?;
         anyhow::ensure!(
             index == self.index,
             "another link has the name {NAME}; started anew, the agent takes it"
         );
         self.has_rule = [false; 2];
-        let mut known = HashSet::new();
+        let mut known = BTreeSet::new();
         let v4 = RouteMessageBuilder::<Ipv4Addr>::new().build();
         let v6 = RouteMessageBuilder::<Ipv6Addr>::new().build();
         for all_of_family in [v4, v6] {
@@ -200,7 +210,7 @@ fn rule(handle: &Handle, v6: bool) -> RuleMessage {
 }
 
 /// Makes the link, with that index if it had one, unless it is there.
-async fn ensure(handle: &Handle, index: Option<u32>) -> Result<u32> {
+async fn ensure(handle: &Handle, index: Option<u32>, owner: &str) -> Result<u32> {
     if let Some(link) = find(handle).await {
         anyhow::ensure!(is_ours(&link), "a link that is none of Portal's is called {NAME}");
         return Ok(link.header.index);
@@ -221,10 +231,15 @@ async fn ensure(handle: &Handle, index: Option<u32>) -> Result<u32> {
         let mut found = handle.link().get().match_name(name.to_owned()).execute();
         let link = found.try_next().await?.with_context(|| format!("no link {name}"))?;
         made = link.header.index;
-        let up = LinkUnspec::new_with_index(made).mtu(MTU).up().build();
+        let up = LinkUnspec::new_with_index(made).alias(owner).mtu(MTU).up().build();
         handle.link().set(up).execute().await.with_context(|| format!("link {name}"))?;
     }
     Ok(made)
+}
+
+/// By which the link's agent is known, to whoever looks at the link and to `portal cleanup`.
+fn owner(bpffs_root: &Path) -> String {
+    format!("portal --bpffs-root={}", bpffs_root.display())
 }
 
 async fn find(handle: &Handle) -> Option<LinkMessage> {

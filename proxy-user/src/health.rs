@@ -19,6 +19,9 @@ use crate::model::ObjectName;
 /// What a server answers.
 type Answer = Arc<RwLock<(ObjectName, usize)>>;
 
+/// Whether the kernel follows the cluster and is not behind.
+pub type IsHealthy = Arc<dyn Fn() -> bool + Send + Sync>;
+
 /// A health check that can't be served (KP-107).
 pub struct Failure {
     /// The Service.
@@ -36,8 +39,8 @@ struct Server {
 }
 
 /// The servers of this node.
-#[derive(Default)]
 pub struct HealthChecks {
+    is_healthy: IsHealthy,
     wanted: BTreeMap<SocketAddr, (ObjectName, usize)>,
     servers: HashMap<SocketAddr, Server>,
     /// Why some can't be served, so that it is said once.
@@ -46,6 +49,17 @@ pub struct HealthChecks {
 }
 
 impl HealthChecks {
+    /// None yet.
+    pub fn new(is_healthy: IsHealthy) -> Self {
+        Self {
+            is_healthy,
+            wanted: BTreeMap::new(),
+            servers: HashMap::new(),
+            told: HashMap::new(),
+            tasks: JoinSet::new(),
+        }
+    }
+
     /// Takes in which checks are to be served at which addresses (KP-102), and ends all others. Those that
     /// are served answer so from now on.
     pub async fn set(&mut self, checks: &[HealthCheck], addresses: &BTreeSet<IpAddr>) {
@@ -95,7 +109,11 @@ impl HealthChecks {
             let answer: Answer = Arc::new(RwLock::new(wanted.clone()));
             match listen(*address) {
                 Ok(listener) => {
-                    let task = self.tasks.spawn(run(listener, Arc::clone(&answer)));
+                    let task = self.tasks.spawn(run(
+                        listener,
+                        Arc::clone(&answer),
+                        Arc::clone(&self.is_healthy),
+                    ));
                     self.servers.insert(*address, Server { answer, task });
                     self.told.remove(address);
                 }
@@ -123,27 +141,40 @@ fn listen(address: SocketAddr) -> std::io::Result<TcpListener> {
     TcpListener::from_std(socket.into())
 }
 
-async fn run(listener: TcpListener, answer: Answer) {
+async fn run(listener: TcpListener, answer: Answer, is_healthy: IsHealthy) {
     let handler = move || {
         let (service, local) = answer.read().expect("no panic while locked").clone();
-        std::future::ready(respond(&service, local))
+        std::future::ready(respond(&service, local, is_healthy()))
     };
     // Any path, any method (KP-103).
     let _ = axum::serve(listener, Router::new().fallback(handler)).await;
 }
 
 /// Byte for byte what kube-proxy answers (KP-103, KP-104).
-fn respond(service: &ObjectName, local: usize) -> Response {
+fn respond(service: &ObjectName, local: usize, is_healthy: bool) -> Response {
     let ObjectName { namespace, name } = service;
     let body = format!(
         "{{\n\t\"service\": {{\n\t\t\"namespace\": \"{namespace}\",\n\t\t\"name\": \"{name}\"\n\t}},\n\
-         \t\"localEndpoints\": {local},\n\t\"serviceProxyHealthy\": true\n}}"
+         \t\"localEndpoints\": {local},\n\t\"serviceProxyHealthy\": {is_healthy}\n}}"
     );
-    let status = if local > 0 { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+    let status =
+        if local > 0 && is_healthy { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
     let headers = [
         (CONTENT_TYPE.as_str(), "application/json".to_owned()),
         ("x-content-type-options", "nosniff".to_owned()),
         ("x-load-balancing-endpoint-weight", local.to_string()),
     ];
     (status, headers, body).into_response()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_node_that_is_behind_takes_no_more_traffic() {
+        let service = ObjectName::new("default", "web");
+        let status = |local, is_healthy| respond(&service, local, is_healthy).status().as_u16();
+        assert_eq!([status(1, true), status(0, true), status(1, false)], [200, 503, 503]);
+    }
 }

@@ -3,9 +3,9 @@
 use std::fmt::Write;
 use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use axum::Router;
@@ -22,8 +22,18 @@ use crate::plan::Use;
 /// How long to wait before an address that is taken is tried again (KP-124).
 const RETRY: Duration = Duration::from_secs(5);
 
+/// How long something that was heard may be unwritten before load balancers should send elsewhere.
+const OVERDUE: Duration = Duration::from_mins(1);
+/// How long the agent may do nothing at all before it should be started anew.
+const STUCK: Duration = Duration::from_mins(2);
+
 /// What the agent tells of itself.
 pub struct Status {
+    started: Instant,
+    /// When it last went round, in milliseconds since it has started.
+    beat: AtomicU64,
+    /// When the kernel last held all that was heard.
+    written: AtomicU64,
     bpffs_root: PathBuf,
     /// What the agent was asked to do.
     config: Value,
@@ -44,6 +54,9 @@ impl Status {
     /// The status of an agent that has just started.
     pub fn new(bpffs_root: PathBuf, config: Value) -> Self {
         Self {
+            started: Instant::now(),
+            beat: AtomicU64::new(0),
+            written: AtomicU64::new(0),
             bpffs_root,
             config,
             ready: AtomicBool::new(false),
@@ -61,6 +74,29 @@ impl Status {
     /// Whether the kernel follows the cluster.
     pub fn is_ready(&self) -> bool {
         self.ready.load(Ordering::Relaxed)
+    }
+
+    /// Notes that the agent goes round, and whether all that it has heard is written.
+    pub fn beats(&self, is_written: bool) {
+        let now = self.age().as_millis().try_into().unwrap_or(u64::MAX);
+        self.beat.store(now, Ordering::Relaxed);
+        if is_written {
+            self.written.store(now, Ordering::Relaxed);
+        }
+    }
+
+    fn age(&self) -> Duration {
+        self.started.elapsed()
+    }
+
+    /// How long ago something was.
+    fn since(&self, when: &AtomicU64) -> Duration {
+        self.age().saturating_sub(Duration::from_millis(when.load(Ordering::Relaxed)))
+    }
+
+    /// Whether the kernel follows the cluster and is not behind.
+    pub fn is_healthy(&self) -> bool {
+        self.is_ready() && self.since(&self.written) < OVERDUE
     }
 
     /// Notes that the kernel holds what it should.
@@ -170,26 +206,29 @@ pub async fn serve(address: SocketAddr, routes: Router) -> Result<()> {
 /// Whether load balancers should send here (KP-117). Before the first sync they should not: unlike
 /// kube-proxy, which calls itself healthy then (docs/conformance.md, KP-120).
 async fn health(State(status): State<Arc<Status>>) -> Response {
-    let (ready, eligible) = (status.is_ready(), status.eligible.load(Ordering::Relaxed));
-    let mut report = report(ready);
+    let (healthy, eligible) = (status.is_healthy(), status.eligible.load(Ordering::Relaxed));
+    let mut report = report(&status);
     report["nodeEligible"] = eligible.into();
-    answer(ready && eligible, &report)
+    answer(healthy && eligible, &report)
 }
 
-/// Whether the agent runs (KP-119).
+/// Whether the agent goes round (KP-119): one that waits for ever for something is to be started anew.
 async fn live(State(status): State<Arc<Status>>) -> Response {
-    answer(true, &report(status.is_ready()))
+    answer(status.since(&status.beat) < STUCK, &report(&status))
 }
 
 /// What is said of each family. What is heard is written at once; what the kernel refuses then is
 /// counted by `portal_refused_writes_total`, and written as soon as it takes it.
-fn report(ready: bool) -> Value {
-    let now = jiff::Timestamp::now().to_string();
-    let family = json!({"lastUpdated": now, "healthy": ready});
+fn report(status: &Status) -> Value {
+    let now = jiff::Timestamp::now();
+    let healthy = status.is_healthy();
+    let written = jiff::SignedDuration::try_from(status.since(&status.written));
+    let updated = written.ok().and_then(|ago| now.checked_sub(ago).ok()).unwrap_or(now).to_string();
+    let family = json!({"lastUpdated": updated, "healthy": healthy});
     json!({
-        "lastUpdated": now,
-        "currentTime": now,
-        "healthy": ready,
+        "lastUpdated": updated,
+        "currentTime": now.to_string(),
+        "healthy": healthy,
         "status": {"IPv4": family, "IPv6": family},
     })
 }
@@ -211,4 +250,38 @@ fn answer(good: bool, report: &Value) -> Response {
 async fn metrics(State(status): State<Arc<Status>>) -> Response {
     let headers = [(CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")];
     (headers, status.metrics()).into_response()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Fault F3: an agent that waits for ever, or that the kernel refuses everything, says so.
+    #[tokio::test]
+    async fn health_tells_of_an_agent_that_is_stuck_or_behind() {
+        let mut status = Status::new(PathBuf::new(), Value::Null);
+        status.synced(1, true);
+        status.beats(true);
+        let asked = async |status: Status| {
+            let status = Arc::new(status);
+            let health = health(State(Arc::clone(&status))).await.status();
+            let live = live(State(Arc::clone(&status))).await.status();
+            (Arc::into_inner(status).expect("no other"), [health, live].map(|s| s.is_success()))
+        };
+        let mut answers;
+        (status, answers) = asked(status).await;
+        assert_eq!(answers, [true, true]);
+        // It goes round, but the kernel takes nothing.
+        status.started -= OVERDUE;
+        status.beats(false);
+        (status, answers) = asked(status).await;
+        assert_eq!(answers, [false, true]);
+        status.beats(true);
+        (status, answers) = asked(status).await;
+        assert_eq!(answers, [true, true]);
+        // It does nothing at all.
+        status.started -= STUCK;
+        (_, answers) = asked(status).await;
+        assert_eq!(answers, [false, false]);
+    }
 }

@@ -19,7 +19,9 @@ use rtnetlink::packet_route::link::{
 use rtnetlink::packet_route::route::{RouteAddress, RouteAttribute, RouteMessage, RouteType};
 use rtnetlink::packet_route::{AddressFamily, RouteNetlinkMessage};
 use rtnetlink::sys::{AsyncSocket, SocketAddr};
-use rtnetlink::{Handle, MulticastGroup, RouteMessageBuilder, new_multicast_connection};
+use rtnetlink::{
+    Handle, MulticastGroup, RouteMessageBuilder, new_connection, new_multicast_connection,
+};
 use tokio::sync::mpsc;
 
 use crate::catch_all;
@@ -54,9 +56,12 @@ pub async fn follow(rules: Vec<Rule>, changes: mpsc::Sender<Change>) -> Result<(
     // Fifty pods that start at once are a thousand messages. Without CAP_NET_ADMIN it stays as it is.
     let _ = setsockopt(connection.socket_mut().socket_ref(), RcvBufForce, &BUFFER);
     let connection = tokio::spawn(connection);
+    // News carry the number of the request that they come of, whoever made it: they could be taken for answers to ours.
+    let (answers, questions, _) = new_connection()?;
+    let answers = tokio::spawn(answers);
     let mut links = Links::new(rules);
     let mut said = BTreeSet::new();
-    for change in list(&handle, &mut links).await? {
+    for change in list(&questions, &mut links).await? {
         let _ = changes.send(change).await;
     }
     say(&links, &mut said);
@@ -66,9 +71,9 @@ pub async fn follow(rules: Vec<Rule>, changes: mpsc::Sender<Change>) -> Result<(
             moved.extend(everywhere());
         }
         let mut told = if lost_messages(&message) {
-            drain(&handle, &mut messages).await?;
+            drain(&handle, &mut messages).await;
             links.start_over();
-            list(&handle, &mut links).await?
+            list(&questions, &mut links).await?
         } else {
             hear(&mut links, message);
             links.changes()
@@ -80,6 +85,7 @@ pub async fn follow(rules: Vec<Rule>, changes: mpsc::Sender<Change>) -> Result<(
         for change in told {
             if changes.send(change).await.is_err() {
                 connection.abort();
+                answers.abort();
                 return Ok(());
             }
         }
@@ -89,20 +95,20 @@ pub async fn follow(rules: Vec<Rule>, changes: mpsc::Sender<Change>) -> Result<(
 
 /// Drops what was in the socket's buffer when it ran over: what came behind it is lost, so that it would be older than a
 /// listing. The answer to a question comes after all of it.
-async fn drain(handle: &Handle, messages: &mut Messages) -> Result<()> {
+async fn drain(handle: &Handle, messages: &mut Messages) {
     const OFTEN: usize = 10;
     for _ in 0..OFTEN {
         let mut answer = handle.link().get().match_index(LOOPBACK).execute();
-        answer.try_next().await.context("cannot ask for the loopback by netlink")?;
+        // What looks like an answer and is none has come after much as well.
+        let _ = answer.try_next().await;
         let mut has_run_over = false;
         while let Some(Some((message, _))) = messages.next().now_or_never() {
             has_run_over |= lost_messages(&message);
         }
         if !has_run_over {
-            return Ok(());
+            return;
         }
     }
-    Ok(())
 }
 
 /// The socket's buffer ran over: what we know may be wrong.

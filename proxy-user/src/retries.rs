@@ -1,4 +1,4 @@
-//! Links that could not be attached to, each tried again after a while, and after twice that if it fails again.
+//! Links that could not be attached to, or not yet, each tried again after a while, and after twice that if it fails again.
 
 use std::collections::{HashMap, HashSet};
 use std::time::{Duration, Instant};
@@ -32,6 +32,11 @@ impl Retries {
             before.map_or((1, FIRST), |before| (before.tries + 1, (before.wait * 2).min(LONGEST)));
         self.links.insert(ifindex, Retry { role, tries, wait, when: now + wait });
         tries
+    }
+
+    /// Notes that a link is not to be attached to before then.
+    pub fn postpone(&mut self, ifindex: u32, role: Role, when: Instant) {
+        self.links.insert(ifindex, Retry { role, tries: 0, wait: FIRST, when });
     }
 
     /// Notes that a link was attached to, or is gone.

@@ -83,7 +83,8 @@ async fn follow(mut settings: Settings) -> Result<()> {
     let kinds = watch::kinds(settings.host_ports);
     let events = Events::start(&settings.source, &settings.node, &mut tasks).await?;
     let updates = watch::start(settings.source, &settings.node, kinds.clone(), &mut tasks).await?;
-    settings.kernel.catch_all = catch_all::prepare(settings.catches).await;
+    settings.kernel.catch_all =
+        catch_all::prepare(settings.catches, &settings.kernel.bpffs_root).await;
     let (mut datapath, planner) = Datapath::install(&settings.kernel)?;
     memory::trim();
     if settings.kernel.trace {
@@ -107,10 +108,15 @@ async fn follow(mut settings: Settings) -> Result<()> {
     let (changes, links) = mpsc::channel(LINK_QUEUE);
     tasks.spawn(netlink::follow(settings.interfaces, changes));
     if settings.kernel.catch_all != 0 {
-        tasks.spawn(catch_all::follow(settings.kernel.catch_all, vips.subscribe()));
+        tasks.spawn(catch_all::follow(
+            settings.kernel.catch_all,
+            settings.kernel.bpffs_root.clone(),
+            vips.subscribe(),
+        ));
     }
     let routes = Resolver::new()?;
-    let checks = HealthChecks::default();
+    let told = Arc::clone(&status);
+    let checks = HealthChecks::new(Arc::new(move || told.is_healthy()));
     let name = settings.node;
     tracing::info!("portal {} on node {name}", env!("CARGO_PKG_VERSION"));
     events.tell(starting(&name));

@@ -534,6 +534,35 @@ fn a_pods_link_may_come_and_go_and_clsact_serves_where_there_is_no_tcx() {
     }
 }
 
+/// Fault M, before Linux 6.6: the CNI's bandwidth plugin gives a pod's link an ingress qdisc right after the link was made, and would fail if
+/// there was one of ours. Such a pod is served all the same, and others get our programs.
+#[test]
+fn a_new_pods_link_is_left_to_the_cnis_own_qdisc_where_it_can_be_shared_by_none() {
+    let portal = Path::new(env!("CARGO_BIN_EXE_portal"));
+    let cluster = Cluster::start(Cni::Routed, portal, &["--tc", "clsact"]);
+    let backend = cluster.serve_pod(1, "server");
+    cluster.expose("web", &VIPS, &[&backend]);
+    VIPS.iter().for_each(|vip| cluster.wait_backends(*vip, 1));
+    let shaped = cluster.world.pod(0, "shaped");
+    let node = &cluster.world.nodes[0].namespace;
+    // Before the programs of the agent are there. It may know of the link already.
+    node.netlink(async |net| net.ingress(&shaped.link, true).await);
+    let plain = cluster.world.pod(0, "plain");
+    let are_served = || {
+        for (pod, vip) in [&shaped, &plain].into_iter().flat_map(|pod| VIPS.map(|vip| (pod, vip))) {
+            let served = eventually("it is served", || tcp(&pod.namespace, at(vip)).ok());
+            assert_eq!(served.server, "server");
+        }
+    };
+    are_served();
+    eventually("others get programs", || {
+        (node.netlink(async |net| net.filters(&plain.link).await) == 2).then_some(())
+    });
+    let agent = cluster.agents[0].as_ref().expect("it runs");
+    eventually("the agent has tried", || agent.log().contains("cannot attach to").then_some(()));
+    are_served();
+}
+
 /// F5: what someone else takes off comes back, and is counted.
 #[test]
 fn what_is_taken_off_a_link_or_the_cgroup_is_put_back() {

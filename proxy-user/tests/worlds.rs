@@ -536,8 +536,8 @@ fn macvlan_pods_have_services_where_their_traffic_passes_the_host() {
     let _stage = stage(world, &[]);
     for (number, vip) in (0..2).flat_map(|number| VIPS.map(|vip| (number, beside(vip, number)))) {
         let server = format!("on-n{number}");
-        let served = eventually(&format!("{vip}"), || tcp(&pod, at(vip)).ok());
-        assert_eq!(served.server, server);
+        let connection = eventually(&format!("{vip}"), || tcp(&pod, at(vip)).ok());
+        assert_eq!(connection.server, server);
         assert_eq!(udp(&pod, at(vip), b"x").unwrap().from, at(vip));
     }
 }

@@ -65,7 +65,7 @@ pub fn main() -> Result<()> {
         Command::Cleanup(place) => {
             crate::kernel::cleanup(&place.bpffs_root)?;
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-            runtime.block_on(crate::catch_all::remove())
+            runtime.block_on(crate::catch_all::remove(&place.bpffs_root))
         }
         Command::Version => {
             let object = if crate::kernel::has_object() { "inside" } else { "absent" };

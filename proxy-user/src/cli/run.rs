@@ -113,7 +113,7 @@ pub struct Args {
     short_cut: ShortCuts,
 
     /// Whether what goes to a VIP from a link that has no programs is caught where it leaves the node: of pods that start while
-    /// no agent runs. For that there is a pair of links, portal0 and portal1, and routes to ClusterIPs where no others lead
+    /// no agent runs. For that there is a pair of links, portal0 and portal1, and a table of routes to `ClusterIPs`
     #[arg(long, value_name = "BOOL", default_value_t = true, action = clap::ArgAction::Set)]
     catch_all: bool,
 

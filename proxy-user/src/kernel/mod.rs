@@ -15,6 +15,7 @@ mod links;
 mod load;
 mod mapped;
 pub mod probe;
+mod qdisc;
 pub mod read;
 mod short_cuts;
 mod silent;
@@ -277,6 +278,16 @@ impl Datapath {
     pub fn detach(&mut self, ifindex: u32) {
         self.attached.remove(&ifindex);
         tc::detach(&mut self.links, self.tc, ifindex);
+    }
+
+    /// Whether the datapath is attached to a link.
+    pub fn is_attached(&self, ifindex: u32) -> bool {
+        self.attached.contains_key(&ifindex)
+    }
+
+    /// Whether others may need the place of our programs on a link, and can have it first, since the second line serves.
+    pub fn leaves_room(&self) -> bool {
+        self.tc.mode == TcMode::Clsact && self.options.catch_all != 0
     }
 
     /// The links that the datapath is attached to.

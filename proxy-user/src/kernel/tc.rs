@@ -17,6 +17,7 @@ use fnv::FnvHasher;
 
 use super::links::PinnedLinks;
 use super::load::shortened;
+use super::qdisc;
 use super::sys::{self, AttachPoint};
 use crate::links::Role;
 
@@ -180,6 +181,10 @@ fn attach_filter(
     direction: TcAttachType,
 ) -> Result<bool> {
     let name = &name_of(ifindex)?;
+    anyhow::ensure!(
+        !qdisc::has_ingress_only(ifindex).context("cannot ask for its qdisc")?,
+        "{name} has an ingress qdisc of another's, which has no place for programs where packets leave"
+    );
     if let Err(error) = qdisc_add_clsact(name)
         && !exists(&error)
     {

@@ -1,11 +1,26 @@
 //! Attaching to links as they come, again where it failed, and again where someone has taken a program off.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::Node;
 use crate::links::Role;
 
+/// Where programs share a link's qdisc with others, how long a new pod's link is left to those. A CNI's bandwidth plugin gives it an ingress
+/// qdisc, and fails, and the pod with it, if there is one already. Until then the second line serves the pod; and for good, if
+/// that qdisc has no place for ours.
+const COURTESY: Duration = Duration::from_secs(5);
+
 impl Node {
+    /// Attaches to a link that has come, or puts that off.
+    pub(super) fn come(&mut self, ifindex: u32, name: &str, role: Role) {
+        let is_new = self.is_listed && !self.datapath.is_attached(ifindex);
+        if is_new && role == Role::Pod && self.datapath.leaves_room() {
+            self.retries.postpone(ifindex, role, Instant::now() + COURTESY);
+        } else if self.attach(ifindex, role) {
+            tracing::info!("attached to {} {name} ({ifindex})", role.label());
+        }
+    }
+
     /// Attaches to a link. False if that is to be tried again.
     pub(super) fn attach(&mut self, ifindex: u32, role: Role) -> bool {
         match self.datapath.attach(ifindex, role) {

@@ -1,6 +1,7 @@
 //! The running agent: what is heard becomes writes, at once, and links are attached as they come.
 
 mod attach;
+mod flows;
 mod vips;
 
 use std::collections::{BTreeSet, HashSet};
@@ -74,7 +75,7 @@ pub struct Parts {
     /// Where pods go without being masqueraded.
     pub except: BTreeSet<IpNet>,
     /// The `ClusterIPs` that there are.
-    pub vips: watch::Sender<HashSet<IpAddr>>,
+    pub vips: watch::Sender<BTreeSet<IpAddr>>,
 }
 
 /// The agent with its datapath.
@@ -87,11 +88,13 @@ pub struct Node {
     events: Events,
     name: String,
     except: BTreeSet<IpNet>,
-    vips: watch::Sender<HashSet<IpAddr>>,
+    vips: watch::Sender<BTreeSet<IpAddr>>,
     /// By which addresses is masqueraded, where that is to be written.
     exits: Option<Exits>,
-    /// Links that could not be attached to.
+    /// Links that could not be attached to, or not yet.
     retries: Retries,
+    /// Whether all links that were there have been told of: others are new.
+    is_listed: bool,
     /// The sweep that runs, on a thread of its own.
     sweeping: JoinSet<Result<Swept>>,
     /// Short cuts that are looked at, on a thread of its own.
@@ -131,6 +134,7 @@ impl Node {
             vips,
             exits: None,
             retries: Retries::default(),
+            is_listed: false,
             sweeping: JoinSet::new(),
             granting: JoinSet::new(),
             unplaced: 0,
@@ -215,6 +219,7 @@ impl Node {
             self.sync().await;
         }
         self.watch_tables();
+        self.status.beats(self.read_back.is_none());
     }
 
     /// Writes what follows from all that was heard. Not after a refused write, before it is known what the
@@ -248,6 +253,7 @@ impl Node {
                 self.serve_checks();
             }
             self.status.synced(self.agent.services(), self.agent.is_eligible());
+            self.status.beats(true);
             if !was_ready {
                 tracing::info!("in step with the cluster: {} Services", self.agent.services());
                 memory::trim();
@@ -362,17 +368,14 @@ impl Node {
     /// Takes in a change of links or addresses. Says where other ways may lead to backends.
     fn take_in(&mut self, change: Change) -> Vec<IpNet> {
         match change {
-            Change::Came { ifindex, name, role } => {
-                if self.attach(ifindex, role) {
-                    tracing::info!("attached to {} {name} ({ifindex})", role.label());
-                }
-            }
+            Change::Came { ifindex, name, role } => self.come(ifindex, &name, role),
             Change::Went { ifindex, name } => {
                 self.retries.remove(ifindex);
                 self.datapath.detach(ifindex);
                 tracing::info!("detached from {name} ({ifindex})");
             }
             Change::Listed(links) => {
+                self.is_listed = true;
                 self.retries.keep_only(&links);
                 self.datapath.detach_others(&links);
             }
@@ -384,68 +387,6 @@ impl Node {
             Change::Routes(ranges) => return ranges,
         }
         Vec::new()
-    }
-
-    /// Sweeps the flow tables, if that is not being done.
-    fn sweep(&mut self) {
-        if self.sweeping.is_empty() {
-            let sweep = self.datapath.sweep();
-            self.sweeping.spawn_blocking(move || sweep.run());
-        }
-    }
-
-    /// Looks at the short cuts that the datapath asks for, if that is not being done.
-    fn grant(&mut self) {
-        if self.granting.is_empty()
-            && let Some(granting) = self.datapath.wishes()
-        {
-            self.granting.spawn_blocking(move || granting.run());
-        }
-    }
-
-    fn granted(&mut self, granted: Result<Granted>) {
-        let granted = granted.and_then(|mut granted| {
-            let (error, count) = (granted.error.take(), granted.count());
-            self.datapath.keep_granted(granted);
-            error.map_or(Ok(count), Err)
-        });
-        let text = "flows from outside go by the host stack, and take no short cut: --short-cut=off asks for none";
-        self.say(granted.is_err(), text.to_owned());
-        match granted {
-            Ok(granted) => tracing::debug!("{granted} flows got a short cut"),
-            Err(error) => tracing::debug!("no short cut: {error:#}"),
-        }
-    }
-
-    /// Takes in what a sweep has found. True if the tables are nearly full.
-    fn swept(&mut self, swept: Result<Swept>) -> bool {
-        let swept = match swept {
-            Ok(swept) => swept,
-            Err(error) => {
-                tracing::warn!("cannot sweep the flow tables: {error:#}");
-                return false;
-            }
-        };
-        let records = swept.records;
-        self.status.swept(swept);
-        memory::trim();
-        let room = self.datapath.max_flows();
-        let is_nearly_full = records.iter().any(|records| records * 5 > room * 4);
-        let text = format!(
-            "more than 80 % of the {room} records for live flows are in use; further ones are served \
-             from a table where flows can be evicted. --max-flows gives them more room"
-        );
-        self.say(is_nearly_full, text);
-        for ((service, backend), count) in self.datapath.take_exhausted() {
-            let port = self.agent.name_of(service).unwrap_or_default();
-            let text = format!(
-                "{port}: no source port was free for flows to {backend}, which has too many from this \
-                 node; --masquerade-ports may give more"
-            );
-            tracing::debug!("{count} flows to {backend} got no source port");
-            self.say(true, text);
-        }
-        is_nearly_full
     }
 
     /// Says something once, and again only after it was not so.
