@@ -6,9 +6,10 @@ use std::path::Path;
 use std::time::Duration;
 
 use portal::testing::client::{Connection, tcp, udp_socket};
+use portal::testing::cluster::{Cluster, TARGET, VIPS, at};
 use portal::testing::stage::Stage;
-use portal::testing::world::{CNIS, Cni, OUTSIDER4, OUTSIDER6, World};
-use portal::testing::{eventually, within};
+use portal::testing::world::{CNIS, Cni, OUTSIDER4, OUTSIDER6, Pod, World};
+use portal::testing::{eventually, server, within};
 
 fn stage(world: World, arguments: &[&str]) -> Stage {
     Stage::new(world, Path::new(env!("CARGO_BIN_EXE_portal")), arguments)
@@ -159,4 +160,58 @@ fn connections_that_took_the_short_cut_leave_nothing_behind() {
     });
     drop(connections);
     eventually("their end is seen", || (open() == 0).then_some(()));
+}
+
+/// Fault O: connections that another proxy has led, by the kernel's own NAT, go on when Portal takes over, and new ones are
+/// Portal's.
+#[test]
+fn connections_of_the_proxy_before_go_on() {
+    let world = World::new(Cni::Routed);
+    let serving = ["one", "two", "three"].map(|name| {
+        let pod = world.pod(1, name);
+        for v6 in [false, true] {
+            server::tcp(&pod.namespace, name, pod.address(v6), TARGET);
+        }
+        pod
+    });
+    let client = world.pod(0, "client");
+    let node = &world.nodes[0].namespace;
+    let [v4, v6] = VIPS;
+    let nat = |rule: &str, rule6: &str| {
+        let chain = "chain p { type nat hook prerouting priority dstnat; ";
+        format!("table ip t {{\n{chain}{rule}\n}}\n}}\ntable ip6 t {{\n{chain}{rule6}\n}}\n}}\n")
+    };
+    let rules = |to: &Pod| {
+        nat(
+            &format!("ip daddr {v4} tcp dport 80 dnat to {}:{TARGET};", to.v4),
+            &format!("ip6 daddr {v6} tcp dport 80 dnat to [{}]:{TARGET};", to.v6),
+        )
+    };
+    let mut connections = Vec::new();
+    for pod in &serving {
+        node.firewall(&rules(pod));
+        for vip in VIPS.into_iter().cycle().take(6) {
+            connections.push(tcp(&client.namespace, at(vip)).unwrap());
+        }
+    }
+    let cluster = Cluster::start_in(world, Path::new(env!("CARGO_BIN_EXE_portal")), &[]);
+    let all: Vec<&Pod> = serving.iter().collect();
+    cluster.expose("web", &VIPS, &all);
+    VIPS.iter().for_each(|vip| cluster.wait_backends(*vip, serving.len()));
+    eventually("the client's link is served", || {
+        cluster.world.nodes[0].is_attached(&client).then_some(())
+    });
+    // The rules go, as `kube-proxy --cleanup` has it; what they have led is in the kernel's table of connections, as long as
+    // anyone wants one.
+    let others = "chain f { type filter hook forward priority filter; ct state invalid drop; }";
+    let others = format!("{}table inet f {{\n{others}\n}}\n", nat("", ""));
+    cluster.world.nodes[0].namespace.firewall(&others);
+    for connection in &mut connections {
+        assert_eq!(connection.echo(b"still there").unwrap(), b"still there");
+    }
+    let opened = cluster.outcomes(0, "opened");
+    for vip in VIPS {
+        tcp(&client.namespace, at(vip)).unwrap();
+    }
+    assert_eq!(cluster.outcomes(0, "opened"), opened + 2);
 }
