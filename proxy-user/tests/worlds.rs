@@ -10,19 +10,15 @@ use portal::testing::cluster::{VIPS, at};
 use portal::testing::namespace::Namespace;
 use portal::testing::objects::{self, NODE_PORT};
 use portal::testing::stage::{Stage, beside};
-use portal::testing::world::{CNIS, Cni, Node, OUTSIDER4, OUTSIDER6, Pod, World};
+use portal::testing::world::{CNIS, Cni, OUTSIDER4, OUTSIDER6, Pod, World};
+use portal::testing::worlds::{
+    FAR, ROUTER, TwoLans, any, bits, bridged_nic, default_by_second, hardened, restore, unnumbered,
+};
 use portal::testing::{eventually, server};
 use serde_json::json;
 
 fn stage(world: World, arguments: &[&str]) -> Stage {
     Stage::new(world, Path::new(env!("CARGO_BIN_EXE_portal")), arguments)
-}
-
-/// The routes of a node that go with its address: to pods of the other, and to anyone.
-async fn restore(net: &portal::testing::net::Net, node: &Node, other: &Node) {
-    net.route(Ipv4Addr::UNSPECIFIED.into(), 0, Ipv4Addr::new(192, 168, 50, 254).into()).await;
-    net.route(Ipv4Addr::new(10, 244, other.number, 0).into(), 24, other.v4().into()).await;
-    let _ = node;
 }
 
 /// Case 1: networkd, DHCP or ifup take the address away and put it back.
@@ -59,152 +55,15 @@ fn an_address_that_comes_and_goes_breaks_no_connection() {
 /// Case 4: the node's address is on the loopback, and its NIC has none.
 #[test]
 fn a_nic_without_an_address_is_an_uplink_if_routes_lead_out_by_it() {
-    let world = World::new(Cni::Routed);
-    for node in &world.nodes {
-        let other = &world.nodes[usize::from(1 - node.number)];
-        node.namespace.netlink(async |net| {
-            for (own, bits, to, bits_of_net) in [
-                (node.address(false), 32, "192.168.50.0", 24),
-                (node.address(true), 128, "fd00:50::", 64),
-            ] {
-                net.unaddress("eth0", own).await;
-                net.address("lo", own, bits).await;
-                net.link_route(to.parse().unwrap(), bits_of_net, "eth0").await;
-            }
-            restore(&net, node, other).await;
-            // The routes of IPv6 have stayed.
-            net.answer_for("eth0", node.v6()).await;
-        });
-        node.namespace.sysctl("net/ipv6/conf/all/proxy_ndp", "1");
-    }
+    let world = unnumbered();
     stage(world, &[]).assert_served();
 }
 
 /// Case 2: the NIC is in a bridge, which has the node's address, and a container that is no pod is in it too.
 #[test]
 fn the_nics_bridge_is_an_uplink_whatever_else_is_in_it() {
-    let world = World::new(Cni::Bridge);
-    let container = Namespace::new();
-    let node = &world.nodes[0];
-    // One that does not look like a pod's.
-    world.wire.netlink(async |net| net.macvlan("nic0", "wire", &node.namespace).await);
-    node.namespace.netlink(async |net| {
-        net.remove("eth0").await;
-        net.bridge("brx").await;
-        net.enslave("nic0", "brx").await;
-        net.pin_address("brx", "nic0").await;
-        net.veth("lxc", "eth0", &container).await;
-        net.enslave("lxc", "brx").await;
-        for link in ["nic0", "lxc", "brx"] {
-            net.up(link).await;
-        }
-        net.address("brx", node.v4().into(), 24).await;
-        restore(&net, node, &world.nodes[1]).await;
-    });
+    let (world, _container) = bridged_nic();
     stage(world, &[]).assert_served();
-}
-
-/// Who asks from behind a router that both LANs have.
-const FAR: [IpAddr; 2] = [
-    IpAddr::V4(Ipv4Addr::new(203, 0, 113, 5)),
-    IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 5, 0, 0, 0, 0, 5)),
-];
-/// The router in the first LAN, which is the nodes' default gateway there; in the second; and before [`FAR`].
-const ROUTER: [[IpAddr; 2]; 3] = [
-    [
-        IpAddr::V4(Ipv4Addr::new(192, 168, 50, 254)),
-        IpAddr::V6(Ipv6Addr::new(0xfd00, 0x50, 0, 0, 0, 0, 0, 0xfe)),
-    ],
-    [
-        IpAddr::V4(Ipv4Addr::new(192, 168, 51, 254)),
-        IpAddr::V6(Ipv6Addr::new(0xfd00, 0x51, 0, 0, 0, 0, 0, 0xfe)),
-    ],
-    [
-        IpAddr::V4(Ipv4Addr::new(203, 0, 113, 1)),
-        IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 5, 0, 0, 0, 0, 1)),
-    ],
-];
-/// Node 0 in the second LAN.
-const SECOND: [IpAddr; 2] = [
-    IpAddr::V4(Ipv4Addr::new(192, 168, 51, 1)),
-    IpAddr::V6(Ipv6Addr::new(0xfd00, 0x51, 0, 0, 0, 0, 0, 1)),
-];
-
-/// Any address of a family.
-fn any(v6: bool) -> IpAddr {
-    if v6 { Ipv6Addr::UNSPECIFIED.into() } else { Ipv4Addr::UNSPECIFIED.into() }
-}
-
-const fn bits(v6: bool) -> u8 {
-    if v6 { 64 } else { 24 }
-}
-
-/// Node 0 with a NIC in each of two LANs, and someone behind a router that is in both.
-struct TwoLans {
-    /// The router and the second LAN's switch, which live as long as this.
-    _others: [Namespace; 2],
-    far: Namespace,
-}
-
-impl TwoLans {
-    fn new(world: &World) -> Self {
-        let (router, far, second) = (Namespace::new(), Namespace::new(), Namespace::new());
-        let node = &world.nodes[0];
-        router.sysctl("net/ipv4/ip_forward", "1");
-        router.sysctl("net/ipv6/conf/all/forwarding", "1");
-        world.wire.netlink(async |net| {
-            net.veth("router", "lan0", &router).await;
-            net.enslave("router", "wire").await;
-            net.up("router").await;
-        });
-        second.netlink(async |net| {
-            net.bridge("lan").await;
-            net.veth("node", "eth1", &node.namespace).await;
-            net.veth("router", "lan1", &router).await;
-            for port in ["node", "router"] {
-                net.enslave(port, "lan").await;
-                net.up(port).await;
-            }
-            net.up("lan").await;
-        });
-        router.netlink(async |net| {
-            net.veth("far", "eth0", &far).await;
-            for (link, own) in ["lan0", "lan1", "far"].into_iter().zip(ROUTER) {
-                net.up(link).await;
-                for address in own {
-                    net.address(link, address, bits(address.is_ipv6())).await;
-                }
-            }
-        });
-        far.netlink(async |net| {
-            net.up("eth0").await;
-            for (own, gateway) in FAR.into_iter().zip(ROUTER[2]) {
-                net.address("eth0", own, bits(own.is_ipv6())).await;
-                net.route(any(own.is_ipv6()), 0, gateway).await;
-            }
-        });
-        node.namespace.netlink(async |net| {
-            net.up("eth1").await;
-            for own in SECOND {
-                net.address("eth1", own, bits(own.is_ipv6())).await;
-            }
-        });
-        for link in ["all", "eth0", "eth1"] {
-            // Loose: who comes by one NIC may be led to by the other.
-            node.namespace.sysctl(&format!("net/ipv4/conf/{link}/rp_filter"), "0");
-        }
-        Self { _others: [router, second], far }
-    }
-}
-
-/// Leads what node 0 sends to anyone by the router's second leg.
-fn default_by_second(world: &World) {
-    world.nodes[0].namespace.netlink(async |net| {
-        for (first, second) in ROUTER[0].into_iter().zip(ROUTER[1]) {
-            net.unroute(any(first.is_ipv6()), 0, first).await;
-            net.route(any(first.is_ipv6()), 0, second).await;
-        }
-    });
 }
 
 /// Case 8: the way back to a client is by another NIC than the one that he came by.
@@ -433,16 +292,7 @@ fn pods_are_masqueraded_by_the_address_that_the_gateway_knows() {
 #[test]
 fn strict_filters_of_the_source_and_of_bridges_stop_nobody() {
     for cni in [Cni::Bridge, Cni::Routed] {
-        let world = World::new(cni);
-        for node in &world.nodes {
-            for link in ["all", "default", "eth0"] {
-                node.namespace.sysctl(&format!("net/ipv4/conf/{link}/rp_filter"), "1");
-            }
-            for family in ["ip", "ip6"] {
-                let name = format!("net/bridge/bridge-nf-call-{family}tables");
-                node.namespace.sysctl(&name, "1");
-            }
-        }
+        let world = hardened(cni);
         stage(world, &[]).assert_served();
     }
 }

@@ -65,7 +65,7 @@ fn files_of(tier: Tier) -> &'static [&'static str] {
         Tier::Kernel => &["kernel"],
         Tier::Control => &["control"],
         Tier::Network => {
-            &["network", "doors", "scenarios", "worlds", "firewalls", "load", "kernels"]
+            &["network", "doors", "scenarios", "worlds", "matrix", "firewalls", "load", "kernels"]
         }
     }
 }

@@ -19,6 +19,7 @@ pub mod server;
 pub mod stage;
 pub mod tunnel;
 pub mod world;
+pub mod worlds;
 
 use std::time::{Duration, Instant};
 
