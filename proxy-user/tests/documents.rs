@@ -61,6 +61,7 @@ fn every_test_that_the_table_names_is_there() {
         "flows",
         "kernel",
         "load",
+        "matrix",
         "network",
         "plan",
         "scenarios",
@@ -70,6 +71,7 @@ fn every_test_that_the_table_names_is_there() {
         + &read("proxy-ebpf/tests/datapath/life.rs")
         + &read("proxy-ebpf/tests/datapath/algorithms.rs")
         + &read("proxy-ebpf/tests/datapath/masquerade.rs")
+        + &read("proxy-user/src/http.rs")
         + &read("proxy-user/src/desired/node_ports.rs")
         + &read("proxy-user/src/links.rs");
     let worlds = rows_of(read("docs/conformance.md").split(WORLDS).nth(1).unwrap());
