@@ -220,7 +220,7 @@ fn answer(socket: &UdpSocket, to: SocketAddr) -> Option<String> {
     }
 }
 
-/// A process of a node that sends from one socket, datagram by datagram.
+/// A process of a node that sends datagram by datagram from one socket, or from a connected one as long as it can.
 struct Steady {
     child: Child,
     questions: ChildStdin,
@@ -228,10 +228,10 @@ struct Steady {
 }
 
 impl Steady {
-    fn new(cluster: &Cluster, node: usize, to: SocketAddr) -> Self {
+    fn new(cluster: &Cluster, node: usize, mode: &str, to: SocketAddr) -> Self {
         let program = Path::new(env!("CARGO_BIN_EXE_portal-probe"));
         let mut command = agent::command(&cluster.world.nodes[node], program, true);
-        command.args(["steady-udp", &to.to_string()]).stdin(Stdio::piped()).stdout(Stdio::piped());
+        command.args([mode, &to.to_string()]).stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut child = command.spawn().unwrap();
         let (questions, answers) = (child.stdin.take().unwrap(), child.stdout.take().unwrap());
         Self { child, questions, answers: BufReader::new(answers) }
@@ -274,13 +274,15 @@ fn datagrams_of_one_port_follow_the_endpoints() {
             let balancer = SocketAddr::new(BALANCER[usize::from(v6)].parse().unwrap(), 80);
             let socket = udp_socket(&client.namespace, v6, 12_345).unwrap();
             let outside = udp_socket(&outsider, v6, 12_345).unwrap();
-            let mut steady = Steady::new(&cluster, 0, at(vip));
+            let mut steady = Steady::new(&cluster, 0, "steady-udp", at(vip));
+            let mut renewed = Steady::new(&cluster, 0, "renewed-udp", at(vip));
             let mut senders: Vec<Sender<'_>> = vec![
                 ("ClusterIP", Box::new(|| answer(&socket, at(vip)))),
                 ("NodePort", Box::new(|| answer(&socket, cluster.node_port(1, v6)))),
                 ("from outside", Box::new(|| answer(&outside, cluster.node_port(0, v6)))),
                 ("balancer", Box::new(|| answer(&outside, balancer))),
                 ("of the node", Box::new(move || steady.ask())),
+                ("of the node, connected", Box::new(move || renewed.ask())),
             ];
             senders.iter_mut().for_each(|(door, send)| assert_eq!(send(), None, "{door}"));
             let mut reach = |name: &str| {

@@ -3,35 +3,26 @@
 
 use std::io;
 use std::net::SocketAddr;
-use std::time::Duration;
 
 use netlink_packet_netfilter::conntrack::{
     ConntrackAttribute, ConntrackMessage, IPTuple, ProtoInfo, ProtoInfoTCP, ProtoTuple, Protocol,
     TCPFlags, Tuple,
 };
 use netlink_packet_netfilter::{NetfilterHeader, NetfilterMessage, NetfilterProtoFamily};
-use nix::sys::socket::setsockopt;
-use nix::sys::socket::sockopt::ReceiveTimeout;
-use nix::sys::time::{TimeVal, TimeValLike};
-use rtnetlink::packet_core::{
-    NLM_F_ACK, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload,
-};
+use rtnetlink::packet_core::NLM_F_ACK;
 use rtnetlink::sys::protocols::NETLINK_NETFILTER;
-use rtnetlink::sys::{self, Socket};
+
+use super::ask::Asker;
 
 /// `IP_CT_TCP_FLAG_BE_LIBERAL`: a segment is the connection's, whatever its numbers.
 const BE_LIBERAL: u8 = 8;
 /// `IP_CT_TCP_FLAG_DATA_UNACKNOWLEDGED`, for which a connection is forgotten after minutes, and `IP_CT_TCP_FLAG_MAXACK_SET`, by
 /// which a RST is judged: what it has not seen says neither.
 const JUDGED: u8 = 0x10 | 0x20;
-/// How long an answer is waited for.
-const PATIENCE: Duration = Duration::from_secs(1);
-/// How long the kernel's answer may be.
-const ANSWER: usize = 4096;
 
 /// A way to the kernel's table of connections.
 pub struct Conntrack {
-    socket: Socket,
+    asker: Asker,
     /// For how many seconds an idle connection is kept; `None` if that is not known.
     idle: Option<u32>,
 }
@@ -42,11 +33,7 @@ impl Conntrack {
     /// # Errors
     /// If netlink can't be used.
     pub fn open() -> io::Result<Self> {
-        let mut socket = Socket::new(NETLINK_NETFILTER)?;
-        socket.bind_auto()?;
-        socket.connect(&sys::SocketAddr::new(0, 0))?;
-        setsockopt(&socket, ReceiveTimeout, &TimeVal::seconds(PATIENCE.as_secs().cast_signed()))?;
-        Ok(Self { socket, idle: idle_timeout() })
+        Ok(Self { asker: Asker::open(NETLINK_NETFILTER)?, idle: idle_timeout() })
     }
 
     /// Says of a TCP connection that it is not to be judged by what was seen of it, so that it is followed to its end though
@@ -68,29 +55,10 @@ impl Conntrack {
         let family =
             if from.is_ipv4() { NetfilterProtoFamily::IPv4 } else { NetfilterProtoFamily::IPv6 };
         let header = NetfilterHeader::new(family, 0, 0);
-        match self.ask(NetfilterMessage::new(header, message)) {
-            Ok(()) => Ok(true),
+        match self.asker.ask(NetfilterMessage::new(header, message), NLM_F_ACK, None) {
+            Ok(_) => Ok(true),
             Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(false),
             Err(error) => Err(error),
-        }
-    }
-
-    /// Sends a request and waits for its acknowledgement, which the kernel has ready at once.
-    fn ask(&self, message: NetfilterMessage) -> io::Result<()> {
-        let mut header = NetlinkHeader::default();
-        header.flags = NLM_F_REQUEST | NLM_F_ACK;
-        let mut request = NetlinkMessage::new(header, NetlinkPayload::from(message));
-        request.finalize();
-        let mut bytes = vec![0; request.buffer_len()];
-        request.serialize(&mut bytes);
-        self.socket.send(&bytes, 0)?;
-        let mut answer = Vec::with_capacity(ANSWER);
-        self.socket.recv(&mut answer, 0)?;
-        let answer = NetlinkMessage::<NetfilterMessage>::deserialize(&answer);
-        match answer.map_err(io::Error::other)?.payload {
-            NetlinkPayload::Error(error) if error.code.is_none() => Ok(()),
-            NetlinkPayload::Error(error) => Err(error.to_io()),
-            other => Err(io::Error::other(format!("an answer of another kind: {other:?}"))),
         }
     }
 }

@@ -8,6 +8,8 @@
 //! All of it is pinned, so it outlives the agent; a new agent finds it, puts its own programs into the
 //! links (between one packet and the next) and goes on with the maps.
 
+mod abandoned;
+mod ask;
 mod conntrack;
 mod contract;
 mod counts;
@@ -45,6 +47,7 @@ use crate::exits::Exits;
 use crate::links::Role;
 use crate::plan::{Capacity, Op, Planner, Use};
 use crate::routes::Routes;
+pub use abandoned::Abandoned;
 pub use contract::{Shape, name_of, shapes};
 use links::PinnedLinks;
 pub use load::has_object;
@@ -337,6 +340,16 @@ impl Datapath {
     pub fn sweep(&mut self) -> Sweep {
         let since = std::mem::replace(&mut self.swept_at, read::now());
         Sweep { maps: self.maps.clone(), counted: self.writer.counted(), since }
+    }
+
+    /// Backends that serve no more, whose sockets are to be ended; `None` if there are none.
+    pub fn abandoned(&self, ops: &[Op]) -> Option<Abandoned> {
+        let backends = ops.iter().filter_map(|op| match op {
+            Op::Backend { backend, .. } if !backend.serving => Some(backend.address),
+            _ => None,
+        });
+        let backends: HashSet<SocketAddr> = backends.collect();
+        (!backends.is_empty()).then(|| Abandoned { maps: self.maps.clone(), backends })
     }
 
     /// Short cuts that were asked for since the last call, to be looked at; `None` if there are none.

@@ -1,12 +1,33 @@
-//! What is done for flows now and then: ended ones are swept away, short cuts are granted.
+//! What is done for flows now and then: ended ones are swept away, short cuts are granted, and sockets whose backends are gone are
+//! ended.
 
 use anyhow::Result;
 
 use super::Node;
 use crate::kernel::{Granted, Swept};
 use crate::memory;
+use crate::plan::Op;
 
 impl Node {
+    /// Ends the sockets of backends that serve no more.
+    pub(super) fn end_abandoned(&mut self, ops: &[Op]) {
+        if let Some(abandoned) = self.datapath.abandoned(ops) {
+            self.ending.spawn_blocking(move || abandoned.run());
+        }
+    }
+
+    pub(super) fn ended(&mut self, ended: Result<usize>) {
+        let text = "UDP sockets of the node that are connected to backends which are gone have to connect anew by themselves";
+        self.say(ended.is_err(), text.to_owned());
+        match ended {
+            Ok(0) => {}
+            Ok(ended) => tracing::info!(
+                "{ended} UDP sockets of the node must connect anew: their backends are gone"
+            ),
+            Err(error) => tracing::debug!("{error:#}"),
+        }
+    }
+
     /// Sweeps the flow tables, if that is not being done.
     pub(super) fn sweep(&mut self) {
         if self.sweeping.is_empty() {

@@ -99,6 +99,8 @@ pub struct Node {
     sweeping: JoinSet<Result<Swept>>,
     /// Short cuts that are looked at, on a thread of its own.
     granting: JoinSet<Result<Granted>>,
+    /// Sockets that are looked for whose backends serve no more, each time on a thread of its own.
+    ending: JoinSet<Result<usize>>,
     /// How often live flows found no room, at the last pulse.
     unplaced: u64,
     /// What was said of tables and ports, so that it is said once.
@@ -137,6 +139,7 @@ impl Node {
             is_listed: false,
             sweeping: JoinSet::new(),
             granting: JoinSet::new(),
+            ending: JoinSet::new(),
             unplaced: 0,
             said: BTreeSet::new(),
             read_back: None,
@@ -184,6 +187,9 @@ impl Node {
                 }
                 Some(granted) = self.granting.join_next() => {
                     self.granted(granted.context("the short cuts").flatten());
+                }
+                Some(ended) = self.ending.join_next() => {
+                    self.ended(ended.context("the sockets of backends that are gone").flatten());
                 }
                 routes = self.routes.changed() => self.reroute(&routes),
                 () = until(self.retries.next()) => self.attach_again(),
@@ -301,6 +307,7 @@ impl Node {
         let Err(error) = self.datapath.apply(ops) else {
             self.wait = FIRST_WAIT;
             self.tell_vips(ops);
+            self.end_abandoned(ops);
             return true;
         };
         self.postpone(&error.context("the kernel refused a write to its maps"));

@@ -1,8 +1,9 @@
 //! Requests of a node's own process:
-//! `portal-probe tcp|udp|connected-udp|only-connected-udp|steady-udp ADDRESS [TIMES]`.
+//! `portal-probe tcp|udp|connected-udp|only-connected-udp|steady-udp|renewed-udp ADDRESS [TIMES]`.
 //!
 //! With only-connected-udp it asks nothing, and prints the peer. With steady-udp it sends a datagram for each line that it reads, all from one socket, and prints the
-//! server's name, or `-` if nobody answers in a moment. Otherwise:
+//! server's name, or `-` if nobody answers in a moment. With renewed-udp that socket is connected, and another one takes its place
+//! when a call fails, but not when nothing comes. Otherwise:
 //!
 //! Prints a line for each: the server's name, the client as the server sees it, and the peer as the
 //! socket does. At the first failure it prints its kind on standard error and ends.
@@ -27,8 +28,9 @@ fn main() -> ExitCode {
         _ => return usage(),
     };
     let (Ok(to), Ok(times)) = (to.parse(), times.parse::<u32>()) else { return usage() };
-    if protocol == "steady-udp" {
-        return match steady(to) {
+    if let "steady-udp" | "renewed-udp" = protocol.as_str() {
+        let result = if protocol == "steady-udp" { steady(to) } else { renewed(to) };
+        return match result {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => fail(&error),
         };
@@ -64,9 +66,33 @@ fn steady(to: SocketAddr) -> io::Result<()> {
     Ok(())
 }
 
+fn renewed(to: SocketAddr) -> io::Result<()> {
+    let connected = || {
+        let socket = udp_socket_here(to.is_ipv6(), 0)?;
+        socket.set_read_timeout(Some(MOMENT))?;
+        socket.connect(to).map(|()| socket)
+    };
+    let mut socket = connected()?;
+    let mut buffer = [0; 512];
+    for _ in io::stdin().lines() {
+        match socket.send(b"x").and_then(|_| socket.recv(&mut buffer)) {
+            Ok(length) => {
+                println!("{}", parse_greeting(&String::from_utf8_lossy(&buffer[..length])).0);
+            }
+            Err(error) => {
+                if error.kind() != io::ErrorKind::WouldBlock {
+                    socket = connected()?;
+                }
+                println!("-");
+            }
+        }
+    }
+    Ok(())
+}
+
 fn usage() -> ExitCode {
     eprintln!(
-        "usage: portal-probe tcp|udp|connected-udp|only-connected-udp|steady-udp ADDRESS [TIMES]"
+        "usage: portal-probe tcp|udp|connected-udp|only-connected-udp|steady-udp|renewed-udp ADDRESS [TIMES]"
     );
     ExitCode::from(2)
 }
