@@ -295,10 +295,18 @@ fn datagrams_of_one_port_follow_the_endpoints() {
             set(&cluster, &[in_condition(&one, false, false, false)]);
             set(&cluster, &[ready(&one)]);
             reach("one");
+            // Connected to a backend; the one of before is to the VIP, as nobody served then.
+            let mut led = Steady::new(&cluster, 0, "renewed-udp", at(vip));
+            let mut is_led = |name: &str| {
+                let what = format!("a connected socket is led to {name}");
+                eventually(&what, || (led.ask().as_deref() == Some(name)).then_some(()));
+            };
+            is_led("one");
             set(&cluster, &[ready(&one), ready(&two)]);
             cluster.wait_backends(vip, 2);
             set(&cluster, &[ready(&two)]);
             reach("two");
+            is_led("two");
             // The same pod at another port.
             put_endpoints(
                 &cluster,
@@ -307,6 +315,7 @@ fn datagrams_of_one_port_follow_the_endpoints() {
                 &[ready(&two)],
             );
             reach("two-9090");
+            is_led("two-9090");
         }
     }
 }
