@@ -140,28 +140,46 @@ struct Routes {
 }
 
 impl Routes {
+    /// Makes the routes those that are wanted. What is refused of one family stops nothing of the other.
     async fn sync(&mut self, wanted: &BTreeSet<IpAddr>) -> Result<()> {
         let mut known = match self.known.take() {
             Some(known) => known,
             None => self.list().await?,
         };
+        let mut result = Ok(());
         for v6 in [false, true] {
-            if wanted.iter().any(|address| address.is_ipv6() == v6) {
-                self.add_rule(v6).await?;
-            }
-        }
-        for address in known.difference(wanted).copied().collect::<Vec<_>>() {
-            let gone = self.handle.route().del(route(address, self.index)).execute().await;
-            // It may have gone with the link.
-            gone.or_else(|error| if is(&error, libc::ESRCH) { Ok(()) } else { Err(error) })?;
-            known.remove(&address);
-        }
-        for address in wanted.difference(&known).copied().collect::<Vec<_>>() {
-            let added = self.handle.route().add(route(address, self.index)).replace();
-            added.execute().await.with_context(|| format!("no route to {address}"))?;
-            known.insert(address);
+            let of_family = |addresses: &BTreeSet<IpAddr>| -> BTreeSet<IpAddr> {
+                addresses.iter().copied().filter(|address| address.is_ipv6() == v6).collect()
+            };
+            let (wanted, before) = (of_family(wanted), of_family(&known));
+            let synced = self.sync_family(v6, &wanted, &before, &mut known).await;
+            result = result.and(synced);
         }
         self.known = Some(known);
+        result
+    }
+
+    async fn sync_family(
+        &mut self,
+        v6: bool,
+        wanted: &BTreeSet<IpAddr>,
+        before: &BTreeSet<IpAddr>,
+        known: &mut BTreeSet<IpAddr>,
+    ) -> Result<()> {
+        for address in before.difference(wanted) {
+            let gone = self.handle.route().del(route(*address, self.index)).execute().await;
+            // It may have gone with the link.
+            gone.or_else(|error| if is(&error, libc::ESRCH) { Ok(()) } else { Err(error) })?;
+            known.remove(address);
+        }
+        if !wanted.is_empty() {
+            self.add_rule(v6).await?;
+        }
+        for address in wanted.difference(before) {
+            let added = self.handle.route().add(route(*address, self.index)).replace();
+            added.execute().await.with_context(|| format!("no route to {address}"))?;
+            known.insert(*address);
+        }
         Ok(())
     }
 
@@ -211,13 +229,15 @@ fn rule(handle: &Handle, v6: bool) -> RuleMessage {
 
 /// Makes the link, with that index if it had one, unless it is there.
 async fn ensure(handle: &Handle, index: Option<u32>, owner: &str) -> Result<u32> {
-    if let Some(link) = find(handle).await {
-        anyhow::ensure!(is_ours(&link), "a link that is none of Portal's is called {NAME}");
-        return Ok(link.header.index);
+    let found = find(handle).await;
+    if let Some(link) = &found {
+        anyhow::ensure!(is_ours(link), "a link that is none of Portal's is called {NAME}");
+    } else {
+        let pair = LinkVeth::new(NAME, PEER).address(CATCH_ALL_MAC.to_vec()).arp(false).mtu(MTU);
+        let pair = pair.index(index.unwrap_or_default()).build();
+        handle.link().add(pair).execute().await.context("cannot make the pair of links portal0")?;
     }
-    let pair = LinkVeth::new(NAME, PEER).address(CATCH_ALL_MAC.to_vec()).arp(false).mtu(MTU);
-    let pair = pair.index(index.unwrap_or_default()).build();
-    handle.link().add(pair).execute().await.context("cannot make the pair of links portal0")?;
+    // Also of one that is there: it may have been left half made, or was set down.
     for (name, value) in SYSCTLS {
         // What is not there (IPv6) needs no setting.
         if let Err(error) = fs::write(format!("/proc/sys/net/{name}"), value)
@@ -226,13 +246,18 @@ async fn ensure(handle: &Handle, index: Option<u32>, owner: &str) -> Result<u32>
             tracing::warn!("cannot set net/{name} to {value}: {error}");
         }
     }
+    let has_owner = found.is_some_and(|link| {
+        link.attributes.iter().any(|attribute| matches!(attribute, LinkAttribute::IfAlias(_)))
+    });
     let mut made = 0;
     for name in [PEER, NAME] {
         let mut found = handle.link().get().match_name(name.to_owned()).execute();
         let link = found.try_next().await?.with_context(|| format!("no link {name}"))?;
         made = link.header.index;
-        let up = LinkUnspec::new_with_index(made).alias(owner).mtu(MTU).up().build();
-        handle.link().set(up).execute().await.with_context(|| format!("link {name}"))?;
+        let up = LinkUnspec::new_with_index(made).mtu(MTU).up();
+        let up = if has_owner { up } else { up.alias(owner) };
+        let up = handle.link().set(up.build()).execute();
+        up.await.with_context(|| format!("link {name}"))?;
     }
     Ok(made)
 }

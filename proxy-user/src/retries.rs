@@ -59,10 +59,11 @@ impl Retries {
         self.links.values().map(|retry| retry.when).min()
     }
 
-    /// Which are due.
-    pub fn due(&self, now: Instant) -> Vec<(u32, Role)> {
+    /// The one that has been due for longest.
+    pub fn due(&self, now: Instant) -> Option<(u32, Role)> {
         let due = self.links.iter().filter(|(_, retry)| retry.when <= now);
-        due.map(|(ifindex, retry)| (*ifindex, retry.role)).collect()
+        let first = due.min_by_key(|(_, retry)| retry.when);
+        first.map(|(ifindex, retry)| (*ifindex, retry.role))
     }
 }
 
@@ -76,11 +77,11 @@ mod tests {
         let mut waits = Vec::new();
         for tries in 1..=12 {
             assert_eq!(retries.insert(7, Role::Pod, now), tries);
-            assert!(retries.due(now).is_empty());
+            assert!(retries.due(now).is_none());
             let next = retries.next().unwrap();
             waits.push((next - now).as_millis());
             now = next;
-            assert_eq!(retries.due(now), [(7, Role::Pod)]);
+            assert_eq!(retries.due(now), Some((7, Role::Pod)));
         }
         assert_eq!(waits[..4], [100, 200, 400, 800]);
         assert_eq!(waits[10..], [30_000, 30_000]);

@@ -332,14 +332,15 @@ fn pods_that_start_while_no_agent_runs_have_services() {
                         ip6 saddr fd00:244::/32 accept; ip6 daddr fd00:244::/32 accept;
                     }
                     chain p { type nat hook postrouting priority srcnat;
-                        ip saddr 10.244.0.0/16 ip daddr != 10.244.0.0/16 masquerade;
-                        ip6 saddr fd00:244::/32 ip6 daddr != fd00:244::/32 masquerade;
+                        ip saddr 10.244.0.0/16 ip daddr != 10.244.0.0/16 masquerade fully-random;
+                        ip6 saddr fd00:244::/32 ip6 daddr != fd00:244::/32 masquerade fully-random;
                     }
                 }
             ",
             );
         }
-        let mut stage = stage(world, &[]);
+        // Nothing is left to the kernel but what the second line has.
+        let mut stage = stage(world, &["--takeover-grace=0s"]);
         stage.cluster.agents[0].take().expect("it runs").kill();
         let newborn = stage.cluster.world.pod(0, "newborn");
         let mut connections = reaches_services(&newborn, "away");

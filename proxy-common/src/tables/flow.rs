@@ -114,6 +114,10 @@ impl<F: Family> FlowKey<F> {
         words[words.len() - 1] = bytemuck::cast([bytemuck::cast(ports), rest]);
     }
 
+    /// What a key has in the place of zeros by which the datapath tells the agent of a connection that was caught behind the kernel's
+    /// NAT.
+    pub const CAUGHT: [u8; 2] = [4, 0];
+
     /// How many words of 64 bits it has.
     pub(super) const WORDS: usize = size_of::<Self>() / 8;
 

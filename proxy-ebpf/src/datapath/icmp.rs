@@ -6,7 +6,7 @@
 //! the error had sent.
 
 use proxy_common::checksum::Delta;
-use proxy_common::tables::{Origin, Packet, Part, ServiceKey, ServiceValue, State, Work};
+use proxy_common::tables::{Origin, Packet, Part, ServiceKey, ServiceValue, Side, State, Work};
 use proxy_common::{Address, Outcome, Port, proto};
 
 use super::{Tables, rewrite};
@@ -29,6 +29,10 @@ pub fn tell<F: Wire, P: Frame, T: Tables<F>>(
     let is_request = frame.load::<[u8; 2]>(work.packet.l4()) == Some([request, 0]);
     if !is_request || !work.packet.is(Part::Whole) || tables.setting(|s| &s.vip_ping) == 0 {
         return error(frame, tables, work);
+    }
+    // Where it leaves, the answer has to come in again.
+    if work.key.side == Side::Egress as u8 && tables.setting(|s| &s.catch_all) == 0 {
+        return Outcome::NotService;
     }
     match tables.service(&ServiceKey::mark(work.key.dst)) {
         // ClusterIPs are nobody's. Other VIPs may be a machine's address, which answers or is down.

@@ -38,7 +38,7 @@ pub fn open<F: Family, P: Frame, T: Tables<F>>(
         return Err(Failure::NotService);
     }
     if is_first && let Some(mark) = catch::mark(tables, key) {
-        return catch::open(tables, (key, other), memory, &mark);
+        return catch::open(frame, tables, (key, other), memory, &mark);
     }
     *other = key.turned(Side::Egress);
     let mut opening = Opening {
@@ -161,7 +161,11 @@ pub fn admit<F: Family, T: Tables<F>>(
     (key, other): (&FlowKey<F>, &mut FlowKey<F>),
     memory: &mut Memory<F>,
 ) {
-    if packet.proto == proto::TCP || !has_ports(packet.proto) {
+    // Nobody outside is a VIP.
+    if packet.proto == proto::TCP
+        || !has_ports(packet.proto)
+        || tables.service(&ServiceKey::mark(key.src)).is_some()
+    {
         return;
     }
     if !is_masqueraded(tables, memory, key.dst, key.src) {

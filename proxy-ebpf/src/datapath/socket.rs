@@ -10,7 +10,7 @@ use proxy_common::tables::{AffinityKey, Algorithm, PeerKey, PeerValue, ServiceKe
 use proxy_common::{Address, Family, Outcome, Port, proto};
 
 use super::choose::{self, Asker, Failure};
-use super::{Service, Tables};
+use super::{Service, Tables, catch};
 
 /// The address in a socket call, and who makes it.
 pub trait Socket<F: Family> {
@@ -78,6 +78,12 @@ pub fn send<F: Family, S: Socket<F>, T: Tables<F>>(
     let service = match choose::frontend(tables, &mark, address, port, socket.protocol()) {
         Ok(service) => service,
         Err(Failure::NotService) => return Outcome::NotService,
+        // A server's answer, to the VIP that stands in for its client.
+        Err(_)
+            if act == Act::Send && catch::stands_in(tables, (address, port), socket.protocol()) =>
+        {
+            return Outcome::NotService;
+        }
         Err(_) => return failed,
     };
     if is_node && service.may_be_nodes(&mark) && socket.is_bound() {

@@ -120,7 +120,7 @@ pub fn arrive<F: Wire, P: Frame, T: Tables<F>>(frame: &P, tables: &T, work: &mut
     };
     if mark.has(ServiceValue::LOOPBACK)
         || !has_ports(packet.proto)
-        || catch::has(tables, packet, key, &mut memory.spare)
+        || catch::has(tables, packet, key, memory)
     {
         return Outcome::NotService.into();
     }

@@ -2,11 +2,12 @@
 
 use std::net::{IpAddr, SocketAddr};
 
-use proxy_common::tables::ServiceValue;
 use proxy_common::tables::Side::{Egress, Ingress};
-use proxy_common::testing::{Hook, NODE, Packet, Service, ends, is_valid};
+use proxy_common::tables::{FlowKey, ServiceValue};
+use proxy_common::testing::{Hook, LINK, NODE, Packet, Service, ends, is_valid};
 use proxy_common::{Outcome, V4, V6, proto};
-use proxy_ebpf::testing::{Buffer, Host, HostFamily};
+use proxy_ebpf::datapath::socket::{self, Act};
+use proxy_ebpf::testing::{Buffer, Call, Host, HostFamily};
 
 use crate::{ACK, SYN, at};
 
@@ -146,6 +147,51 @@ fn what_is_caught_is_answered_where_nobody_serves() {
     over_both([is_answered::<V4>, is_answered::<V6>]);
 }
 
+/// Behind the kernel's NAT a client has another address than its segments have where they come in: for a moment those are left alone,
+/// until the agent knows.
+fn is_learnt<F: HostFamily>() {
+    let (host, Cast { pod, vip, node, backend }) = catching::<F>(proto::TCP, true);
+    let comes = |flags| host.see(Hook::Ingress, &Packet::tcp(Ingress, pod, vip, flags).frame()).0;
+    let seen_as = SocketAddr::new(node, 50_000);
+    assert_eq!(leaves(&host, &Packet::tcp(Egress, seen_as, vip, SYN)).0, Outcome::Caught);
+    let wish = host.wishes.take().pop().expect("the agent is told");
+    assert_eq!((wish.pad, wish.sport.number()), (FlowKey::<F>::CAUGHT, 50_000));
+    assert_eq!(comes(ACK), Outcome::NotService);
+    host.now.set(host.now.get() + 10);
+    let place = SocketAddr::new(vip.ip(), 50_000);
+    assert_eq!(leaves(&host, &Packet::tcp(Egress, backend, place, SYN | ACK)).2, [vip, seen_as]);
+    // Now it is a connection in the middle of which we come.
+    assert_eq!(comes(ACK), Outcome::Opened);
+}
+
+#[test]
+fn what_was_caught_behind_the_kernels_nat_is_learnt() {
+    over_both([is_learnt::<V4>, is_learnt::<V6>]);
+}
+
+/// A server of the node's own answers to the VIP that stands in for its client, by a socket that is asked.
+fn is_answered_by_the_nodes_own_server<F: HostFamily>() {
+    let (mut host, Cast { pod, vip, node, .. }) = catching::<F>(proto::UDP, true);
+    let server = SocketAddr::new(node, 53);
+    host.serve(&[Service { local: vec![server], ..Service::new(vip, proto::UDP, &[server]) }]);
+    let answers = |port| {
+        let mut call = Call::<F>::new(SocketAddr::new(vip.ip(), port), 7);
+        socket::send(&mut call, &host, Act::Send)
+    };
+    assert_eq!(answers(pod.port()), Outcome::SocketRefused);
+    assert_eq!(leaves(&host, &Packet::udp(Egress, pod, vip)).0, Outcome::Caught);
+    assert_eq!(answers(pod.port()), Outcome::NotService);
+    assert_eq!(answers(pod.port() + 1), Outcome::SocketRefused);
+}
+
+#[test]
+fn what_is_caught_is_answered_by_servers_of_the_node() {
+    over_both([
+        is_answered_by_the_nodes_own_server::<V4>,
+        is_answered_by_the_nodes_own_server::<V6>,
+    ]);
+}
+
 /// Without the link nothing is caught; nor what goes to the node, or is in the middle of an unknown connection.
 fn is_left_alone<F: HostFamily>() {
     let (mut host, Cast { pod, vip, node, .. }) = catching::<F>(proto::TCP, true);
@@ -158,8 +204,14 @@ fn is_left_alone<F: HostFamily>() {
     host.mark(F::address(vip.ip()).unwrap(), ServiceValue::NODE);
     untouched(&host, Packet::tcp(Egress, pod, vip, SYN));
     host.mark(F::address(vip.ip()).unwrap(), ServiceValue::REFUSES);
+    // Who lies behind the link that his packet leaves by was not forwarded here.
+    host.routes = vec![(pod.ip(), LINK)];
+    untouched(&host, Packet::tcp(Egress, pod, vip, SYN));
+    host.routes.clear();
     host.settings.catch_all = 0;
     untouched(&host, Packet::tcp(Egress, pod, vip, SYN));
+    let [request, _] = F::ECHO;
+    untouched(&host, Packet::icmp(Egress, pod.ip(), vip.ip(), [request, 0], b"hello".to_vec()));
 }
 
 #[test]

@@ -7,18 +7,19 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 
 use anyhow::{Context, Result};
-use aya::maps::MapData;
+use aya::maps::{HashMap as HashTable, Map, MapData};
 use netlink_packet_sock_diag::SockDiagMessage;
 use netlink_packet_sock_diag::constants::{AF_INET, AF_INET6, IPPROTO_UDP};
 use netlink_packet_sock_diag::inet::{ExtensionFlags, InetRequest, SocketId, StateFlags};
-use proxy_common::tables::{PeerKey, PeerValue};
-use proxy_common::{Family, V4, V6};
+use proxy_common::tables::{PeerKey, PeerValue, ServiceKey, ServiceValue};
+use proxy_common::{Family, V4, V6, proto};
 use rtnetlink::packet_core::{NLM_F_ACK, NLM_F_DUMP};
 use rtnetlink::sys::protocols::NETLINK_SOCK_DIAG;
 
 use super::ask::Asker;
 use super::name_of;
 use super::sys::for_each;
+use super::writer::open;
 
 /// `SOCK_DESTROY`: ends a socket, so that its next call fails (Linux 4.5, `CONFIG_INET_DIAG_DESTROY`).
 const DESTROY: u16 = 21;
@@ -28,8 +29,8 @@ const DESTROY: u16 = 21;
 pub struct Abandoned {
     /// The folder of the pinned maps.
     pub maps: PathBuf,
-    /// The backends.
-    pub backends: HashSet<SocketAddr>,
+    /// The backends, with the numbers of the Service ports that they have left.
+    pub backends: HashSet<(SocketAddr, u32)>,
 }
 
 impl Abandoned {
@@ -61,15 +62,34 @@ impl Abandoned {
 
     /// The sockets that were led to these backends, by their cookies.
     fn note_led<F: Family>(&self, led: &mut HashMap<u64, HashSet<SocketAddr>>) -> Result<()> {
+        let addresses: HashSet<SocketAddr> = self.backends.iter().map(|(at, _)| *at).collect();
+        let map = Map::HashMap(open(&self.maps, &name_of::<F>("services"))?);
+        let services: HashTable<_, ServiceKey<F>, ServiceValue> = HashTable::try_from(map)?;
         let map = MapData::from_pin(self.maps.join(name_of::<F>("peers")))?;
-        for_each(map.fd(), |key: &PeerKey<F>, _: &PeerValue<F>| {
+        for_each(map.fd(), |key: &PeerKey<F>, value: &PeerValue<F>| {
             let backend = SocketAddr::new(key.backend.into(), key.port.number());
-            if self.backends.contains(&backend) {
+            if addresses.contains(&backend) && self.is_left(&services, backend, value) {
                 let [low, high] = key.cookie.map(u64::from);
                 led.entry(high << 32 | low).or_default().insert(backend);
             }
         })
         .context("cannot read the sockets that were led to backends")
+    }
+
+    /// Whether the backend has left the Service port that a socket asked for, which may be gone. Other Services may have the same
+    /// backend, and the same Service port may have another number now.
+    fn is_left<F: Family>(
+        &self,
+        services: &HashTable<MapData, ServiceKey<F>, ServiceValue>,
+        backend: SocketAddr,
+        asked: &PeerValue<F>,
+    ) -> bool {
+        let keys = [
+            ServiceKey::new(asked.vip, asked.port, proto::UDP),
+            ServiceKey::node_port(asked.port, proto::UDP),
+        ];
+        let service = keys.into_iter().find_map(|key| services.get(&key, 0).ok());
+        service.is_none_or(|service| self.backends.contains(&(backend, service.id)))
     }
 }
 

@@ -8,7 +8,9 @@ use netlink_packet_netfilter::conntrack::{
     ConntrackAttribute, ConntrackMessage, IPTuple, ProtoInfo, ProtoInfoTCP, ProtoTuple, Protocol,
     TCPFlags, Tuple,
 };
-use netlink_packet_netfilter::{NetfilterHeader, NetfilterMessage, NetfilterProtoFamily};
+use netlink_packet_netfilter::{
+    NetfilterHeader, NetfilterMessage, NetfilterMessageInner, NetfilterProtoFamily,
+};
 use rtnetlink::packet_core::NLM_F_ACK;
 use rtnetlink::sys::protocols::NETLINK_NETFILTER;
 
@@ -36,6 +38,29 @@ impl Conntrack {
         Ok(Self { asker: Asker::open(NETLINK_NETFILTER)?, idle: idle_timeout() })
     }
 
+    /// Who has begun the TCP connection of which answers go from one address to another. `None` if the kernel knows of none.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn origin_of(&self, from: SocketAddr, to: SocketAddr) -> io::Result<Option<SocketAddr>> {
+        let question =
+            ConntrackMessage::Get(vec![ConntrackAttribute::CtaTupleReply(tuple(from, to))]);
+        let answers = match self.asker.ask(message(from, question), NLM_F_ACK, None) {
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => return Ok(None),
+            answers => answers?,
+        };
+        let origin = |attribute: &ConntrackAttribute| match attribute {
+            ConntrackAttribute::CtaTupleOrig(tuples) => source(tuples),
+            _ => None,
+        };
+        Ok(answers.iter().find_map(|answer| match &answer.inner {
+            NetfilterMessageInner::Conntrack(ConntrackMessage::New(attributes)) => {
+                attributes.iter().find_map(origin)
+            }
+            _ => None,
+        }))
+    }
+
     /// Says of a TCP connection that it is not to be judged by what was seen of it, so that it is followed to its end though
     /// most of it is not seen, and kept as long as any that is idle. False if the kernel knows of none.
     ///
@@ -51,16 +76,42 @@ impl Conntrack {
             ConntrackAttribute::CtaProtoInfo(vec![ProtoInfo::TCP(both)]),
         ];
         attributes.extend(self.idle.map(ConntrackAttribute::CtaTimeout));
-        let message = ConntrackMessage::New(attributes);
-        let family =
-            if from.is_ipv4() { NetfilterProtoFamily::IPv4 } else { NetfilterProtoFamily::IPv6 };
-        let header = NetfilterHeader::new(family, 0, 0);
-        match self.asker.ask(NetfilterMessage::new(header, message), NLM_F_ACK, None) {
+        let told = message(from, ConntrackMessage::New(attributes));
+        match self.asker.ask(told, NLM_F_ACK, None) {
             Ok(_) => Ok(true),
             Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(false),
             Err(error) => Err(error),
         }
     }
+}
+
+/// A message about connections of an address's family.
+fn message(of: SocketAddr, message: ConntrackMessage) -> NetfilterMessage {
+    let family = if of.is_ipv4() { NetfilterProtoFamily::IPv4 } else { NetfilterProtoFamily::IPv6 };
+    NetfilterMessage::new(NetfilterHeader::new(family, 0, 0), message)
+}
+
+/// Where a tuple begins.
+fn source(tuples: &[Tuple]) -> Option<SocketAddr> {
+    let (mut address, mut port) = (None, None);
+    for tuple in tuples {
+        match tuple {
+            Tuple::Ip(parts) => {
+                address = parts.iter().find_map(|part| match part {
+                    IPTuple::SourceAddress(address) => Some(*address),
+                    _ => None,
+                });
+            }
+            Tuple::Proto(parts) => {
+                port = parts.iter().find_map(|part| match part {
+                    ProtoTuple::SourcePort(port) => Some(*port),
+                    _ => None,
+                });
+            }
+            _ => {}
+        }
+    }
+    Some(SocketAddr::new(address?, port?))
 }
 
 fn tuple(from: SocketAddr, to: SocketAddr) -> Vec<Tuple> {

@@ -10,6 +10,7 @@
 
 mod abandoned;
 mod ask;
+mod caught;
 mod conntrack;
 mod contract;
 mod counts;
@@ -345,11 +346,24 @@ impl Datapath {
     /// Backends that serve no more, whose sockets are to be ended; `None` if there are none.
     pub fn abandoned(&self, ops: &[Op]) -> Option<Abandoned> {
         let backends = ops.iter().filter_map(|op| match op {
-            Op::Backend { backend, .. } if !backend.serving => Some(backend.address),
+            Op::Backend { backend, .. } if !backend.serving => {
+                Some((backend.address, backend.service))
+            }
             _ => None,
         });
-        let backends: HashSet<SocketAddr> = backends.collect();
+        let backends: HashSet<(SocketAddr, u32)> = backends.collect();
         (!backends.is_empty()).then(|| Abandoned { maps: self.maps.clone(), backends })
+    }
+
+    /// Notes which connections were caught behind the kernel's NAT since the last call.
+    ///
+    /// # Errors
+    /// If the maps can't be used, or the kernel's table of connections can't.
+    pub fn note_caught(&mut self) -> Result<()> {
+        let Some(caught) = self.wishes.take_caught() else { return Ok(()) };
+        let noted = caught.run()?;
+        tracing::debug!("{noted} connections of pods are the second line's");
+        Ok(())
     }
 
     /// Short cuts that were asked for since the last call, to be looked at; `None` if there are none.

@@ -13,6 +13,7 @@ use aya::maps::{HashMap as HashTable, Map, MapData, RingBuf};
 use proxy_common::tables::{Backend, FlowKey, FlowValue, ShortCut, Side, State, Way};
 use proxy_common::{Family, V4, V6, proto};
 
+use super::caught::Caught;
 use super::conntrack::{self, Conntrack};
 use super::mapped::Mapped;
 use super::name_of;
@@ -28,6 +29,10 @@ pub struct Wishes {
     ring: RingBuf<MapData>,
     maps: PathBuf,
     granted: Granted,
+    /// Who wishes for a short cut.
+    wished: (Vec<FlowKey<V4>>, Vec<FlowKey<V6>>),
+    /// Connections that were caught.
+    caught: (Vec<FlowKey<V4>>, Vec<FlowKey<V6>>),
 }
 
 /// Who got a short cut.
@@ -53,23 +58,40 @@ impl Wishes {
     /// If the map can't be opened.
     pub fn open(maps: &Path) -> Result<Self> {
         let ring = RingBuf::try_from(Map::RingBuf(open(maps, "wishes")?))?;
-        Ok(Self { ring, maps: maps.to_owned(), granted: Granted::default() })
+        let (wished, caught) = Default::default();
+        Ok(Self { ring, maps: maps.to_owned(), granted: Granted::default(), wished, caught })
+    }
+
+    /// Connections that were caught behind the kernel's NAT since the last call; `None` if there were none.
+    pub fn take_caught(&mut self) -> Option<Caught> {
+        self.drain();
+        let (v4, v6) = std::mem::take(&mut self.caught);
+        let is_empty = v4.is_empty() && v6.is_empty();
+        (!is_empty).then(|| Caught { maps: self.maps.clone(), v4, v6 })
+    }
+
+    /// Takes in what the datapath has said.
+    fn drain(&mut self) {
+        for _ in 0..MOST {
+            let Some(wish) = self.ring.next() else { break };
+            if let Ok(key) = bytemuck::try_pod_read_unaligned::<FlowKey<V4>>(&wish) {
+                let is_caught = key.pad == FlowKey::<V4>::CAUGHT;
+                if is_caught { &mut self.caught.0 } else { &mut self.wished.0 }.push(key);
+            } else if let Ok(key) = bytemuck::try_pod_read_unaligned::<FlowKey<V6>>(&wish) {
+                let is_caught = key.pad == FlowKey::<V6>::CAUGHT;
+                if is_caught { &mut self.caught.1 } else { &mut self.wished.1 }.push(key);
+            }
+        }
     }
 
     /// What has been wished for since the last call; `None` if nothing has.
     pub fn take(&mut self) -> Option<Granting> {
+        self.drain();
         let Granted { v4, v6, .. } = std::mem::take(&mut self.granted);
         let before = (v4, v6);
         let maps = self.maps.clone();
-        let mut granting = Granting { maps, before, v4: Vec::new(), v6: Vec::new() };
-        for _ in 0..MOST {
-            let Some(wish) = self.ring.next() else { break };
-            if let Ok(key) = bytemuck::try_pod_read_unaligned::<FlowKey<V4>>(&wish) {
-                granting.v4.push(key);
-            } else if let Ok(key) = bytemuck::try_pod_read_unaligned::<FlowKey<V6>>(&wish) {
-                granting.v6.push(key);
-            }
-        }
+        let (v4, v6) = std::mem::take(&mut self.wished);
+        let granting = Granting { maps, before, v4, v6 };
         let Granting { before, v4, v6, .. } = &granting;
         let is_empty = v4.is_empty() && v6.is_empty() && before.0.is_empty() && before.1.is_empty();
         (!is_empty).then_some(granting)

@@ -8,7 +8,7 @@ use crate::links::Role;
 /// Where programs share a link's qdisc with others, how long a new pod's link is left to those. A CNI's bandwidth plugin gives it an ingress
 /// qdisc, and fails, and the pod with it, if there is one already. Until then the second line serves the pod; and for good, if
 /// that qdisc has no place for ours.
-const COURTESY: Duration = Duration::from_secs(5);
+const COURTESY: Duration = Duration::from_secs(2);
 
 impl Node {
     /// Attaches to a link that has come, or puts that off.
@@ -23,6 +23,8 @@ impl Node {
 
     /// Attaches to a link. False if that is to be tried again.
     pub(super) fn attach(&mut self, ifindex: u32, role: Role) -> bool {
+        // Before the link's programs see connections that have begun without them.
+        self.note_caught();
         match self.datapath.attach(ifindex, role) {
             Ok(_) => {
                 self.retries.remove(ifindex);
@@ -43,12 +45,20 @@ impl Node {
         }
     }
 
-    /// Attaches to the links that it is time to try again.
+    /// Attaches to one of the links that it is time to try again: others may have something to do in between.
     pub(super) fn attach_again(&mut self) {
-        for (ifindex, role) in self.retries.due(Instant::now()) {
-            if self.attach(ifindex, role) {
-                tracing::info!("attached to {} {ifindex}", role.label());
-            }
+        let Some((ifindex, role)) = self.retries.due(Instant::now()) else { return };
+        if self.attach(ifindex, role) {
+            tracing::info!("attached to {} {ifindex}", role.label());
+        }
+    }
+
+    pub(super) fn note_caught(&mut self) {
+        let noted = self.datapath.note_caught();
+        let text = "connections of pods that were opened without programs on their links may break";
+        self.say(noted.is_err(), text.to_owned());
+        if let Err(error) = noted {
+            tracing::debug!("{error:#}");
         }
     }
 

@@ -211,6 +211,7 @@ impl Node {
     /// What may be to be done before its time.
     async fn pulse(&mut self) {
         self.serve_checks();
+        self.note_caught();
         self.grant();
         if self.is_room_wanted() {
             self.sweep();
