@@ -14,12 +14,12 @@ use anyhow::{Context, Result};
 use futures::TryStreamExt;
 use proxy_common::abi::CATCH_ALL_MAC;
 use rtnetlink::packet_route::link::{LinkAttribute, LinkMessage};
-use rtnetlink::packet_route::route::{
-    RouteAddress, RouteAttribute, RouteMessage, RouteProtocol, RouteScope,
-};
+use rtnetlink::packet_route::route::{RouteMessage, RouteProtocol, RouteScope};
 use rtnetlink::packet_route::rule::{RuleAction, RuleMessage};
 use rtnetlink::{Error, Handle, LinkUnspec, LinkVeth, RouteMessageBuilder, new_connection};
 use tokio::sync::watch;
+
+use crate::netlink;
 
 /// Its name.
 pub const NAME: &str = "portal0";
@@ -68,10 +68,8 @@ pub async fn prepare(is_wanted: bool, bpffs_root: &Path) -> u32 {
 /// Makes the link, unless it is there. Returns its index.
 async fn make(bpffs_root: &Path) -> Result<u32> {
     let (connection, handle, _) = new_connection()?;
-    let connection = tokio::spawn(connection);
-    let made = ensure(&handle, None, &owner(bpffs_root)).await;
-    connection.abort();
-    made
+    tokio::spawn(connection);
+    ensure(&handle, None, &owner(bpffs_root)).await
 }
 
 /// Removes the link of the agent with these pins, and its routes with it.
@@ -80,7 +78,7 @@ async fn make(bpffs_root: &Path) -> Result<u32> {
 /// If the kernel refuses.
 pub async fn remove(bpffs_root: &Path) -> Result<()> {
     let (connection, handle, _) = new_connection()?;
-    let connection = tokio::spawn(connection);
+    tokio::spawn(connection);
     if let Some(link) = find(&handle).await
         && is_ours(&link)
         && link.attributes.contains(&LinkAttribute::IfAlias(owner(bpffs_root)))
@@ -90,7 +88,6 @@ pub async fn remove(bpffs_root: &Path) -> Result<()> {
             let _ = handle.rule().del(rule).execute().await;
         }
     }
-    connection.abort();
     Ok(())
 }
 
@@ -197,7 +194,9 @@ impl Routes {
         for all_of_family in [v4, v6] {
             let mut all = self.handle.route().get(all_of_family).execute();
             while let Some(route) = all.try_next().await? {
-                known.extend(destination(&route).filter(|_| route.header.protocol == PROTOCOL));
+                if is_of_ours(&route) {
+                    known.insert(netlink::destination(&route).addr());
+                }
             }
         }
         Ok(known)
@@ -280,6 +279,11 @@ fn is(error: &Error, number: i32) -> bool {
     matches!(error, Error::NetlinkError(message) if message.raw_code() == -number)
 }
 
+/// Whether a route is one of those that we make.
+fn is_of_ours(route: &RouteMessage) -> bool {
+    (route.header.protocol, u32::from(route.header.table)) == (PROTOCOL, TABLE)
+}
+
 fn route(to: IpAddr, index: u32) -> RouteMessage {
     match to {
         IpAddr::V4(to) => RouteMessageBuilder::<Ipv4Addr>::new()
@@ -296,12 +300,4 @@ fn route(to: IpAddr, index: u32) -> RouteMessage {
             .protocol(PROTOCOL)
             .build(),
     }
-}
-
-fn destination(route: &RouteMessage) -> Option<IpAddr> {
-    route.attributes.iter().find_map(|attribute| match attribute {
-        RouteAttribute::Destination(RouteAddress::Inet(to)) => Some(IpAddr::V4(*to)),
-        RouteAttribute::Destination(RouteAddress::Inet6(to)) => Some(IpAddr::V6(*to)),
-        _ => None,
-    })
 }

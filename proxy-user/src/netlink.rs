@@ -131,7 +131,7 @@ fn moved(message: &NetlinkMessage<RouteNetlinkMessage>) -> Vec<IpNet> {
 }
 
 /// Where a route leads.
-fn destination(route: &RouteMessage) -> IpNet {
+pub fn destination(route: &RouteMessage) -> IpNet {
     let to = route.attributes.iter().find_map(|attribute| match attribute {
         RouteAttribute::Destination(RouteAddress::Inet(to)) => Some(IpAddr::V4(*to)),
         RouteAttribute::Destination(RouteAddress::Inet6(to)) => Some(IpAddr::V6(*to)),

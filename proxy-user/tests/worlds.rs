@@ -259,9 +259,7 @@ fn pods_are_masqueraded_by_the_address_that_the_gateway_knows() {
     let world = World::new(Cni::Bridge);
     let server = Namespace::new();
     world.wire.netlink(async |net| {
-        net.veth("gateway", "eth0", &server).await;
-        net.enslave("gateway", "wire").await;
-        net.up("gateway").await;
+        net.port("gateway", "eth0", &server, "wire").await;
     });
     server.netlink(async |net| {
         net.up("eth0").await;

@@ -114,8 +114,13 @@ impl<F: Family> FlowKey<F> {
         words[words.len() - 1] = bytemuck::cast([bytemuck::cast(ports), rest]);
     }
 
-    /// What a key has in the place of zeros by which the datapath tells the agent of a connection that was caught behind the kernel's
-    /// NAT.
+    /// What a key has in the place of zeros that is no packet's: of a claim on a place.
+    pub const CLAIM: [u8; 2] = [1, 0];
+    /// The same of the key under which it is noted when a connection was caught behind the kernel's NAT.
+    pub const WHEN: [u8; 2] = [2, 0];
+    /// The same of a port by which a VIP stands in for a client, toward a server of this node's own.
+    pub const STAND_IN: [u8; 2] = [3, 0];
+    /// The same by which the datapath tells the agent of a connection that was caught behind the kernel's NAT.
     pub const CAUGHT: [u8; 2] = [4, 0];
 
     /// How many words of 64 bits it has.

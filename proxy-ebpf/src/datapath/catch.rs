@@ -16,14 +16,9 @@ use proxy_common::{Family, Port, proto};
 
 use super::choose::{self, Asker, Failure};
 use super::open::{self, Opening};
-use super::{Service, Tables, live};
+use super::{Service, Tables, is_nodes, live, pending};
 use crate::packet::{Frame, has_ports, tcp};
 
-/// What a key has where those of packets have zeros: the one under which it is noted when a connection was caught behind the
-/// kernel's NAT.
-const WHEN: [u8; 2] = [2, 0];
-/// The same of a port by which a VIP stands in for a client, toward a server of this node's own.
-const STAND_IN: [u8; 2] = [3, 0];
 /// How many ticks the agent has to learn which connection that was.
 const LEARNING: u32 = 2;
 
@@ -82,12 +77,6 @@ fn is_beyond<F: Family, P: Frame, T: Tables<F>>(frame: &P, tables: &T, key: &Flo
         && frame.route::<F>(&key.dst, &key.src).link == frame.link()
 }
 
-#[inline(always)]
-fn is_nodes<F: Family, T: Tables<F>>(tables: &T, address: F::Addr) -> bool {
-    let mark = tables.service(&ServiceKey::mark(address));
-    mark.is_some_and(|mark| mark.has(ServiceValue::NODE))
-}
-
 /// Notes that a connection was caught whose client may be behind the kernel's NAT: it is known here by another address than its
 /// segments have where they come in. The agent asks the kernel for that, and notes the flow there (`kernel/caught.rs`).
 #[inline(always)]
@@ -107,12 +96,12 @@ fn note<F: Family, T: Tables<F>>(tables: &T, key: &FlowKey<F>, embryo: &mut Embr
 
 #[inline(always)]
 fn when<F: Family>() -> FlowKey<F> {
-    FlowKey { pad: WHEN, ..FlowKey::zeroed() }
+    FlowKey { pad: FlowKey::<F>::WHEN, ..FlowKey::zeroed() }
 }
 
 #[inline(always)]
 fn stand_in<F: Family>(vip: F::Addr, port: Port, proto: u8) -> FlowKey<F> {
-    FlowKey { src: vip, sport: port, proto, pad: STAND_IN, ..FlowKey::zeroed() }
+    FlowKey { src: vip, sport: port, proto, pad: FlowKey::<F>::STAND_IN, ..FlowKey::zeroed() }
 }
 
 /// Whether a VIP stands in at that port for a client of a server of this node's own, whose answer may go there.
@@ -142,11 +131,7 @@ pub fn has<F: Family, T: Tables<F>>(
     memory.spare = *key;
     memory.spare.side = Side::Egress as u8;
     let (key, other) = (&memory.spare, &mut memory.live.other);
-    let facts = match tables.flow(key) {
-        Some(record) => record.read(key, other),
-        None => tables.embryo(key).and_then(|record| Some(record.read(key, other)?.0)),
-    };
-    if let Some(facts) = facts
+    if let Some(facts) = pending::known(tables, key, other)
         && facts.origin.is(Origin::TURN)
     {
         // A connection goes on as it began; datagrams only as long as their flow lives.

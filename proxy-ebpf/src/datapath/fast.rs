@@ -6,10 +6,12 @@
 //! only, and a story hands that over.
 
 use bytemuck::Zeroable;
-use proxy_common::tables::{FlowKey, Origin, ServiceKey, ServiceValue, Side, State};
+use proxy_common::tables::{
+    Facts, FlowKey, FlowRecord, Origin, ServiceKey, ServiceValue, Side, State,
+};
 use proxy_common::{Family, Outcome, proto};
 
-use super::{Client, Leg, Next, Story, Tables, catch, live, rewrite};
+use super::{Client, Leg, Next, Story, Tables, catch, is_nodes, live, rewrite};
 use crate::packet::{Frame, Plain, Wire, tcp};
 
 /// A packet that comes in from a client's link.
@@ -63,13 +65,9 @@ fn leaves<F: Family, P: Frame, T: Tables<F>>(
     if frame.is_led() {
         return true;
     }
-    let is_nodes = || {
-        let mark = tables.service(&ServiceKey::mark(key.src));
-        mark.is_some_and(|mark| mark.has(ServiceValue::NODE))
-    };
     let is_pods = || tables.setting(|s| &s.masquerade_pods) != 0 && tables.is_pod(&key.src);
     plain.begins()
-        && (is_nodes()
+        && (is_nodes(tables, key.src)
             || is_pods()
             || catch::mark(tables, key).is_some()
             || tables
@@ -124,16 +122,9 @@ fn established<F: Wire, P: Frame, T: Tables<F>>(
     if plain.is(proto::UDP) && live::is_stale(origin, tables) {
         return Some(Next::Story(story));
     }
-    // Where pods' packets come in are no answers to anyone outside.
-    let has_link = story != Story::FromPod && (origin.answers_outside() || facts.is_cut());
-    let leg = match (has_link, origin.is(Origin::REPLY)) {
-        (false, _) => Leg::NONE,
-        (true, true) => Leg { link: facts.link, mtu: record.mtu(), way: 0 },
-        (true, false) => live::way(origin, tables, other.src),
-    };
-    if has_link && leg.link == 0 {
+    let Some(leg) = leg(tables, record, facts, story, &other) else {
         return Some(Next::Story(story));
-    }
+    };
     let l4 = P::NETWORK + F::HEADER;
     if facts.is_cut() && rewrite::is_too_big::<F, P>(frame, l4, key.proto, leg.mtu) {
         // The host stack knows what to do.
@@ -153,6 +144,28 @@ fn established<F: Wire, P: Frame, T: Tables<F>>(
         verdict if verdict.outcome == Outcome::NotWritable => Some(Next::Done(verdict)),
         verdict => Some(Next::Counted(verdict)),
     }
+}
+
+/// How a translated packet leaves. `None` if that is to be found out.
+#[inline(always)]
+fn leg<F: Family, T: Tables<F>>(
+    tables: &T,
+    record: FlowRecord<'_, F>,
+    facts: Facts,
+    story: Story,
+    other: &FlowKey<F>,
+) -> Option<Leg> {
+    let origin = facts.plain;
+    // Where pods' packets come in are no answers to anyone outside.
+    if story == Story::FromPod || !(origin.answers_outside() || facts.is_cut()) {
+        return Some(Leg::NONE);
+    }
+    let leg = if origin.is(Origin::REPLY) {
+        Leg { link: facts.link, mtu: record.mtu(), way: 0 }
+    } else {
+        live::way(origin, tables, other.src)
+    };
+    (leg.link != 0).then_some(leg)
 }
 
 /// Whether a packet of no live flow may be for a Service, or the answer to a flow that is not live.

@@ -9,7 +9,7 @@ use proxy_common::checksum::Delta;
 use proxy_common::tables::{Origin, Packet, Part, ServiceKey, ServiceValue, Side, State, Work};
 use proxy_common::{Address, Outcome, Port, proto};
 
-use super::{Tables, rewrite};
+use super::{Tables, pending, rewrite};
 use crate::packet::{Frame, REACH, Wire, forget, has_ports, tcp};
 
 /// The length of ICMP's header, behind which the quoted packet begins.
@@ -108,10 +108,7 @@ fn find<F: Wire, P: Frame, T: Tables<F>>(
         Message::Redirect
     };
     let quoted = &work.memory.spare;
-    let facts = match tables.flow(quoted) {
-        Some(record) => record.read(quoted, &mut work.other)?,
-        None => tables.embryo(quoted)?.read(quoted, &mut work.other)?.0,
-    };
+    let facts = pending::known(tables, quoted, &mut work.other)?;
     (!facts.is_in(State::Foreign)).then_some((facts.origin, message))
 }
 

@@ -11,13 +11,13 @@
 //!   ours has it already, they get another source port.
 
 use proxy_common::tables::{
-    ExitKey, FlowKey, Memory, Origin, Packet, Part, ServiceKey, ServiceValue, Side, State,
+    ExitKey, FlowKey, Memory, Origin, Packet, Part, ServiceKey, Side, State,
 };
 use proxy_common::{Family, Outcome, Port, proto};
 
 use super::choose::{self, Failure};
 use super::open::Opening;
-use super::{Tables, catch, live, place};
+use super::{Tables, catch, is_nodes, live, pending, place};
 use crate::packet::{Frame, Wire, has_ports, tcp};
 
 /// The flow that a packet to someone else begins. The place that it wants is then in `other`.
@@ -77,10 +77,7 @@ fn led<F: Family, P: Frame, T: Tables<F>>(
     answers: &FlowKey<F>,
     spare: &mut FlowKey<F>,
 ) -> Option<Origin> {
-    let facts = match tables.flow(answers) {
-        Some(record) => record.read(answers, spare)?,
-        None => tables.embryo(answers)?.read(answers, spare)?.0,
-    };
+    let facts = pending::known(tables, answers, spare)?;
     // What was led to a backend now is of the flow, even if that seems to be over.
     let is_alive = frame.is_led() || facts.state < State::Closed;
     let origin = facts.origin;
@@ -139,8 +136,7 @@ fn own_source<F: Family, T: Tables<F>>(
     (key, other): (&FlowKey<F>, &mut FlowKey<F>),
     memory: &mut Memory<F>,
 ) -> Result<F::Addr, Failure> {
-    let mark = tables.service(&ServiceKey::mark(key.src)).ok_or(Failure::NotService)?;
-    if !mark.has(ServiceValue::NODE) {
+    if !is_nodes(tables, key.src) {
         return Err(Failure::NotService);
     }
     let now = tables.now();

@@ -86,6 +86,13 @@ impl Service {
     }
 }
 
+/// Whether an address is the node's own.
+#[inline(always)]
+fn is_nodes<F: Family, T: Tables<F>>(tables: &T, address: F::Addr) -> bool {
+    let mark = tables.service(&ServiceKey::mark(address));
+    mark.is_some_and(|mark| mark.has(ServiceValue::NODE))
+}
+
 /// Whose packets come in at a link.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Client {

@@ -254,6 +254,19 @@ fn is_left<F: Family, T: Tables<F>>(
     }
 }
 
+/// What is known of the flow of a key, live or not. The other direction's key is then in `other`.
+#[inline(always)]
+pub fn known<F: Family, T: Tables<F>>(
+    tables: &T,
+    key: &FlowKey<F>,
+    other: &mut FlowKey<F>,
+) -> Option<Facts> {
+    match tables.flow(key) {
+        Some(record) => record.read(key, other),
+        None => Some(tables.embryo(key)?.read(key, other)?.0),
+    }
+}
+
 /// The other direction's record, as far as it leads back to `key`.
 #[inline(always)]
 pub fn half<F: Family, T: Tables<F>>(

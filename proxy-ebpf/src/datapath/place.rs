@@ -26,9 +26,6 @@ const AT_ONCE: u32 = 4;
 /// How many of them follow from the flow's addresses.
 const STEADY: u32 = 5;
 
-/// What a claim on a place has where its key has zeros.
-const CLAIM: [u8; 2] = [1, 0];
-
 /// Whose a place is.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Holder {
@@ -166,7 +163,7 @@ fn take_over<F: Family, T: Tables<F>>(
 ) -> bool {
     let (_, place) = keys;
     memory.live.other = *place;
-    memory.live.other.pad = CLAIM;
+    memory.live.other.pad = FlowKey::<F>::CLAIM;
     let claim = &memory.live.other;
     memory.embryo.fill(claim, place, Origin::NONE, State::Foreign, (request.now, 0));
     if tables.insert_embryo(claim, &memory.embryo).is_err() {

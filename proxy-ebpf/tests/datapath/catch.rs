@@ -9,7 +9,7 @@ use proxy_common::{Outcome, V4, V6, proto};
 use proxy_ebpf::datapath::socket::{self, Act};
 use proxy_ebpf::testing::{Buffer, Call, Host, HostFamily};
 
-use crate::{ACK, SYN, at};
+use crate::{ACK, SYN, at, over_both};
 
 /// The catch-all link.
 const CATCH_ALL: u32 = 9;
@@ -29,10 +29,6 @@ fn cast<F: HostFamily>() -> Cast {
         ["[fd00:244::7]:40000", "[fd00:96::1]:80", "[fd00:244::9]:8080"]
     };
     Cast { pod: at(pod), vip: at(vip), backend: at(backend), node: NODE[usize::from(!is_v4)] }
-}
-
-fn over_both(test: [fn(); 2]) {
-    test.into_iter().for_each(|test| test());
 }
 
 fn catching<F: HostFamily>(number: u8, is_local: bool) -> (Host<F>, Cast) {

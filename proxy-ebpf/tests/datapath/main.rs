@@ -18,6 +18,11 @@ const SYN: u8 = 2;
 const RST: u8 = 4;
 const ACK: u8 = 16;
 
+/// Runs a test of each family.
+fn over_both(tests: [fn(); 2]) {
+    tests.into_iter().for_each(|test| test());
+}
+
 fn at(text: &str) -> SocketAddr {
     text.parse().unwrap()
 }

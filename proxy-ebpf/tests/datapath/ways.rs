@@ -9,7 +9,7 @@ use proxy_common::testing::{Hook, LINK, NODE, Packet, Service, ends};
 use proxy_common::{Outcome, V4, V6, proto};
 use proxy_ebpf::testing::{Buffer, Host, HostFamily};
 
-use crate::{ACK, FIN, RST, SYN, at};
+use crate::{ACK, FIN, RST, SYN, at, over_both};
 
 /// Another link than the one that packets are seen on.
 const OTHER: u32 = 7;
@@ -29,10 +29,6 @@ fn cast<F: HostFamily>() -> Cast {
         ["[2001:db8:9::9]:40000", "[2001:db8:a::10]:80", "[fd00:244::7]:8080"]
     };
     Cast { client: at(client), vip: at(vip), pod: at(pod), node: NODE[usize::from(!is_v4)] }
-}
-
-fn over_both(test: [fn(); 2]) {
-    test.into_iter().for_each(|test| test());
 }
 
 /// A load balancer's IP with one pod, here or elsewhere.

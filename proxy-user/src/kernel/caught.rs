@@ -9,21 +9,20 @@ use anyhow::{Context, Result};
 use aya::maps::{HashMap as HashTable, Map};
 use bytemuck::Zeroable;
 use proxy_common::tables::{EmbryoValue, FlowKey, Origin, Side, State};
-use proxy_common::{Family, Port, V4, V6};
+use proxy_common::{Family, Port};
 
 use super::conntrack::{self, Conntrack};
 use super::name_of;
 use super::read::{FromIp, now};
+use super::short_cuts::Keys;
 use super::writer::open;
 
 /// Connections that were caught, under the keys that they have where they leave.
 pub struct Caught {
     /// The folder of the pinned maps.
     pub maps: PathBuf,
-    /// Those of IPv4.
-    pub v4: Vec<FlowKey<V4>>,
-    /// Those of IPv6.
-    pub v6: Vec<FlowKey<V6>>,
+    /// The connections.
+    pub keys: Keys,
 }
 
 impl Caught {
@@ -36,7 +35,8 @@ impl Caught {
             return Ok(0);
         }
         let conntrack = Conntrack::open().context("cannot ask for connections by netlink")?;
-        Ok(note(&self.maps, &self.v4, &conntrack)? + note(&self.maps, &self.v6, &conntrack)?)
+        Ok(note(&self.maps, &self.keys.v4, &conntrack)?
+            + note(&self.maps, &self.keys.v6, &conntrack)?)
     }
 }
 

@@ -53,7 +53,7 @@ pub use contract::{Shape, name_of, shapes};
 use links::PinnedLinks;
 pub use load::has_object;
 use short_cuts::Wishes;
-pub use short_cuts::{Granted, Granting};
+pub use short_cuts::{Granted, Granting, Keys};
 pub use sockets::SocketLb;
 pub use sweep::{Sweep, Swept};
 use tails::Tails;
@@ -372,7 +372,7 @@ impl Datapath {
     }
 
     /// Keeps in mind who got a short cut: it is looked at once more.
-    pub fn keep_granted(&mut self, granted: Granted) {
+    pub fn keep_granted(&mut self, granted: Keys) {
         self.wishes.keep(granted);
     }
 

@@ -28,27 +28,36 @@ const EXIST: u64 = 2;
 pub struct Wishes {
     ring: RingBuf<MapData>,
     maps: PathBuf,
-    granted: Granted,
-    /// Who wishes for a short cut.
-    wished: (Vec<FlowKey<V4>>, Vec<FlowKey<V6>>),
+    /// Who got a short cut.
+    granted: Keys,
+    /// Who wishes for one.
+    wished: Keys,
     /// Connections that were caught.
-    caught: (Vec<FlowKey<V4>>, Vec<FlowKey<V6>>),
+    caught: Keys,
 }
 
-/// Who got a short cut.
+/// Keys of flows, of each family.
 #[derive(Default)]
-pub struct Granted {
-    v4: Vec<FlowKey<V4>>,
-    v6: Vec<FlowKey<V6>>,
-    /// Why others did not.
-    pub error: Option<anyhow::Error>,
+pub struct Keys {
+    /// Of IPv4.
+    pub v4: Vec<FlowKey<V4>>,
+    /// Of IPv6.
+    pub v6: Vec<FlowKey<V6>>,
 }
 
-impl Granted {
+impl Keys {
     /// How many.
     pub fn count(&self) -> usize {
         self.v4.len() + self.v6.len()
     }
+}
+
+/// What comes of wishes.
+pub struct Granted {
+    /// Who got a short cut.
+    pub keys: Keys,
+    /// Why others did not.
+    pub error: Option<anyhow::Error>,
 }
 
 impl Wishes {
@@ -58,16 +67,15 @@ impl Wishes {
     /// If the map can't be opened.
     pub fn open(maps: &Path) -> Result<Self> {
         let ring = RingBuf::try_from(Map::RingBuf(open(maps, "wishes")?))?;
-        let (wished, caught) = Default::default();
-        Ok(Self { ring, maps: maps.to_owned(), granted: Granted::default(), wished, caught })
+        let (granted, wished, caught) = Default::default();
+        Ok(Self { ring, maps: maps.to_owned(), granted, wished, caught })
     }
 
     /// Connections that were caught behind the kernel's NAT since the last call; `None` if there were none.
     pub fn take_caught(&mut self) -> Option<Caught> {
         self.drain();
-        let (v4, v6) = std::mem::take(&mut self.caught);
-        let is_empty = v4.is_empty() && v6.is_empty();
-        (!is_empty).then(|| Caught { maps: self.maps.clone(), v4, v6 })
+        let keys = std::mem::take(&mut self.caught);
+        (keys.count() > 0).then(|| Caught { maps: self.maps.clone(), keys })
     }
 
     /// Takes in what the datapath has said.
@@ -76,10 +84,10 @@ impl Wishes {
             let Some(wish) = self.ring.next() else { break };
             if let Ok(key) = bytemuck::try_pod_read_unaligned::<FlowKey<V4>>(&wish) {
                 let is_caught = key.pad == FlowKey::<V4>::CAUGHT;
-                if is_caught { &mut self.caught.0 } else { &mut self.wished.0 }.push(key);
+                if is_caught { &mut self.caught } else { &mut self.wished }.v4.push(key);
             } else if let Ok(key) = bytemuck::try_pod_read_unaligned::<FlowKey<V6>>(&wish) {
                 let is_caught = key.pad == FlowKey::<V6>::CAUGHT;
-                if is_caught { &mut self.caught.1 } else { &mut self.wished.1 }.push(key);
+                if is_caught { &mut self.caught } else { &mut self.wished }.v6.push(key);
             }
         }
     }
@@ -87,18 +95,14 @@ impl Wishes {
     /// What has been wished for since the last call; `None` if nothing has.
     pub fn take(&mut self) -> Option<Granting> {
         self.drain();
-        let Granted { v4, v6, .. } = std::mem::take(&mut self.granted);
-        let before = (v4, v6);
-        let maps = self.maps.clone();
-        let (v4, v6) = std::mem::take(&mut self.wished);
-        let granting = Granting { maps, before, v4, v6 };
-        let Granting { before, v4, v6, .. } = &granting;
-        let is_empty = v4.is_empty() && v6.is_empty() && before.0.is_empty() && before.1.is_empty();
-        (!is_empty).then_some(granting)
+        let (before, wished) =
+            (std::mem::take(&mut self.granted), std::mem::take(&mut self.wished));
+        let is_any = before.count() + wished.count() > 0;
+        is_any.then(|| Granting { maps: self.maps.clone(), before, wished })
     }
 
     /// Keeps in mind who got a short cut: it is looked at once more.
-    pub fn keep(&mut self, granted: Granted) {
+    pub fn keep(&mut self, granted: Keys) {
         self.granted = granted;
     }
 }
@@ -107,9 +111,8 @@ impl Wishes {
 pub struct Granting {
     maps: PathBuf,
     /// Who got a short cut before.
-    before: (Vec<FlowKey<V4>>, Vec<FlowKey<V6>>),
-    v4: Vec<FlowKey<V4>>,
-    v6: Vec<FlowKey<V6>>,
+    before: Keys,
+    wished: Keys,
 }
 
 impl Granting {
@@ -120,9 +123,10 @@ impl Granting {
     pub fn run(self) -> Result<Granted> {
         let conntrack = Conntrack::open().context("cannot ask for connections by netlink")?;
         let mut error = None;
-        let v4 = self.grant(&self.before.0, &self.v4, &conntrack, &mut error)?;
-        let v6 = self.grant(&self.before.1, &self.v6, &conntrack, &mut error)?;
-        Ok(Granted { v4, v6, error })
+        let Self { before, wished, .. } = &self;
+        let v4 = self.grant(&before.v4, &wished.v4, &conntrack, &mut error)?;
+        let v6 = self.grant(&before.v6, &wished.v6, &conntrack, &mut error)?;
+        Ok(Granted { keys: Keys { v4, v6 }, error })
     }
 
     fn grant<F: Family>(

@@ -46,9 +46,9 @@ impl Node {
     }
 
     pub(super) fn granted(&mut self, granted: Result<Granted>) {
-        let granted = granted.and_then(|mut granted| {
-            let (error, count) = (granted.error.take(), granted.count());
-            self.datapath.keep_granted(granted);
+        let granted = granted.and_then(|Granted { keys, error }| {
+            let count = keys.count();
+            self.datapath.keep_granted(keys);
             error.map_or(Ok(count), Err)
         });
         let text = "flows from outside go by the host stack, and take no short cut: --short-cut=off asks for none";

@@ -41,6 +41,13 @@ impl Net {
         self.handle.link().set(moved.build()).execute().await.expect("the peer moves");
     }
 
+    /// Makes a pair of links whose end here is a bridge's port, and up: `name` here, `peer` in another namespace.
+    pub async fn port(&self, name: &str, peer: &str, namespace: &Namespace, bridge: &str) {
+        self.veth(name, peer, namespace).await;
+        self.enslave(name, bridge).await;
+        self.up(name).await;
+    }
+
     /// Makes a bridge.
     pub async fn bridge(&self, name: &str) {
         let bridge = LinkBridge::new(name).build();

@@ -165,9 +165,7 @@ impl World {
     pub fn outsider(&self) -> Namespace {
         let namespace = Namespace::new();
         self.wire.netlink(async |net| {
-            net.veth("outsider", "eth0", &namespace).await;
-            net.enslave("outsider", "wire").await;
-            net.up("outsider").await;
+            net.port("outsider", "eth0", &namespace, "wire").await;
         });
         let node = &self.nodes[0];
         namespace.netlink(async |net| {
@@ -225,9 +223,7 @@ impl Node {
         node.namespace.sysctl("net/ipv6/conf/all/forwarding", "1");
         let port = node.name.clone();
         wire.netlink(async |net| {
-            net.veth(&port, "eth0", &node.namespace).await;
-            net.enslave(&port, "wire").await;
-            net.up(&port).await;
+            net.port(&port, "eth0", &node.namespace, "wire").await;
         });
         node.namespace.netlink(async |net| {
             net.up("eth0").await;

@@ -131,18 +131,12 @@ impl TwoLans {
         router.sysctl("net/ipv4/ip_forward", "1");
         router.sysctl("net/ipv6/conf/all/forwarding", "1");
         world.wire.netlink(async |net| {
-            net.veth("router", "lan0", &router).await;
-            net.enslave("router", "wire").await;
-            net.up("router").await;
+            net.port("router", "lan0", &router, "wire").await;
         });
         second.netlink(async |net| {
             net.bridge("lan").await;
-            net.veth("node", "eth1", &node.namespace).await;
-            net.veth("router", "lan1", &router).await;
-            for port in ["node", "router"] {
-                net.enslave(port, "lan").await;
-                net.up(port).await;
-            }
+            net.port("node", "eth1", &node.namespace, "lan").await;
+            net.port("router", "lan1", &router, "lan").await;
             net.up("lan").await;
         });
         router.netlink(async |net| {
