@@ -32,9 +32,11 @@ use proxy_common::{Family, Outcome, V4, V6, proto};
 const BPFFS: &str = "/mnt/bpf";
 
 /// The programs for every packet, and what the kernel's verifier may take of them at most.
-const HOOKS: [&str; 6] = [
+const HOOKS: [&str; 8] = [
     "portal_egress",
     "portal_upegress",
+    "portal_last",
+    "portal_uplast",
     "portal_ingress",
     "portal_uplink",
     "portal_l3egress",

@@ -1,7 +1,7 @@
 //! Load: what holds under floods, at sizes at which it would not if something of them stayed.
 
 use std::io::{Read, Write};
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream};
+use std::net::{Ipv6Addr, SocketAddr, TcpStream};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -12,9 +12,10 @@ use aya::maps::{HashMap, Map, MapData};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use portal::testing::cluster::{Cluster, VIPS};
 use portal::testing::namespace::Namespace;
-use portal::testing::net::Net;
+use portal::testing::neighbour::{Manner, Neighbour, Order};
 use portal::testing::objects::{self, node_ports};
 use portal::testing::world::{BPFFS, Cni, Node, Pod};
+use portal::testing::worlds::bits;
 use portal::testing::{eventually, within};
 use proxy_common::V4;
 use proxy_common::tables::{EmbryoValue, FlowKey, FlowValue, Side};
@@ -22,7 +23,6 @@ use proxy_common::testing::Packet;
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
-const VIP: IpAddr = VIPS[0];
 const HELD: usize = 5_000;
 const SYNS: u32 = 100_000;
 const DATAGRAMS: u32 = 400_000;
@@ -35,9 +35,10 @@ const BRIEF: u16 = 8082;
 /// Held by each test: together they would need more open files than a process may have.
 static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 
-/// Two nodes, a Service that echoes and one whose server ends each connection, both on node 1.
+/// Two nodes, a Service that echoes and one whose server ends each connection, both on node 1 and of one family.
 struct Stage {
     cluster: Cluster,
+    v6: bool,
     client: Pod,
     other: Pod,
     outsider: Namespace,
@@ -48,6 +49,10 @@ struct Stage {
 
 impl Stage {
     fn new(arguments: &[&str]) -> Self {
+        Self::of_family(false, arguments)
+    }
+
+    fn of_family(v6: bool, arguments: &[&str]) -> Self {
         let turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
         let (_, most) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
         setrlimit(Resource::RLIMIT_NOFILE, most, most).unwrap();
@@ -59,29 +64,29 @@ impl Stage {
         brief(&server.namespace, BRIEF);
         server.namespace.sysctl("net/core/somaxconn", "8192");
         let ports = [("echo", "TCP", 81), ("brief", "TCP", 82), ("udp", "UDP", 80)];
-        let mut service = objects::service("load", &[VIP], &ports);
+        let mut service = objects::service("load", &[VIPS[usize::from(v6)]], &ports);
         objects::merge(&mut service, &node_ports_of_three());
         cluster.api.put(service);
         let targets = [("echo", "TCP", ECHO), ("brief", "TCP", BRIEF), ("udp", "UDP", 8080)];
-        let endpoint = objects::endpoint(server.address(false), &server.node);
-        cluster.api.put(objects::slice("load-v4", "load", &targets, &[endpoint]));
+        let endpoint = objects::endpoint(server.address(v6), &server.node);
+        cluster.api.put(objects::slice("load", "load", &targets, &[endpoint]));
         let outsider = cluster.world.outsider();
-        let stage = Self { cluster, client, other, outsider, server, _turn: turn };
-        eventually("the Service is served", || short(&stage.client.namespace, vip(82)).ok());
+        let stage = Self { cluster, v6, client, other, outsider, server, _turn: turn };
+        eventually("the Service is served", || short(&stage.client.namespace, stage.vip(82)).ok());
         eventually("by its NodePort", || short(&stage.outsider, stage.node_port(1)).ok());
         stage
     }
 
     /// The `NodePort` of a port of the Service, of the node without the pod.
     fn node_port(&self, port: u16) -> SocketAddr {
-        let first = self.cluster.node_port(0, false);
+        let first = self.cluster.node_port(0, self.v6);
         SocketAddr::new(first.ip(), first.port() + port)
     }
-}
 
-/// A port of the Service at its VIP.
-fn vip(port: u16) -> SocketAddr {
-    SocketAddr::new(VIP, port)
+    /// A port of the Service at its VIP.
+    fn vip(&self, port: u16) -> SocketAddr {
+        SocketAddr::new(VIPS[usize::from(self.v6)], port)
+    }
 }
 
 fn node_ports_of_three() -> serde_json::Value {
@@ -104,13 +109,18 @@ fn in_namespace<F: Future<Output = ()>>(
     })
 }
 
+/// Of both families.
+fn listen(port: u16) -> tokio::net::TcpListener {
+    let socket = tokio::net::TcpSocket::new_v6().unwrap();
+    socket.set_reuseaddr(true).unwrap();
+    socket.bind((Ipv6Addr::UNSPECIFIED, port).into()).unwrap();
+    socket.listen(8192).unwrap()
+}
+
 /// A server that echoes, for thousands at once.
 fn echo(namespace: &Namespace, port: u16) {
     in_namespace(namespace, move || async move {
-        let socket = tokio::net::TcpSocket::new_v4().unwrap();
-        socket.set_reuseaddr(true).unwrap();
-        socket.bind((Ipv4Addr::UNSPECIFIED, port).into()).unwrap();
-        let listener = socket.listen(8192).unwrap();
+        let listener = listen(port);
         loop {
             let (mut stream, _) = listener.accept().await.expect("as many files as it takes");
             tokio::task::spawn_local(async move {
@@ -128,10 +138,7 @@ fn echo(namespace: &Namespace, port: u16) {
 /// A server that ends each connection as soon as it is there, and so has it in `TIME_WAIT`.
 fn brief(namespace: &Namespace, port: u16) {
     in_namespace(namespace, move || async move {
-        let socket = tokio::net::TcpSocket::new_v4().unwrap();
-        socket.set_reuseaddr(true).unwrap();
-        socket.bind((Ipv4Addr::UNSPECIFIED, port).into()).unwrap();
-        let listener = socket.listen(8192).unwrap();
+        let listener = listen(port);
         loop {
             listener.accept().await.expect("as many files as it takes");
         }
@@ -246,7 +253,7 @@ fn flood_of_datagrams(from: &Pod, to: SocketAddr) {
 fn floods(arguments: &[&str]) {
     let stage = Stage::new(arguments);
     let held = [
-        Held::open(&stage.client.namespace, vip(81), HELD / 2),
+        Held::open(&stage.client.namespace, stage.vip(81), HELD / 2),
         Held::open(&stage.outsider, stage.node_port(0), HELD / 2),
     ];
     let over = AtomicBool::new(false);
@@ -255,15 +262,16 @@ fn floods(arguments: &[&str]) {
         let newcomer = scope.spawn(|| {
             let mut count = 0;
             while !over.load(Ordering::Relaxed) {
-                short(&stage.other.namespace, vip(82)).expect("a new connection of another pod");
+                short(&stage.other.namespace, stage.vip(82))
+                    .expect("a new connection of another pod");
                 count += 1;
             }
             count
         });
         let load = [
             scope.spawn(|| {
-                flood_of_syns(&stage.client.namespace, vip(81));
-                flood_of_datagrams(&stage.client, vip(80));
+                flood_of_syns(&stage.client.namespace, stage.vip(81));
+                flood_of_datagrams(&stage.client, stage.vip(80));
             }),
             scope.spawn(|| {
                 let connect =
@@ -274,7 +282,7 @@ fn floods(arguments: &[&str]) {
                 let connect = |to| {
                     stage.client.namespace.run(|| (0..SHORT / 2).try_for_each(|_| short_here(to)))
                 };
-                connect(vip(82)).expect("a short connection by the VIP");
+                connect(stage.vip(82)).expect("a short connection by the VIP");
             }),
         ];
         load.into_iter().for_each(|part| part.join().expect("it ends"));
@@ -350,7 +358,7 @@ fn ask(connection: &mut TcpStream) {
 #[test]
 fn a_connection_whose_records_are_lost_goes_on_by_each_door() {
     let stage = Stage::new(&[]);
-    let doors = [(&stage.client.namespace, vip(81)), (&stage.outsider, stage.node_port(0))];
+    let doors = [(&stage.client.namespace, stage.vip(81)), (&stage.outsider, stage.node_port(0))];
     let mut connections = Vec::new();
     for (from, to) in doors {
         connections.extend((0..10).map(|_| from.run(|| TcpStream::connect(to).unwrap())));
@@ -366,24 +374,38 @@ fn a_connection_whose_records_are_lost_goes_on_by_each_door() {
 /// Takes the address of the node that is asked away and puts it back, with the routes that go with it.
 fn flap(stage: &Stage) {
     let [node, other] = &stage.cluster.world.nodes[..] else { panic!("two nodes") };
+    let own = node.address(stage.v6);
     node.namespace.netlink(async |net| {
-        net.unaddress("eth0", node.v4().into()).await;
-        net.address("eth0", node.v4().into(), 24).await;
-        reroute(&net, other).await;
+        net.unaddress("eth0", own).await;
+        net.address("eth0", own, bits(stage.v6)).await;
+        // Those of IPv6 have stayed.
+        if !stage.v6 {
+            net.route(other.pods(false), bits(false), other.v4().into()).await;
+        }
     });
 }
 
-async fn reroute(net: &Net, other: &Node) {
-    net.route(Ipv4Addr::new(10, 244, other.number, 0).into(), 24, other.v4().into()).await;
+/// Takes the route to the other node's pods away and puts it back.
+fn reroute(stage: &Stage) {
+    let [node, other] = &stage.cluster.world.nodes[..] else { panic!("two nodes") };
+    let (pods, gateway) = (other.pods(stage.v6), other.address(stage.v6));
+    node.namespace.netlink(async |net| {
+        net.unroute(pods, bits(stage.v6), gateway).await;
+        net.route(pods, bits(stage.v6), gateway).await;
+    });
 }
 
 /// What happens to nodes while a thousand connections echo, by each door: from a pod through a VIP, and from outside to a pod
 /// elsewhere.
 #[test]
 fn a_thousand_connections_outlive_what_happens_to_links_routes_and_the_agent() {
-    let mut stage = Stage::new(&[]);
+    [false, true].into_iter().for_each(a_thousand_connections_outlive_what_happens);
+}
+
+fn a_thousand_connections_outlive_what_happens(v6: bool) {
+    let mut stage = Stage::of_family(v6, &[]);
     let held = [
-        Held::open(&stage.client.namespace, vip(81), 500),
+        Held::open(&stage.client.namespace, stage.vip(81), 500),
         Held::open(&stage.outsider, stage.node_port(0), 500),
     ];
     eventually("the short cut is taken", || {
@@ -398,13 +420,16 @@ fn a_thousand_connections_outlive_what_happens_to_links_routes_and_the_agent() {
             node.netlink(async |net| net.rename(from, to).await);
             another_round();
         }
-        let other = &stage.cluster.world.nodes[1];
-        node.netlink(async |net| {
-            let pods = Ipv4Addr::new(10, 244, other.number, 0).into();
-            net.unroute(pods, 24, other.v4().into()).await;
-            reroute(&net, other).await;
-        });
+        reroute(&stage);
         another_round();
+        // Someone else's program at the same hooks, which lets these connections pass.
+        let nobody = SocketAddr::new(stage.cluster.world.nodes[1].address(v6), 1);
+        for (link, order) in [("eth0", Order::First), (stage.client.link.as_str(), Order::Last)] {
+            let neighbour = Neighbour::join(&node, link, Manner::Drops(nobody), order);
+            another_round();
+            drop(neighbour);
+            another_round();
+        }
         for present in [true, false] {
             node.netlink(async |net| net.ingress("eth0", present).await);
             another_round();
@@ -421,7 +446,11 @@ fn a_thousand_connections_outlive_what_happens_to_links_routes_and_the_agent() {
 /// stack, and of long ones, which took the short cut.
 #[test]
 fn fifty_thousand_connections_leave_nothing_in_the_kernels_tables_of_connections() {
-    let stage = Stage::new(&[]);
+    [false, true].into_iter().for_each(connections_leave_nothing);
+}
+
+fn connections_leave_nothing(v6: bool) {
+    let stage = Stage::of_family(v6, &[]);
     let followed = |node: &Node| {
         let name = "/proc/sys/net/netfilter/nf_conntrack_count";
         let count = node.namespace.run(|| std::fs::read_to_string(name).unwrap());

@@ -10,7 +10,9 @@ use portal::testing::cluster::{VIPS, at};
 use portal::testing::namespace::Namespace;
 use portal::testing::stage::{Stage, beside};
 use portal::testing::world::{CNIS, Cni, World};
-use portal::testing::worlds::{TwoLans, bridged_nic, default_by_second, hardened, unnumbered};
+use portal::testing::worlds::{
+    TwoLans, bridged_nic, default_by_second, hardened, pods_of_the_second, unnumbered,
+};
 use portal::testing::{eventually, within};
 
 /// A kind of node, and who asks from outside if it is not the world's outsider; with what must not go before it.
@@ -54,7 +56,8 @@ fn go_on(stage: &Stage, connections: &mut [Connection], is_cut: bool) {
     let mut rounds = 0;
     within(Duration::from_mins(1), "they go on", || {
         for connection in &mut *connections {
-            assert_eq!(connection.echo(b"still there").unwrap(), b"still there");
+            // More than fits in a packet.
+            assert_eq!(connection.echo(&[7; 4000]).unwrap(), [7; 4000]);
         }
         rounds += 1;
         let is_done = if is_cut { count() > 200 } else { rounds == 20 };
@@ -130,5 +133,28 @@ fn two_nics_and_a_default_route_by_the_other_one() {
         let TwoLans { others, far } = TwoLans::new(&world);
         default_by_second(&world);
         Place { world, far: Some(far), _others: others.into() }
+    });
+}
+
+/// AWS: a second NIC for pods, rules by their addresses and by the marks of connections.
+#[test]
+fn pods_on_the_network_of_the_second_nic() {
+    is_served_everywhere(|| {
+        let world = World::new(Cni::Routed);
+        let TwoLans { others, far } = TwoLans::new(&world);
+        pods_of_the_second(&world);
+        Place { world, far: Some(far), _others: others.into() }
+    });
+}
+
+/// What leads to the other node's pods takes shorter packets than the way to clients.
+#[test]
+fn a_smaller_mtu_on_the_way_to_pods() {
+    is_served_everywhere(|| {
+        let world = World::new(Cni::Routed);
+        world.overlay();
+        let [node, _] = &world.nodes[..] else { panic!("two nodes") };
+        node.namespace.netlink(async |net| net.mtu("vxlan0", 1300).await);
+        world.into()
     });
 }

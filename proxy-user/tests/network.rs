@@ -11,6 +11,9 @@ use std::time::Duration;
 
 use portal::testing::client::{Connection, exchange, tcp, tcp_from_port, udp, udp_socket};
 use portal::testing::cluster::{Cluster, PORT, VIPS, at};
+use portal::testing::namespace::Namespace;
+use portal::testing::neighbour::{Manner, Neighbour, Order};
+use portal::testing::objects::node_ports;
 use portal::testing::world::{BPFFS, CNIS, Cni, Pod};
 use portal::testing::{agent::http, capture::Capture, eventually, objects, server, within};
 
@@ -561,6 +564,62 @@ fn a_new_pods_link_is_left_to_the_cnis_own_qdisc_where_it_can_be_shared_by_none(
     let agent = cluster.agents[0].as_ref().expect("it runs");
     eventually("the agent has tried", || agent.log().contains("cannot attach to").then_some(()));
     are_served();
+}
+
+/// Fault L: who keeps a table of connections where packets leave sees the same addresses there as where they come in, at a pod's
+/// link and at an uplink, whether it came before ours or after. One that lets nobody behind it see a packet hides none of ours.
+#[test]
+fn ours_stands_inside_of_others_at_egress_unless_they_end_the_chain() {
+    let portal = Path::new(env!("CARGO_BIN_EXE_portal"));
+    // By a short cut packets leave translated by the programs where they came in.
+    let mut cluster = Cluster::start(Cni::Routed, portal, &["--short-cut", "off"]);
+    let (client, server) = (cluster.pod(0, "client"), cluster.server(1, "server"));
+    let (node, outsider) = (cluster.world.nodes[0].namespace.clone(), cluster.world.outsider());
+    cluster.expose_with("web", &VIPS, &[&server], &node_ports());
+    VIPS.iter().for_each(|vip| cluster.wait_backends(*vip, 1));
+    // Each with the link by which its answers leave.
+    let doors = VIPS.map(|vip| {
+        let node_port = cluster.node_port(0, vip.is_ipv6());
+        [(&client.namespace, at(vip), client.link.as_str()), (&outsider, node_port, "eth0")]
+    });
+    let reach = |from: &Namespace, to: SocketAddr| tcp(from, to).ok().map(|answer| answer.server);
+    let mut held = Vec::new();
+    for (from, to, _) in doors.as_flattened() {
+        held.push(eventually("the door opens", || tcp(from, *to).ok()));
+    }
+    let mut all_serve = |when: &str| {
+        for (from, to, _) in doors.as_flattened() {
+            let what = format!("{to} {when}");
+            within(Duration::from_mins(2), &what, || reach(from, *to));
+        }
+        for connection in &mut held {
+            assert_eq!(connection.echo(when.as_bytes()).unwrap(), when.as_bytes());
+        }
+    };
+    let neighbours = |doors: &[(&Namespace, SocketAddr, &str)], order: Order| {
+        let join = |(_, to, link): &(_, SocketAddr, &str)| {
+            Neighbour::join(&node, link, Manner::Drops(*to), order)
+        };
+        doors.iter().map(join).collect::<Vec<_>>()
+    };
+    let restart = |cluster: &mut Cluster| {
+        cluster.agents[0].take().unwrap().kill();
+        cluster.start_agent(0);
+    };
+    // They come while no agent runs, and while one does, which then looks with each sweep.
+    let first = neighbours(&doors[0], Order::Last);
+    restart(&mut cluster);
+    all_serve("beside others");
+    let second = neighbours(&doors[1], Order::Last);
+    all_serve("when more have come");
+    drop((first, second));
+    for order in [Order::Last, Order::First] {
+        let ending = [client.link.as_str(), "eth0"]
+            .map(|link| Neighbour::join(&node, link, Manner::Ends, order));
+        restart(&mut cluster);
+        all_serve(&format!("beside one that ends the chain and came {order:?}"));
+        drop(ending);
+    }
 }
 
 /// F5: what someone else takes off comes back, and is counted.

@@ -7,6 +7,7 @@
 //! | `portal_uplink` | tc ingress of an uplink | `datapath::fast::ingress` |
 //! | `portal_egress` | tc egress of pods' links | `datapath::fast::egress` |
 //! | `portal_upegress` | tc egress of uplinks | `datapath::fast::egress` |
+//! | `portal_last`, `portal_uplast` | the same as these two, behind the programs of others | as above |
 //! | `portal_l3uplink`, `portal_l3egress` | the same of an uplink without Ethernet headers | as above |
 //! | `portal_pod4` and its like | called by these, or by each other | `datapath::tell` |
 //! | `portal_connect4/6` | cgroup connect | `datapath::socket::send` |

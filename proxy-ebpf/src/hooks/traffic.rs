@@ -63,6 +63,10 @@ hooks! {
     portal_egress<14>: egress(Pod);
     /// From a backend back to a client outside the node; what the node and its pods send out of it.
     portal_upegress<14>: egress(Outside);
+    /// As `portal_egress`, behind the programs of others.
+    portal_last<14>: egress(Pod);
+    /// As `portal_upegress`, behind the programs of others.
+    portal_uplast<14>: egress(Outside);
     /// As `portal_uplink`, of a link without Ethernet headers.
     portal_l3uplink<0>: ingress(Outside);
     /// As `portal_upegress`, of a link without Ethernet headers.

@@ -50,6 +50,11 @@ impl PinnedLinks {
         Ok(false)
     }
 
+    /// The number of the program that a link has, if there is such a link.
+    pub fn program(&self, name: &str) -> Option<u32> {
+        sys::program_of(sys::get(&self.folder.join(name)).ok()?).ok()
+    }
+
     /// Removes a link, and with it the program from its hook: at once, so that another can take its place.
     pub fn remove(&mut self, name: &str) {
         let path = self.folder.join(name);

@@ -17,6 +17,7 @@ mod counts;
 mod links;
 mod load;
 mod mapped;
+mod order;
 pub mod probe;
 mod qdisc;
 pub mod read;
@@ -24,9 +25,10 @@ mod short_cuts;
 mod silent;
 mod sockets;
 mod sweep;
-mod sys;
+pub(crate) mod sys;
 mod tails;
 mod tc;
+mod verdicts;
 mod ways;
 mod writer;
 
@@ -52,6 +54,7 @@ pub use abandoned::Abandoned;
 pub use contract::{Shape, name_of, shapes};
 use links::PinnedLinks;
 pub use load::has_object;
+use order::Neighbours;
 use short_cuts::Wishes;
 pub use short_cuts::{Granted, Granting, Keys};
 pub use sockets::SocketLb;
@@ -146,6 +149,7 @@ pub struct Datapath {
     writer: Writer,
     wishes: Wishes,
     tc: tc::Place,
+    neighbours: Neighbours,
     /// The network links that this agent has attached to.
     attached: HashMap<u32, Role>,
     options: Options,
@@ -202,6 +206,7 @@ impl Datapath {
                 writer,
                 wishes,
                 tc,
+                neighbours: Neighbours::default(),
                 attached,
                 options,
                 maps,
@@ -273,7 +278,13 @@ impl Datapath {
         if role == Role::Tunnel {
             self.tails.add_tunnels(&mut self.ebpf)?;
         }
-        let fresh = tc::attach(&mut self.ebpf, &mut self.links, self.tc, ifindex, role)?;
+        let mut links = tc::Links {
+            ebpf: &mut self.ebpf,
+            pins: &mut self.links,
+            neighbours: &mut self.neighbours,
+            place: self.tc,
+        };
+        let fresh = links.attach(ifindex, role)?;
         self.attached.insert(ifindex, role);
         Ok(fresh)
     }
@@ -281,6 +292,7 @@ impl Datapath {
     /// Detaches the datapath from a link that is gone or has another role.
     pub fn detach(&mut self, ifindex: u32) {
         self.attached.remove(&ifindex);
+        self.neighbours.forget(ifindex);
         tc::detach(&mut self.links, self.tc, ifindex);
     }
 

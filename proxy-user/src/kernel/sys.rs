@@ -11,7 +11,9 @@ const BPF_PROG_LOAD: libc::c_int = 5;
 const BPF_OBJ_PIN: libc::c_int = 6;
 const BPF_OBJ_GET: libc::c_int = 7;
 const BPF_PROG_TEST_RUN: libc::c_int = 10;
+const BPF_PROG_GET_FD_BY_ID: libc::c_int = 13;
 const BPF_OBJ_GET_INFO_BY_FD: libc::c_int = 15;
+const BPF_PROG_QUERY: libc::c_int = 16;
 const BPF_MAP_LOOKUP_AND_DELETE_ELEM: libc::c_int = 21;
 const BPF_MAP_LOOKUP_BATCH: libc::c_int = 24;
 const BPF_LINK_CREATE: libc::c_int = 28;
@@ -20,6 +22,8 @@ const BPF_LINK_DETACH: libc::c_int = 34;
 
 /// Puts a link before all others on its hook.
 const BPF_F_BEFORE: u32 = 1 << 3;
+/// Puts it behind them.
+const BPF_F_AFTER: u32 = 1 << 4;
 /// The number of tcx ingress (`enum bpf_attach_type`).
 pub const TCX_INGRESS: u32 = 46;
 /// The number of tcx egress.
@@ -70,6 +74,15 @@ fn raw(object: &impl AsFd) -> u32 {
     u32::try_from(object.as_fd().as_raw_fd()).expect("an open descriptor is not negative")
 }
 
+/// Where among others on its hook a program is put.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Order {
+    /// Before them.
+    First,
+    /// Behind them.
+    Last,
+}
+
 /// Where a program is attached.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum AttachPoint {
@@ -79,6 +92,8 @@ pub enum AttachPoint {
         ifindex: u32,
         /// 46 for ingress, 47 for egress.
         attach_type: u32,
+        /// Before or behind the others that are there now.
+        order: Order,
     },
     /// A cgroup.
     Cgroup {
@@ -102,11 +117,15 @@ struct LinkCreateAttributes {
     revision: u64,
 }
 
-/// Attaches a program by a link, which holds as long as the descriptor or a pin of it lives. At tcx
-/// it goes before all others, any of which may end the chain (docs/decisions/0004).
+/// Attaches a program by a link, which holds as long as the descriptor or a pin of it lives.
 pub fn link_create(program: impl AsFd, at: AttachPoint) -> io::Result<OwnedFd> {
     let (target, attach_type, flags) = match at {
-        AttachPoint::Tcx { ifindex, attach_type } => (ifindex, attach_type, BPF_F_BEFORE),
+        AttachPoint::Tcx { ifindex, attach_type, order: Order::First } => {
+            (ifindex, attach_type, BPF_F_BEFORE)
+        }
+        AttachPoint::Tcx { ifindex, attach_type, order: Order::Last } => {
+            (ifindex, attach_type, BPF_F_AFTER)
+        }
         AttachPoint::Cgroup { directory, attach_type, .. } => {
             (u32::try_from(directory).map_err(io::Error::other)?, attach_type, 0)
         }
@@ -166,18 +185,97 @@ struct LinkInfo {
     rest: [u64; 8],
 }
 
-/// Whether a link is attached to `at`.
+/// Has the kernel fill in what it tells of an object.
+fn inform<T>(object: impl AsFd, info: &mut T) -> io::Result<()> {
+    let length = u32::try_from(size_of::<T>()).expect("it is small");
+    let info = std::ptr::from_mut(info) as u64;
+    let mut attributes = InfoAttributes { fd: raw(&object), length, info };
+    bpf(BPF_OBJ_GET_INFO_BY_FD, &mut attributes).map(drop)
+}
+
+/// The number of the program that a link has.
+pub fn program_of(link: impl AsFd) -> io::Result<u32> {
+    let mut info = LinkInfo::default();
+    inform(link, &mut info)?;
+    Ok(info.program)
+}
+
+/// Whether a link is attached to `at`, in whichever order.
 pub fn link_is_at(link: impl AsFd, at: AttachPoint) -> io::Result<bool> {
     let mut info = LinkInfo::default();
-    let length = u32::try_from(size_of::<LinkInfo>()).expect("it is small");
-    let fd = raw(&link);
-    let mut attributes = InfoAttributes { fd, length, info: (&raw mut info) as u64 };
-    bpf(BPF_OBJ_GET_INFO_BY_FD, &mut attributes)?;
+    inform(link, &mut info)?;
     Ok(match at {
         // The upper half is the attach type.
         AttachPoint::Tcx { ifindex, .. } => info.target & 0xffff_ffff == u64::from(ifindex),
         AttachPoint::Cgroup { id, .. } => info.target == id,
     })
+}
+
+#[repr(C)]
+#[derive(Default)]
+struct QueryAttributes {
+    target: u32,
+    attach_type: u32,
+    flags: u32,
+    attach_flags: u32,
+    programs: u64,
+    count: u32,
+    pad: u32,
+    more: [u64; 4],
+}
+
+/// The numbers of the programs at a link's tcx hook, in their order (kernel 6.6).
+pub fn chain(ifindex: u32, attach_type: u32) -> io::Result<Vec<u32>> {
+    /// As many as a hook can have.
+    const MOST: u32 = 64;
+    let mut programs = vec![0_u32; MOST as usize];
+    let mut attributes = QueryAttributes {
+        target: ifindex,
+        attach_type,
+        programs: programs.as_mut_ptr() as u64,
+        count: MOST,
+        ..QueryAttributes::default()
+    };
+    bpf(BPF_PROG_QUERY, &mut attributes)?;
+    programs.truncate(attributes.count as usize);
+    Ok(programs)
+}
+
+#[repr(C)]
+#[derive(Default)]
+struct ByIdAttributes {
+    id: u32,
+    next: u32,
+    flags: u32,
+}
+
+/// Opens a loaded program by its number.
+pub fn program(id: u32) -> io::Result<OwnedFd> {
+    bpf(BPF_PROG_GET_FD_BY_ID, &mut ByIdAttributes { id, ..Default::default() }).map(owned)
+}
+
+/// The head of `struct bpf_prog_info`.
+#[repr(C)]
+#[derive(Default)]
+struct ProgramInfo {
+    kind: u32,
+    id: u32,
+    tag: [u8; 8],
+    jited_length: u32,
+    length: u32,
+    jited: u64,
+    instructions: u64,
+}
+
+/// A loaded program's instructions, as the verifier has left them; zeros if the kernel does not show them.
+pub fn instructions(program: impl AsFd) -> io::Result<Vec<Instruction>> {
+    let mut info = ProgramInfo::default();
+    inform(&program, &mut info)?;
+    let length = info.length;
+    let mut instructions = vec![Instruction::default(); length as usize / size_of::<Instruction>()];
+    let place = instructions.as_mut_ptr() as u64;
+    inform(&program, &mut ProgramInfo { length, instructions: place, ..ProgramInfo::default() })?;
+    Ok(instructions)
 }
 
 #[repr(C)]
@@ -267,8 +365,9 @@ pub fn take<K: bytemuck::Pod, V: bytemuck::Pod>(map: impl AsFd, key: &K) -> io::
     }
 }
 
-/// One instruction of a small program: its code, its registers, and a number.
+/// One instruction of a program (RFC 9669, section 3): its code, its registers, and a number.
 #[repr(C)]
+#[derive(Clone, Copy, Default, Debug)]
 pub struct Instruction {
     /// What it does.
     pub code: u8,
@@ -278,6 +377,18 @@ pub struct Instruction {
     pub offset: i16,
     /// A number.
     pub immediate: i32,
+}
+
+impl Instruction {
+    /// The register that it writes.
+    pub const fn destination(self) -> u8 {
+        self.registers & 0xf
+    }
+
+    /// The register that it reads.
+    pub const fn source(self) -> u8 {
+        self.registers >> 4
+    }
 }
 
 #[repr(C)]
@@ -307,8 +418,8 @@ struct RunAttributes {
     duration: u32,
 }
 
-/// Runs a small tc program once on a packet of zeros, and returns what it returns.
-pub fn run_classifier(instructions: &[Instruction]) -> io::Result<u32> {
+/// Loads a small tc program.
+pub fn load_classifier(instructions: &[Instruction]) -> io::Result<OwnedFd> {
     const SCHED_CLS: u32 = 3;
     let count = u32::try_from(instructions.len()).map_err(io::Error::other)?;
     let mut load = LoadAttributes {
@@ -318,7 +429,12 @@ pub fn run_classifier(instructions: &[Instruction]) -> io::Result<u32> {
         license: c"Dual MIT/GPL".as_ptr() as u64,
         ..LoadAttributes::default()
     };
-    let program = bpf(BPF_PROG_LOAD, &mut load).map(owned)?;
+    bpf(BPF_PROG_LOAD, &mut load).map(owned)
+}
+
+/// Runs a small tc program once on a packet of zeros, and returns what it returns.
+pub fn run_classifier(instructions: &[Instruction]) -> io::Result<u32> {
+    let program = load_classifier(instructions)?;
     let packet = [0_u8; 64];
     let mut run = RunAttributes {
         program: raw(&program),

@@ -17,8 +17,9 @@ use fnv::FnvHasher;
 
 use super::links::PinnedLinks;
 use super::load::shortened;
+use super::order::{Chain, Neighbours};
 use super::qdisc;
-use super::sys::{self, AttachPoint};
+use super::sys::{self, AttachPoint, Order};
 use crate::links::Role;
 
 /// How programs are attached to network links.
@@ -32,10 +33,15 @@ pub enum TcMode {
     Clsact,
 }
 
+/// The pin of a program at egress that stands before those of others.
+const FIRST: &str = "egress";
+/// The pin of one that stands behind them.
+const LAST: &str = "last";
+
 /// Direction, pin and the kernel's number of the tcx hook. Egress first: a packet that is translated
 /// on its way there must find its answer translated.
 const HOOKS: [(TcAttachType, &str, u32); 2] = [
-    (TcAttachType::Egress, "egress", sys::TCX_EGRESS),
+    (TcAttachType::Egress, FIRST, sys::TCX_EGRESS),
     (TcAttachType::Ingress, "ingress", sys::TCX_INGRESS),
 ];
 
@@ -47,6 +53,20 @@ const fn programs(role: Role) -> &'static [&'static str] {
         Role::CatchAll | Role::Child => &["portal_upegress"],
         Role::Pod | Role::Ignore => &["portal_egress", "portal_ingress"],
     }
+}
+
+/// The program that does the same as another behind those of others, at egress.
+fn last_of(program: &str) -> Option<&'static str> {
+    match program {
+        "portal_egress" => Some("portal_last"),
+        "portal_upegress" => Some("portal_uplast"),
+        _ => None,
+    }
+}
+
+/// Whether a program is only loaded once there are programs of others.
+pub fn is_for_neighbours(program: &str) -> bool {
+    ["portal_last", "portal_uplast"].contains(&program)
 }
 
 /// How programs are attached to a node's links, and as whose.
@@ -90,7 +110,8 @@ fn resolve_mode(mode: TcMode, ebpf: &Ebpf) -> Result<TcMode> {
     }
     let program = ebpf.program("portal_ingress").context("the object has no portal_ingress")?;
     let program: &SchedClassifier = program.try_into()?;
-    let at = AttachPoint::Tcx { ifindex: u32::MAX >> 1, attach_type: sys::TCX_INGRESS };
+    let (ifindex, order) = (u32::MAX >> 1, Order::First);
+    let at = AttachPoint::Tcx { ifindex, attach_type: sys::TCX_INGRESS, order };
     // A kernel with tcx looks for the link; one without does not know the attach type.
     let has_tcx = match sys::link_create(program.fd()?, at) {
         Err(error) => error.raw_os_error() == Some(libc::ENODEV),
@@ -103,35 +124,80 @@ fn resolve_mode(mode: TcMode, ebpf: &Ebpf) -> Result<TcMode> {
     Ok(if has_tcx { TcMode::Tcx } else { TcMode::Clsact })
 }
 
-/// Attaches both programs to a link, or renews them there. Says how many were not there.
-pub fn attach(
-    ebpf: &mut Ebpf,
-    links: &mut PinnedLinks,
-    place: Place,
-    ifindex: u32,
-    role: Role,
-) -> Result<usize> {
-    let mut fresh = 0;
-    for (program, (direction, side, attach_type)) in programs(role).iter().zip(HOOKS) {
-        let program: &mut SchedClassifier = ebpf
-            .program_mut(program)
-            .with_context(|| format!("the object has no program {program}"))?
-            .try_into()?;
-        // Those of tunnels only once there is one.
-        if program.fd().is_err() {
-            program.load().map_err(shortened)?;
+/// What attaching to network links takes.
+pub struct Links<'a> {
+    /// The programs.
+    pub ebpf: &'a mut Ebpf,
+    /// The pins of tcx links.
+    pub pins: &'a mut PinnedLinks,
+    /// What is known of others' programs.
+    pub neighbours: &'a mut Neighbours,
+    /// How, and as whose.
+    pub place: Place,
+}
+
+impl Links<'_> {
+    /// Attaches a link's programs, or renews them there. Says how many were not there.
+    pub fn attach(&mut self, ifindex: u32, role: Role) -> Result<usize> {
+        let mut fresh = 0;
+        for (program, (direction, side, attach_type)) in programs(role).iter().zip(HOOKS) {
+            let is_fresh = if self.place.mode == TcMode::Clsact {
+                let handle = self.place.handle;
+                attach_filter(self.loaded(program)?, handle, ifindex, direction)
+            } else if let Some(last) = last_of(program) {
+                self.attach_in_order(ifindex, [program, last])
+            } else {
+                let at = AttachPoint::Tcx { ifindex, attach_type, order: Order::First };
+                self.ensure(program, &pin(ifindex, side), at)
+            };
+            let is_fresh = is_fresh.with_context(|| {
+                format!("cannot attach to {side} of the link with index {ifindex}")
+            })?;
+            fresh += usize::from(is_fresh);
         }
-        let is_fresh = if place.mode == TcMode::Tcx {
-            let at = AttachPoint::Tcx { ifindex, attach_type };
-            links.ensure(&pin(ifindex, side), program.fd()?, at)
-        } else {
-            attach_filter(program, place.handle, ifindex, direction)
-        };
-        let is_fresh = is_fresh
-            .with_context(|| format!("cannot attach to {side} of the link with index {ifindex}"))?;
-        fresh += usize::from(is_fresh);
+        Ok(fresh)
     }
-    Ok(fresh)
+
+    /// Attaches one of two programs that do the same at egress, the first before others or the second behind them. True if none of them
+    /// was there.
+    fn attach_in_order(&mut self, ifindex: u32, [first, last]: [&str; 2]) -> Result<bool> {
+        let (first_pin, last_pin) = (pin(ifindex, FIRST), pin(ifindex, LAST));
+        let ours = [&first_pin, &last_pin].map(|pin| self.pins.program(pin));
+        let now = match ours {
+            [Some(_), _] => Some(Order::First),
+            [None, Some(_)] => Some(Order::Last),
+            [None, None] => None,
+        };
+        let ours: Vec<u32> = ours.into_iter().flatten().collect();
+        let chain = Chain::read(ifindex, &ours)?;
+        let mut is_fresh = false;
+        for order in self.neighbours.steps(ifindex, &chain, now) {
+            let (program, here, there) = match order {
+                Order::First => (first, &first_pin, &last_pin),
+                Order::Last => (last, &last_pin, &first_pin),
+            };
+            let at = AttachPoint::Tcx { ifindex, attach_type: sys::TCX_EGRESS, order };
+            is_fresh |= self.ensure(program, here, at)?;
+            self.pins.remove(there);
+        }
+        Ok(is_fresh && now.is_none())
+    }
+
+    fn ensure(&mut self, program: &str, pin: &str, at: AttachPoint) -> Result<bool> {
+        let fd = self.loaded(program)?.fd()?.try_clone()?;
+        self.pins.ensure(pin, fd, at)
+    }
+
+    /// A program; one that few links need is loaded now.
+    fn loaded(&mut self, name: &str) -> Result<&mut SchedClassifier> {
+        let program = self.ebpf.program_mut(name);
+        let program: &mut SchedClassifier =
+            program.with_context(|| format!("the object has no program {name}"))?.try_into()?;
+        if program.fd().is_err() {
+            program.load().map_err(shortened).with_context(|| format!("program {name}"))?;
+        }
+        Ok(program)
+    }
 }
 
 /// The name of a pin. By index and not by name: a link's name may hold a dot, which bpffs refuses, and
@@ -158,10 +224,12 @@ pub fn detach_others(links: &mut PinnedLinks, place: Place, attached: &HashSet<u
 
 /// Takes both programs off a link.
 pub fn detach(links: &mut PinnedLinks, place: Place, ifindex: u32) {
-    for (direction, side, _) in HOOKS {
-        if place.mode == TcMode::Tcx {
-            links.remove(&pin(ifindex, side));
-        } else if let Ok(name) = name_of(ifindex) {
+    if place.mode == TcMode::Tcx {
+        ["ingress", LAST, FIRST].iter().for_each(|side| links.remove(&pin(ifindex, side)));
+        return;
+    }
+    for (direction, ..) in HOOKS {
+        if let Ok(name) = name_of(ifindex) {
             remove_filter(&name, place.handle, direction);
         }
     }

@@ -11,6 +11,7 @@ pub mod capture;
 pub mod client;
 pub mod cluster;
 pub mod namespace;
+pub mod neighbour;
 pub mod net;
 pub mod objects;
 mod offload;

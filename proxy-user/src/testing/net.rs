@@ -7,13 +7,16 @@ use rtnetlink::packet_route::address::AddressHeaderFlags;
 use rtnetlink::packet_route::link::{LinkAttribute, MacVlanMode};
 use rtnetlink::packet_route::neighbour::NeighbourFlags;
 use rtnetlink::packet_route::route::{RouteAttribute, RouteMessage};
-use rtnetlink::packet_route::rule::RuleAction;
+use rtnetlink::packet_route::rule::{RuleAction, RuleAttribute};
 use rtnetlink::{
     Handle, LinkBridge, LinkMacVlan, LinkMessageBuilder, LinkUnspec, LinkVeth, LinkVxlan,
     RouteMessageBuilder,
 };
 
 use super::namespace::Namespace;
+
+/// The number of the main table of routes.
+const MAIN_TABLE: u32 = 254;
 
 /// Links, addresses and routes of the namespace that the calling thread is in.
 pub struct Net {
@@ -192,17 +195,59 @@ impl Net {
 
     /// Adds a default route by a gateway to a table that a rule leads to: for what has this source.
     pub async fn route_from(&self, source: IpAddr, table: u32, gateway: IpAddr) {
-        let any: IpAddr = if source.is_ipv4() { [0; 4].into() } else { [0_u16; 8].into() };
-        let mut message = by_gateway(any, 0, gateway);
+        let v6 = source.is_ipv6();
+        self.route_in(table, super::worlds::any(v6), 0, gateway).await;
+        self.rule_from(source, if v6 { 128 } else { 32 }, table).await;
+    }
+
+    /// Adds a route by a gateway to a table.
+    pub async fn route_in(&self, table: u32, to: IpAddr, prefix: u8, gateway: IpAddr) {
+        let mut message = by_gateway(to, prefix, gateway);
         message.attributes.push(RouteAttribute::Table(table));
         message.header.table = 0;
         self.handle.route().add(message).execute().await.expect("a route");
+    }
+
+    /// Adds a rule that leads what comes from a range to a table.
+    pub async fn rule_from(&self, source: IpAddr, prefix: u8, table: u32) {
         let rule = self.handle.rule().add().action(RuleAction::ToTable).table_id(table);
         let added = match source {
-            IpAddr::V4(source) => rule.v4().source_prefix(source, 32).execute().await,
-            IpAddr::V6(source) => rule.v6().source_prefix(source, 128).execute().await,
+            IpAddr::V4(source) => rule.v4().source_prefix(source, prefix).execute().await,
+            IpAddr::V6(source) => rule.v6().source_prefix(source, prefix).execute().await,
         };
         added.unwrap_or_else(|error| panic!("a rule for {source}: {error}"));
+    }
+
+    /// Adds a rule that leads what goes to a range to the main table, before other rules.
+    pub async fn rule_to(&self, to: IpAddr, prefix: u8) {
+        let rules = self.handle.rule();
+        let rule = rules.add().action(RuleAction::ToTable).table_id(MAIN_TABLE).priority(512);
+        let added = match to {
+            IpAddr::V4(to) => rule.v4().destination_prefix(to, prefix).execute().await,
+            IpAddr::V6(to) => rule.v6().destination_prefix(to, prefix).execute().await,
+        };
+        added.unwrap_or_else(|error| panic!("a rule to {to}: {error}"));
+    }
+
+    /// Adds a rule that leads what has a bit of a mark to the main table, before other rules.
+    pub async fn rule_of_mark(&self, v6: bool, bit: u32) {
+        let rules = self.handle.rule();
+        let rule = rules
+            .add()
+            .action(RuleAction::ToTable)
+            .table_id(MAIN_TABLE)
+            .priority(1024)
+            .fw_mark(bit);
+        let added = if v6 {
+            let mut rule = rule.v6();
+            rule.message_mut().attributes.push(RuleAttribute::FwMask(bit));
+            rule.execute().await
+        } else {
+            let mut rule = rule.v4();
+            rule.message_mut().attributes.push(RuleAttribute::FwMask(bit));
+            rule.execute().await
+        };
+        added.expect("a rule by mark");
     }
 
     /// Removes a route by a gateway.

@@ -266,6 +266,11 @@ impl Node {
         Ipv6Addr::new(0xfd00, 0x99, 0, 0, 0, 0, 0, u16::from(self.number) + 1)
     }
 
+    /// The range of its pods: of 24 bits, or of 64.
+    pub fn pods(&self, v6: bool) -> IpAddr {
+        if v6 { self.pods6(self.number, 0).into() } else { self.pods4(self.number, 0).into() }
+    }
+
     fn pods4(&self, node: u8, host: u8) -> Ipv4Addr {
         let _ = self;
         Ipv4Addr::new(10, 244, node, host)

@@ -178,3 +178,30 @@ pub fn default_by_second(world: &World) {
         }
     });
 }
+
+/// What AWS' CNI does on node 0, whose pods are on the second NIC's network: they send by it, whatever they send, but for answers to who
+/// came by the first NIC for an address of the node, which is kept in the marks of the kernel's connections.
+pub fn pods_of_the_second(world: &World) {
+    const BIT: u32 = 0x80;
+    const TABLE: u32 = 100;
+    let [node, other] = &world.nodes[..] else { panic!("two nodes") };
+    node.namespace.netlink(async |net| {
+        for v6 in [false, true] {
+            let (own, theirs) = (node.pods(v6), other.pods(v6));
+            net.route_in(TABLE, any(v6), 0, ROUTER[1][usize::from(v6)]).await;
+            net.route_in(TABLE, theirs, bits(v6), other.address(v6)).await;
+            net.rule_from(own, bits(v6), TABLE).await;
+            net.rule_to(own, bits(v6)).await;
+            net.rule_of_mark(v6, BIT).await;
+        }
+    });
+    node.namespace.firewall(
+        r#"table inet t {
+            chain m { type filter hook prerouting priority mangle;
+                iifname "eth0" fib daddr . iif type local ct mark set ct mark or 0x80;
+                iifname != "eth0" meta mark set ct mark and 0x80;
+            }
+        }
+"#,
+    );
+}
