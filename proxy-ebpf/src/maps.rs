@@ -41,6 +41,8 @@ const AFFINITIES: usize = 65_536;
 const RANGES: usize = 65_536;
 const EXITS: usize = 4_096;
 const OUTCOMES: usize = 64;
+/// Uplinks with XDP.
+const LINKS: usize = 256;
 const PORT_TURNS: usize = 4_096;
 const EXHAUSTED: usize = 1_024;
 /// In bytes: some thousand wishes between two looks of the agent, which is a second.
@@ -74,6 +76,8 @@ static TRAFFIC: Array<Traffic, SERVICES, MAPPED> = Array::new();
 /// Keys of both families: their lengths tell them apart.
 #[btf_map(name = "wishes")]
 static WISHES: RingBuf<u64, WISHES_SIZE> = RingBuf::new();
+#[btf_map(name = "relays")]
+static RELAYS: HashMap<u32, u32, LINKS, ON_DEMAND> = HashMap::new();
 #[btf_map(name = "tails")]
 static TAIL: ProgramArray<TAILS> = ProgramArray::new();
 
@@ -83,6 +87,12 @@ pub fn tail_call(ctx: &TcContext, story: Story, is_v6: bool, has_ethernet: bool)
     let index = story as u32 * 4 + u32::from(is_v6) * 2 + u32::from(!has_ethernet);
     // SAFETY: the program called is a classifier as the caller is, and nothing here needs to be dropped.
     unsafe { TAIL.tail_call(ctx, index) };
+}
+
+/// Whether a link takes packets that are sent on before the host stack.
+#[inline(always)]
+pub fn takes_relayed(link: u32) -> bool {
+    RELAYS.get_ptr(link).is_some()
 }
 
 /// Counts an outcome so many times.

@@ -47,6 +47,7 @@ pub struct Status {
     swept_tables: Mutex<Vec<Use>>,
     refusals: AtomicUsize,
     reattached: AtomicUsize,
+    relays: [AtomicUsize; 2],
     usage: Mutex<Vec<Use>>,
 }
 
@@ -67,6 +68,7 @@ impl Status {
             swept_tables: Mutex::default(),
             refusals: AtomicUsize::new(0),
             reattached: AtomicUsize::new(0),
+            relays: Default::default(),
             usage: Mutex::default(),
         }
     }
@@ -123,6 +125,11 @@ impl Status {
         self.reattached.fetch_add(programs, Ordering::Relaxed);
     }
 
+    /// Notes how many uplinks have XDP, and how many were to have it and are left to tc.
+    pub fn relays(&self, now: [usize; 2]) {
+        self.relays.iter().zip(now).for_each(|(known, now)| known.store(now, Ordering::Relaxed));
+    }
+
     /// Notes how much of each table is in use that the agent fills.
     pub fn used(&self, usage: Vec<Use>) {
         *self.usage.lock().expect("no panic while locked") = usage;
@@ -145,6 +152,10 @@ impl Status {
         metric("portal_refused_writes_total", "counter", help, load(&self.refusals));
         let help = "Programs put back where someone had taken them off.";
         metric("portal_reattached_programs_total", "counter", help, load(&self.reattached));
+        let [relays, left] = &self.relays;
+        metric("portal_xdp_links", "gauge", "Uplinks that are served by XDP too.", load(relays));
+        let help = "Uplinks that were to be served by XDP and are left to tc.";
+        metric("portal_xdp_links_left", "gauge", help, load(left));
         let mut usage = self.usage.lock().expect("no panic while locked").clone();
         usage.extend(self.swept_tables.lock().expect("no panic while locked").iter().cloned());
         for (name, help, value) in [

@@ -14,7 +14,8 @@ use aya::{Ebpf, EbpfLoader};
 use ipnet::IpNet;
 use portal::desired::{Access, Backend, Frontend, Port, PortId, Tables};
 use portal::kernel::{
-    Datapath, Options, Sizes, SocketLb, TcMode, cleanup, maps_folder, name_of, probe, read, shapes,
+    Datapath, Options, Sizes, SocketLb, TcMode, XdpMode, cleanup, maps_folder, name_of, probe,
+    read, shapes,
 };
 use portal::model::{IpFamily, ObjectName, Protocol};
 use portal::plan::Planner;
@@ -32,7 +33,8 @@ use proxy_common::{Family, Outcome, V4, V6, proto};
 const BPFFS: &str = "/mnt/bpf";
 
 /// The programs for every packet, and what the kernel's verifier may take of them at most.
-const HOOKS: [&str; 8] = [
+const HOOKS: [&str; 9] = [
+    "portal_relay",
     "portal_egress",
     "portal_upegress",
     "portal_last",
@@ -56,6 +58,7 @@ fn options() -> Options {
         cgroup_root: None,
         socket_lb: SocketLb::Off,
         tc: TcMode::Auto,
+        xdp: XdpMode::Off,
         sizes: Sizes { flows: 1000, embryos: 1000, ..Sizes::SMALL },
         lifetimes: Lifetimes::DEFAULT,
         takeover_grace: 0,
@@ -96,9 +99,12 @@ fn load(options: &Options, settings: &Settings) -> Ebpf {
     }
     let mut programs = loader.load(&object()).unwrap();
     for (name, program) in programs.programs_mut() {
-        if let Program::SchedClassifier(program) = program {
-            program.load().unwrap_or_else(|error| panic!("{name}: {error}"));
-        }
+        let taken = match program {
+            Program::SchedClassifier(program) => program.load(),
+            Program::Xdp(program) => program.load(),
+            _ => Ok(()),
+        };
+        taken.unwrap_or_else(|error| panic!("{name}: {error}"));
     }
     fill_tails(&mut programs);
     programs
@@ -430,11 +436,14 @@ fn the_verifier_needs_no_more_than_its_budget() {
         let full = load(&options, &all);
         println!("program            verified  stack  bytes of machine code");
         for (name, program) in full.programs() {
-            let Program::SchedClassifier(program) = program else { continue };
-            let info = program.info().unwrap();
+            let (info, fd) = match program {
+                Program::SchedClassifier(program) => (program.info(), program.fd()),
+                Program::Xdp(program) => (program.info(), program.fd()),
+                _ => continue,
+            };
             // 5.16 and later tell.
-            let verified = info.verified_instruction_count().unwrap_or_default();
-            let (text, stack) = (info.size_jitted(), stack_of(program.fd().unwrap()).unwrap());
+            let verified = info.as_ref().unwrap().verified_instruction_count().unwrap_or_default();
+            let (text, stack) = (info.unwrap().size_jitted(), stack_of(fd.unwrap()).unwrap());
             println!("{name:18} {verified:8} {stack:6} {text:6}");
             let is_hot = HOOKS.contains(&name);
             let budget = if is_hot { HOOK_BUDGET } else { STORY_BUDGET };

@@ -12,7 +12,7 @@ use aya::maps::{HashMap, Map, MapData};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use portal::testing::cluster::{Cluster, VIPS};
 use portal::testing::namespace::Namespace;
-use portal::testing::neighbour::{Manner, Neighbour, Order};
+use portal::testing::neighbour::{Conduct, Neighbour, Order};
 use portal::testing::objects::{self, node_ports};
 use portal::testing::world::{BPFFS, Cni, Node, Pod};
 use portal::testing::worlds::bits;
@@ -425,7 +425,7 @@ fn a_thousand_connections_outlive_what_happens(v6: bool) {
         // Someone else's program at the same hooks, which lets these connections pass.
         let nobody = SocketAddr::new(stage.cluster.world.nodes[1].address(v6), 1);
         for (link, order) in [("eth0", Order::First), (stage.client.link.as_str(), Order::Last)] {
-            let neighbour = Neighbour::join(&node, link, Manner::Drops(nobody), order);
+            let neighbour = Neighbour::join(&node, link, Conduct::Drops(nobody), order);
             another_round();
             drop(neighbour);
             another_round();

@@ -12,7 +12,7 @@ use std::time::Duration;
 use portal::testing::client::{Connection, exchange, tcp, tcp_from_port, udp, udp_socket};
 use portal::testing::cluster::{Cluster, PORT, VIPS, at};
 use portal::testing::namespace::Namespace;
-use portal::testing::neighbour::{Manner, Neighbour, Order};
+use portal::testing::neighbour::{Conduct, Neighbour, Order};
 use portal::testing::objects::node_ports;
 use portal::testing::world::{BPFFS, CNIS, Cni, Pod};
 use portal::testing::{agent::http, capture::Capture, eventually, objects, server, within};
@@ -598,7 +598,7 @@ fn ours_stands_inside_of_others_at_egress_unless_they_end_the_chain() {
     };
     let neighbours = |doors: &[(&Namespace, SocketAddr, &str)], order: Order| {
         let join = |(_, to, link): &(_, SocketAddr, &str)| {
-            Neighbour::join(&node, link, Manner::Drops(*to), order)
+            Neighbour::join(&node, link, Conduct::Drops(*to), order)
         };
         doors.iter().map(join).collect::<Vec<_>>()
     };
@@ -615,7 +615,7 @@ fn ours_stands_inside_of_others_at_egress_unless_they_end_the_chain() {
     drop((first, second));
     for order in [Order::Last, Order::First] {
         let ending = [client.link.as_str(), "eth0"]
-            .map(|link| Neighbour::join(&node, link, Manner::Ends, order));
+            .map(|link| Neighbour::join(&node, link, Conduct::Ends, order));
         restart(&mut cluster);
         all_serve(&format!("beside one that ends the chain and came {order:?}"));
         drop(ending);

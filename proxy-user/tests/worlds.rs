@@ -4,17 +4,19 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use portal::testing::agent::http;
 use portal::testing::capture::{Capture, Seen};
 use portal::testing::client::{Connection, exchange, is_refused, ping, tcp, udp, udp_socket};
 use portal::testing::cluster::{VIPS, at};
 use portal::testing::namespace::Namespace;
+use portal::testing::neighbour::Neighbour;
 use portal::testing::objects::{self, NODE_PORT};
 use portal::testing::stage::{Stage, beside};
 use portal::testing::world::{CNIS, Cni, OUTSIDER4, OUTSIDER6, Pod, World};
 use portal::testing::worlds::{
     FAR, ROUTER, TwoLans, any, bits, bridged_nic, default_by_second, hardened, restore, unnumbered,
 };
-use portal::testing::{eventually, server};
+use portal::testing::{eventually, server, within};
 use serde_json::json;
 
 fn stage(world: World, arguments: &[&str]) -> Stage {
@@ -418,4 +420,111 @@ fn fifty_pods_that_start_at_once_are_served() {
         eprintln!("an agent {agent}: median {:?}, longest {:?}", times[25], times[49]);
         assert!(births.iter().all(|(_, served, _)| served.as_deref().is_ok_and(|s| s == "on-n0")));
     }
+}
+
+/// Two nodes with `--xdp`, whose frames are as they would be on a wire: with checksums, one by one. Node 0 has a NIC in each of two LANs and
+/// answers by the second, or one NIC.
+fn on_wires(arguments: &[&str], two_lans: bool) -> Stage {
+    let world = World::new(Cni::Routed);
+    // A veth link takes what XDP sends to it from its other end if it has a program, too.
+    let mut ends: Vec<_> =
+        world.nodes.iter().map(|node| Neighbour::at_xdp(&world.wire, &node.name)).collect();
+    let far = two_lans.then(|| {
+        let TwoLans { others: [router, second], far } = TwoLans::new(&world);
+        default_by_second(&world);
+        ends.push(Neighbour::at_xdp(&second, "node"));
+        router.offload("lan0", false);
+        far.offload("eth0", false);
+        // They live as long as the process: so does what refers to them.
+        std::mem::forget((router, second));
+        far
+    });
+    let mut stage = stage(world, arguments);
+    stage.outsider = far.unwrap_or(stage.outsider);
+    std::mem::forget(ends);
+    stage.outsider.offload("eth0", false);
+    stage.pods.iter().for_each(|pod| pod.namespace.offload("eth0", false));
+    stage
+}
+
+/// Echoes by the door of node 0 to the pod of node 1 until they take the short cut. How many of some packets more the host stack's links have
+/// seen then, and how many there were.
+fn by_the_short_cut(stage: &Stage, door: SocketAddr, links: &[&str]) -> [usize; 2] {
+    const ROUNDS: usize = 400;
+    let node = &stage.cluster.world.nodes[0].namespace;
+    let mut connection = eventually("it is served", || tcp(&stage.outsider, door).ok());
+    let before = stage.cluster.outcomes(0, "short_cut");
+    eventually("it takes the short cut", || {
+        assert_eq!(connection.echo(&[7; 3000]).unwrap(), [7; 3000]);
+        (stage.cluster.outcomes(0, "short_cut") > before + 50).then_some(())
+    });
+    let captures: Vec<_> = links.iter().map(|link| Capture::start(node, link)).collect();
+    for _ in 0..ROUNDS {
+        assert_eq!(connection.echo(b"x").unwrap(), b"x");
+    }
+    let is_ours = |seen: &Seen| seen.sport == door.port() || seen.dport == door.port();
+    let seen = captures.iter().map(|capture| capture.seen().iter().filter(|s| is_ours(s)).count());
+    [seen.sum(), 2 * ROUNDS]
+}
+
+/// What takes a short cut is sent on before the host stack, out of the link it came by, or of another; the rest is as it is without.
+#[test]
+fn xdp_sends_on_what_takes_a_short_cut() {
+    for (mode, two_lans) in
+        [("--xdp=native", false), ("--xdp=native", true), ("--xdp=generic", true)]
+    {
+        let stage = on_wires(&[mode], two_lans);
+        stage.assert_served();
+        let client = stage.cluster.pod(0, "client");
+        for (door, vip) in stage.doors[2..].iter().zip(VIPS) {
+            let [seen, sent] = by_the_short_cut(&stage, *door, &["eth0"]);
+            assert!(
+                seen < sent / 4,
+                "{mode}, {two_lans}, {door}: the stack has seen {seen} of {sent}"
+            );
+            assert!(tcp(&client.namespace, at(beside(vip, 1))).is_ok());
+            assert!(udp(&stage.outsider, *door, b"x").is_ok());
+        }
+        let metrics = http(&stage.cluster.world.nodes[0], 10249, "/metrics").unwrap();
+        let count = if two_lans { 2 } else { 1 };
+        assert!(metrics.contains(&format!("portal_xdp_links {count}\n")), "{metrics}");
+    }
+}
+
+/// A link that has an XDP program already, or is none of a NIC, is served by tc, and the agent says so by name.
+#[test]
+fn a_link_that_can_have_no_xdp_is_served_by_tc() {
+    for (mode, why) in [
+        ("--xdp=native", "it has an XDP program of someone else's"),
+        ("--xdp=auto", "it is a veth link, where XDP costs more than it saves"),
+    ] {
+        let world = World::new(Cni::Routed);
+        let _other = Neighbour::at_xdp(&world.nodes[0].namespace, "eth0");
+        let stage = stage(world, &[mode]);
+        stage.assert_served();
+        let [seen, sent] = by_the_short_cut(&stage, stage.doors[2], &["eth0"]);
+        assert!(seen > sent / 2, "the stack has seen {seen} of {sent}");
+        let log = stage.cluster.agents[0].as_ref().unwrap().log();
+        let text = format!("link eth0 is served by tc and not by XDP: {why}");
+        assert_eq!(log.matches(&text).count(), 1, "{log}");
+        let metrics = http(&stage.cluster.world.nodes[0], 10249, "/metrics").unwrap();
+        assert!(metrics.contains("portal_xdp_links 0\n"), "{metrics}");
+        assert!(metrics.contains("portal_xdp_links_left 1\n"), "{metrics}");
+    }
+}
+
+/// A link that drops what XDP sends by it, as a veth link does whose other end has no program, is left to tc.
+#[test]
+fn a_link_that_drops_what_xdp_sends_is_left_to_tc() {
+    let stage = stage(World::new(Cni::Routed), &["--xdp=native"]);
+    stage.assert_served();
+    let mut connection = tcp(&stage.outsider, stage.doors[2]).unwrap();
+    let agent = stage.cluster.agents[0].as_ref().unwrap();
+    within(Duration::from_mins(2), "it is left", || {
+        // What is dropped is sent again, and goes by the stack in the next second.
+        assert_eq!(connection.echo(b"x").unwrap(), b"x");
+        agent.log().contains("link eth0 is served by tc and not by XDP: it drops").then_some(())
+    });
+    let [seen, sent] = by_the_short_cut(&stage, stage.doors[2], &["eth0"]);
+    assert!(seen > sent / 2, "the stack has seen {seen} of {sent}");
 }

@@ -148,7 +148,7 @@ fn established<F: Wire, P: Frame, T: Tables<F>>(
 
 /// How a translated packet leaves. `None` if that is to be found out.
 #[inline(always)]
-fn leg<F: Family, T: Tables<F>>(
+pub(super) fn leg<F: Family, T: Tables<F>>(
     tables: &T,
     record: FlowRecord<'_, F>,
     facts: Facts,

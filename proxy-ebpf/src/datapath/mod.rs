@@ -7,6 +7,7 @@
 //! - [`story::egress`]: from a backend back to a client. parse → flow → rewrite. And what is to be masqueraded where it
 //!   leaves: [`leave`].
 //! - [`catch`]: what goes to a VIP and leaves untranslated.
+//! - [`relay`]: before the host stack, what takes a short cut.
 //! - [`direct`]: who asks an endpoint by its own address.
 //! - [`icmp`] (errors about flows, and pings) and [`refuse`] (answers to what no backend serves).
 //! - [`socket`]: the same decision at connect and sendmsg, before there is a packet.
@@ -25,6 +26,7 @@ pub mod open;
 pub mod pending;
 pub mod place;
 pub mod refuse;
+pub mod relay;
 pub mod rewrite;
 pub mod socket;
 pub mod story;

@@ -5,7 +5,7 @@ use core::mem::zeroed;
 
 use aya_ebpf::bindings::{
     BPF_FIB_LKUP_RET_FRAG_NEEDED, BPF_FIB_LKUP_RET_NO_NEIGH, BPF_FIB_LKUP_RET_SUCCESS,
-    bpf_fib_lookup, bpf_sock, bpf_sock_tuple,
+    BPF_FIB_LOOKUP_OUTPUT, bpf_fib_lookup, bpf_sock, bpf_sock_tuple,
 };
 use aya_ebpf::helpers::{
     bpf_fib_lookup as look_up_route, bpf_sk_lookup_tcp, bpf_sk_lookup_udp, bpf_sk_release,
@@ -25,13 +25,13 @@ pub const AF_INET6: u8 = 10;
 const SIZE: i32 = 64;
 const _: () = assert!(size_of::<bpf_fib_lookup>() == 64);
 
-/// How the host forwards from one address to another what comes in by `link`.
+/// A question for the way from one address to another that begins with `link`: where a packet comes in, or by which it
+/// leaves.
 #[inline(always)]
-pub fn route<F: Family>(ctx: &TcContext, link: u32, from: &F::Addr, to: &F::Addr) -> Route<F> {
+fn question<F: Family>(link: u32, from: &F::Addr, to: &F::Addr) -> bpf_fib_lookup {
     // SAFETY: the kernel's struct of plain numbers, for which zeros are valid.
     let mut question: bpf_fib_lookup = unsafe { zeroed() };
-    let family = if F::ETHERTYPE == V4::ETHERTYPE { AF_INET } else { AF_INET6 };
-    question.family = family;
+    question.family = family::<F>();
     question.ifindex = link;
     let source = (&raw mut question.__bindgen_anon_3).cast::<F::Addr>();
     let destination = (&raw mut question.__bindgen_anon_4).cast::<F::Addr>();
@@ -40,6 +40,34 @@ pub fn route<F: Family>(ctx: &TcContext, link: u32, from: &F::Addr, to: &F::Addr
         source.write(*from);
         destination.write(*to);
     }
+    question
+}
+
+#[inline(always)]
+const fn family<F: Family>() -> u8 {
+    if F::ETHERTYPE == V4::ETHERTYPE { AF_INET } else { AF_INET6 }
+}
+
+/// By which Ethernet addresses a link leads from one address to another, to whom and from whom. `None` if that is not known, or the
+/// host's routes don't lead there by that link.
+#[inline(always)]
+pub fn neighbours<F: Family>(
+    ctx: *mut c_void,
+    link: u32,
+    from: &F::Addr,
+    to: &F::Addr,
+) -> Option<[[u8; 6]; 2]> {
+    let mut question = question::<F>(link, from, to);
+    // SAFETY: the helper reads and writes that many bytes of a live struct.
+    let answer = unsafe { look_up_route(ctx, &raw mut question, SIZE, BPF_FIB_LOOKUP_OUTPUT) };
+    let is_known = answer == i64::from(BPF_FIB_LKUP_RET_SUCCESS) && question.ifindex == link;
+    is_known.then_some([question.dmac, question.smac])
+}
+
+/// How the host forwards from one address to another what comes in by `link`.
+#[inline(always)]
+pub fn route<F: Family>(ctx: &TcContext, link: u32, from: &F::Addr, to: &F::Addr) -> Route<F> {
+    let mut question = question::<F>(link, from, to);
     // SAFETY: the helper reads and writes that many bytes of a live struct.
     let answer = unsafe { look_up_route(ctx.skb.skb.cast(), &raw mut question, SIZE, 0) };
     let leads = [
@@ -53,8 +81,12 @@ pub fn route<F: Family>(ctx: &TcContext, link: u32, from: &F::Addr, to: &F::Addr
         return Route { link: 0, hop: *to };
     }
     // The kernel puts the gateway in the destination's place. IPv4's may be one of IPv6.
-    // SAFETY: as above.
-    let hop = if question.family == family { unsafe { destination.read() } } else { *to };
+    let hop = if question.family == family::<F>() {
+        // SAFETY: as in `question`.
+        unsafe { (&raw const question.__bindgen_anon_4).cast::<F::Addr>().read() }
+    } else {
+        *to
+    };
     Route { link: question.ifindex, hop }
 }
 

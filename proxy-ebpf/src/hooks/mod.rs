@@ -9,6 +9,7 @@
 //! | `portal_upegress` | tc egress of uplinks | `datapath::fast::egress` |
 //! | `portal_last`, `portal_uplast` | the same as these two, behind the programs of others | as above |
 //! | `portal_l3uplink`, `portal_l3egress` | the same of an uplink without Ethernet headers | as above |
+//! | `portal_relay` | XDP of uplinks | `datapath::relay` |
 //! | `portal_pod4` and its like | called by these, or by each other | `datapath::tell` |
 //! | `portal_connect4/6` | cgroup connect | `datapath::socket::send` |
 //! | `portal_sendmsg4/6` | cgroup sendmsg (UDP) | `datapath::socket::send` |
@@ -16,7 +17,10 @@
 //! | `portal_getpeer4/6` | cgroup getpeername | `datapath::socket::restore` |
 
 mod host;
+mod raw;
+mod relay;
 mod skb;
 mod sockets;
 mod trace;
 mod traffic;
+mod window;

@@ -1,7 +1,5 @@
 //! A socket buffer as a [`Frame`].
 
-use core::marker::PhantomData;
-
 use aya_ebpf::bindings::{BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR};
 use aya_ebpf::helpers::{bpf_csum_update, bpf_l4_csum_replace, bpf_skb_change_tail};
 use aya_ebpf::programs::TcContext;
@@ -14,6 +12,7 @@ use proxy_ebpf::datapath::Tables;
 use proxy_ebpf::packet::{Frame, Route, Window};
 
 use super::host;
+use super::window::{Bytes, MAX_OFFSET, bounded};
 use crate::maps::Tables6;
 
 /// What a packet's `tc_index` says that the node has done with. Others write that field (clsact for a
@@ -23,28 +22,9 @@ const DONE: u32 = 0x506f;
 /// What it says that was led to a backend, and is to be masqueraded if it leaves by an uplink. Where a classifier beside
 /// ours overwrites it, that is found out by a look-up, but for packets in the middle of a connection whose record is lost.
 const LED: u32 = 0x5070;
-/// Offsets above this are refused, so that the verifier knows a bound.
-const MAX_OFFSET: usize = 0x7ff;
 /// `BPF_F_IPV6`, which aya's bindings do not name: the address of an IPv6 packet changes, where no
 /// header checksum makes up for it in a sum that hardware took of the whole packet.
 const BPF_F_IPV6: u64 = 1 << 7;
-
-/// The same offset, which is at most [`MAX_OFFSET`], by an instruction that the compiler may not drop:
-/// verifiers before Linux 6.12 do not see a bound that was checked on a copy of the number.
-#[inline(always)]
-fn bounded(offset: usize) -> usize {
-    #[cfg(target_arch = "bpf")]
-    {
-        let mut offset = offset;
-        // SAFETY: it changes nothing but the register.
-        unsafe {
-            core::arch::asm!("{0} &= 0x7ff", inout(reg) offset, options(pure, nomem, nostack))
-        };
-        offset
-    }
-    #[cfg(not(target_arch = "bpf"))]
-    offset
-}
 
 /// A socket buffer at tc. Its packet pointers are read from the context at each access: any helper
 /// that may change the packet makes older ones invalid.
@@ -87,11 +67,7 @@ impl<'a, const NETWORK: usize> Skb<'a, NETWORK> {
     /// Bytes at an offset of which the verifier knows a bound.
     #[inline(always)]
     fn bytes(&self, offset: usize, length: usize) -> Option<Bytes<'_>> {
-        let start = self.data() + offset;
-        if start + length > self.ctx.data_end() {
-            return None;
-        }
-        Some(Bytes { start, length, packet: PhantomData })
+        Bytes::within(self.data(), self.ctx.data_end(), offset, length)
     }
 
     /// Bytes at any offset.
@@ -106,36 +82,6 @@ impl<'a, const NETWORK: usize> Skb<'a, NETWORK> {
     fn data(&self) -> usize {
         // SAFETY: the context is the kernel's and outlives the program.
         unsafe { (&raw const (*self.ctx.skb.skb).data).read_volatile() as usize }
-    }
-}
-
-/// Bytes of the packet, which are reachable as long as nothing moves it: what does so needs the packet for itself.
-struct Bytes<'a> {
-    start: usize,
-    length: usize,
-    packet: PhantomData<&'a ()>,
-}
-
-impl Bytes<'_> {
-    /// Offset and lengths are constants wherever this is called, and so the check is the compiler's.
-    #[inline(always)]
-    fn pointer<T>(&self, offset: usize) -> Option<*mut T> {
-        (offset + size_of::<T>() <= self.length).then_some((self.start + offset) as *mut T)
-    }
-}
-
-impl Window for Bytes<'_> {
-    #[inline(always)]
-    fn load<T: Pod>(&self, offset: usize) -> Option<T> {
-        // SAFETY: `pointer` checked the bounds; a Pod type is valid for any bytes. The address may be
-        // misaligned, which eBPF allows in packet memory (not on the stack).
-        self.pointer::<T>(offset).map(|pointer| unsafe { *pointer })
-    }
-
-    #[inline(always)]
-    fn store<T: Pod>(&mut self, offset: usize, value: T) -> Option<()> {
-        // SAFETY: as for `load`; the program owns the packet while it runs.
-        self.pointer::<T>(offset).map(|pointer| unsafe { *pointer = value })
     }
 }
 

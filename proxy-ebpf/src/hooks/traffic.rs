@@ -248,7 +248,7 @@ fn fill(neighbour: &mut bpf_redir_neigh, way: u32, is_v6: bool) -> bool {
 
 /// The gateway of a way; zeros if it has none.
 #[inline(always)]
-fn gateway<F: Family, T: Tables<F>>(tables: &T, way: u32) -> F::Addr {
+pub(super) fn gateway<F: Family, T: Tables<F>>(tables: &T, way: u32) -> F::Addr {
     tables.way(way).map_or_else(F::Addr::zeroed, |way| way.hop)
 }
 

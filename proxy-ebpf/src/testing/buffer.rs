@@ -23,6 +23,7 @@ pub enum Note {
 }
 
 /// A packet whose end may lie in other memory than its start, as a socket buffer's.
+#[derive(Clone)]
 pub struct Buffer {
     /// Its bytes.
     pub bytes: Vec<u8>,

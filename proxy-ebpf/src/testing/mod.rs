@@ -18,6 +18,7 @@ use proxy_common::tables::{
 use proxy_common::testing::{Hook, LINK, MTU, NODE, Records, Service as ServiceSpec};
 use proxy_common::{Family, Outcome, Port, V4, V6};
 
+use crate::datapath::relay::relay;
 use crate::datapath::{Client, Next, Refused, Service, Tables, Verdict, fast, tell};
 use crate::packet::{Frame, Wire};
 pub use buffer::{Buffer, Note};
@@ -83,6 +84,8 @@ pub struct Host<F: Family> {
     pub routes: Vec<(IpAddr, u32)>,
     fragments: RefCell<BTreeMap<Vec<u8>, FragmentValue>>,
     peers: RefCell<BTreeMap<Vec<u8>, PeerValue<F>>>,
+    /// How many packets were sent on before the host stack.
+    pub relayed: Cell<u32>,
     /// How often there was each outcome.
     pub counted: RefCell<BTreeMap<Outcome, u32>>,
     /// With what packets before have left in it, as in the kernel.
@@ -126,6 +129,7 @@ impl<F: HostFamily> Host<F> {
             settings: Settings::DEFAULT,
             now: Cell::new(1),
             random: Cell::new(1),
+            relayed: Cell::new(0),
             way: Way { source: node::<F>(), link: LINK, mtu: MTU, pad: 0, hop: F::Addr::zeroed() },
             pods: None,
             exit: None,
@@ -253,7 +257,26 @@ impl<F: HostFamily> Host<F> {
         buffer.sockets.clone_from(&self.sockets);
         buffer.listeners.clone_from(&self.listeners);
         buffer.routes.clone_from(&self.routes);
-        see(self, hook, buffer, &mut self.work.borrow_mut())
+        let relayed = (hook == Hook::Uplink).then(|| self.relay(buffer)).flatten();
+        let verdict = see(self, hook, buffer, &mut self.work.borrow_mut());
+        if let Some((by_relay, bytes)) = relayed {
+            assert_eq!((by_relay, &bytes), (verdict, &buffer.bytes), "XDP does what tc does");
+            self.relayed.set(self.relayed.get() + 1);
+        }
+        verdict
+    }
+
+    /// What becomes of a packet before the host stack, if something does; without a trace in the tables.
+    fn relay(&self, buffer: &Buffer) -> Option<(Verdict, Vec<u8>)> {
+        let records = self.flows.borrow().all();
+        let mut copy = buffer.clone();
+        copy.want(usize::MAX);
+        let relayed = relay(&mut copy, self, |frame, _, _| frame.load(0));
+        match relayed {
+            Some(_) => records.iter().for_each(|(key, value)| self.replace_flow(key, value)),
+            None => assert_eq!(copy.bytes, buffer.bytes, "what passes is untouched"),
+        }
+        Some((relayed?, copy.bytes))
     }
 
     /// A packet passes the node from uplink to uplink, through its host stack: what is done with it where it leaves, or

@@ -156,6 +156,7 @@ fn a_short_cut_takes_all_but_one_packet_in_a_tick<F: HostFamily>() {
     // After a pause, too.
     this.host.now.set(this.host.now.get() + 1000);
     assert_eq!([this.exchange(), this.exchange()], [BY_STACK, SHORT]);
+    assert_eq!(this.host.relayed.get(), 5 * 5 + 2, "before the host stack, where there is XDP");
     // It ends by the stack, which learns of it, and another one begins.
     assert_eq!(this.asks(FIN | ACK), Outcome::Masqueraded);
     assert_eq!(this.answers(FIN | ACK), Outcome::Replied);

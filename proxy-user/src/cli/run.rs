@@ -16,7 +16,7 @@ use tracing_subscriber::EnvFilter;
 
 use super::Place;
 use crate::desired::node_ports::NodePortAddresses;
-use crate::kernel::{Options, Sizes, SocketLb, TcMode, probe};
+use crate::kernel::{Options, Sizes, SocketLb, TcMode, XdpMode, probe};
 use crate::links::{Pattern, Role, Rule};
 use crate::model::from_k8s::parse_range;
 use crate::run::{Settings, run};
@@ -103,9 +103,9 @@ pub struct Args {
     #[arg(long, value_enum, default_value = "host")]
     socket_lb: SocketLb,
 
-    /// How programs are attached to uplinks by XDP. (Not yet: uplinks are served by tc)
+    /// Which uplinks get XDP beside tc: there packets of flows that take a short cut are sent on before the host stack
     #[arg(long, value_enum, default_value = "auto")]
-    xdp: Xdp,
+    xdp: XdpMode,
 
     /// Whether flows from outside to pods elsewhere may take a short cut past the host stack, where that would do nothing but
     /// forward them. The host's firewall then sees their beginning and end, and one packet a second of each direction
@@ -191,14 +191,6 @@ pub struct Args {
 const MIN_RECORDS: u32 = 2;
 const MAX_RECORDS: u32 = 1 << 26;
 
-#[derive(Clone, Copy, Debug, clap::ValueEnum)]
-enum Xdp {
-    Off,
-    Auto,
-    Native,
-    Generic,
-}
-
 /// Whether flows may take a short cut.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, clap::ValueEnum)]
 enum ShortCuts {
@@ -250,9 +242,6 @@ impl Args {
     }
 
     fn resolve(self) -> Result<Settings> {
-        if !matches!(self.xdp, Xdp::Off | Xdp::Auto) {
-            tracing::info!("--xdp has no effect yet: uplinks are served by tc");
-        }
         let masquerade_except = if self.masquerade_pods {
             self.cluster_cidr.iter().chain(&self.masquerade_except).copied().collect()
         } else {
@@ -283,6 +272,7 @@ impl Args {
                 cgroup_root,
                 socket_lb: self.socket_lb,
                 tc: self.tc,
+                xdp: self.xdp,
                 sizes,
                 lifetimes: Lifetimes {
                     syn: self.tcp_timeout_syn,

@@ -43,7 +43,7 @@ macro_rules! family {
     };
 }
 
-const COMMON: [Shape; 9] = [
+const COMMON: [Shape; 10] = [
     shape::<u32, Config>("config"),
     shape::<u32, Name>("names"),
     shape::<u32, u64>("outcomes"),
@@ -52,6 +52,7 @@ const COMMON: [Shape; 9] = [
     shape::<u32, u32>("turns"),
     shape::<u32, u32>("port_turns"),
     shape::<u32, Traffic>("traffic"),
+    shape::<u32, u32>("relays"),
     // A ring buffer has neither.
     shape::<(), ()>("wishes"),
 ];

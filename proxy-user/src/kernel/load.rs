@@ -14,7 +14,7 @@ use proxy_common::tables::Config;
 
 use super::contract::shapes;
 use super::probe::{self, OwnNamespace};
-use super::{Options, Sizes, SocketLb, conntrack, read, tails, tc};
+use super::{Options, Sizes, SocketLb, conntrack, read, tails, tc, xdp};
 
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/portal-ebpf.o"));
 
@@ -72,7 +72,9 @@ pub fn load(options: &Options, maps: &Path) -> Result<Ebpf> {
     let config = Config { abi: ABI, seed, lifetimes: settings.lifetimes, takeover_until };
     let map = ebpf.map_mut("config").context("the object has no map config")?;
     Array::try_from(map)?.set(0, config, 0).context("cannot write map config")?;
-    let is_for_few = |name: &str| tails::is_of_tunnels(name) || tc::is_for_neighbours(name);
+    let is_for_few = |name: &str| {
+        tails::is_of_tunnels(name) || tc::is_for_neighbours(name) || xdp::is_relay(name)
+    };
     for (name, program) in ebpf.programs_mut().filter(|(name, _)| !is_for_few(name)) {
         load_program(program).map_err(shortened).with_context(|| format!("program {name}"))?;
     }

@@ -31,6 +31,7 @@ mod tc;
 mod verdicts;
 mod ways;
 mod writer;
+mod xdp;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs;
@@ -62,6 +63,8 @@ pub use sweep::{Sweep, Swept};
 use tails::Tails;
 pub use tc::TcMode;
 use writer::Writer;
+use xdp::Relays;
+pub use xdp::XdpMode;
 
 /// After more writes at once than this the tables' memory is given back: it counts as the agent's.
 const MANY: usize = 1024;
@@ -78,6 +81,8 @@ pub struct Options {
     pub socket_lb: SocketLb,
     /// How programs are attached to network links.
     pub tc: TcMode,
+    /// Which uplinks get XDP.
+    pub xdp: XdpMode,
     /// How much the tables hold; fixed when the maps are made.
     pub sizes: Sizes,
     /// How long flows live.
@@ -150,6 +155,7 @@ pub struct Datapath {
     wishes: Wishes,
     tc: tc::Place,
     neighbours: Neighbours,
+    relays: Relays,
     /// The network links that this agent has attached to.
     attached: HashMap<u32, Role>,
     options: Options,
@@ -185,6 +191,7 @@ impl Datapath {
         let mut links = PinnedLinks::new(links_folder(&options.bpffs_root))?;
         let mut writer = Writer::open(&maps)?;
         let wishes = Wishes::open(&maps)?;
+        let relays = Relays::open(options.xdp, &maps)?;
         let tc = tc::resolve(options.tc, &options.bpffs_root, &ebpf)?;
         let tails = Tails::install(&mut ebpf, &links_folder(&options.bpffs_root))?;
         let planner = recover(&mut writer)?;
@@ -207,6 +214,7 @@ impl Datapath {
                 wishes,
                 tc,
                 neighbours: Neighbours::default(),
+                relays,
                 attached,
                 options,
                 maps,
@@ -285,13 +293,18 @@ impl Datapath {
             place: self.tc,
         };
         let fresh = links.attach(ifindex, role)?;
+        if role == Role::Uplink {
+            self.relays.attach(&mut self.ebpf, &mut self.links, ifindex);
+        }
         self.attached.insert(ifindex, role);
         Ok(fresh)
     }
 
     /// Detaches the datapath from a link that is gone or has another role.
     pub fn detach(&mut self, ifindex: u32) {
-        self.attached.remove(&ifindex);
+        if self.attached.remove(&ifindex).is_none_or(|role| role == Role::Uplink) {
+            self.relays.detach(&mut self.links, ifindex);
+        }
         self.neighbours.forget(ifindex);
         tc::detach(&mut self.links, self.tc, ifindex);
     }
@@ -311,6 +324,16 @@ impl Datapath {
         self.attached.iter().map(|(ifindex, role)| (*ifindex, *role)).collect()
     }
 
+    /// Looks after the links with XDP; to be called each second.
+    pub fn watch_relays(&mut self) {
+        self.relays.watch(&mut self.links);
+    }
+
+    /// How many uplinks have XDP, and how many were to have it and are left to tc.
+    pub fn relays(&self) -> [usize; 2] {
+        self.relays.count()
+    }
+
     /// Attaches the socket hooks, or renews them. Says how many programs were not there.
     ///
     /// # Errors
@@ -325,6 +348,7 @@ impl Datapath {
     pub fn detach_others(&mut self, ours: &HashSet<u32>) {
         self.attached.retain(|ifindex, _| ours.contains(ifindex));
         tc::detach_others(&mut self.links, self.tc, ours);
+        self.relays.keep_only(&mut self.links, ours);
         if ours.iter().all(|ifindex| self.attached.contains_key(ifindex)) {
             self.tails.remove_others();
         }

@@ -22,6 +22,12 @@ const BPF_LINK_DETACH: libc::c_int = 34;
 
 /// Puts a link before all others on its hook.
 const BPF_F_BEFORE: u32 = 1 << 3;
+/// The number of XDP (`enum bpf_attach_type`).
+const XDP: u32 = 37;
+/// In the kernel's general code (`XDP_FLAGS_SKB_MODE`).
+const XDP_GENERIC: u32 = 1 << 1;
+/// In the driver (`XDP_FLAGS_DRV_MODE`).
+const XDP_DRIVER: u32 = 1 << 2;
 /// Puts it behind them.
 const BPF_F_AFTER: u32 = 1 << 4;
 /// The number of tcx ingress (`enum bpf_attach_type`).
@@ -83,6 +89,15 @@ pub enum Order {
     Last,
 }
 
+/// By whose code packets get to an XDP program.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Manner {
+    /// The driver's.
+    Native,
+    /// The kernel's general one.
+    Generic,
+}
+
 /// Where a program is attached.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum AttachPoint {
@@ -94,6 +109,13 @@ pub enum AttachPoint {
         attach_type: u32,
         /// Before or behind the others that are there now.
         order: Order,
+    },
+    /// XDP of a network link.
+    Xdp {
+        /// The link.
+        ifindex: u32,
+        /// By whose code.
+        manner: Manner,
     },
     /// A cgroup.
     Cgroup {
@@ -126,6 +148,8 @@ pub fn link_create(program: impl AsFd, at: AttachPoint) -> io::Result<OwnedFd> {
         AttachPoint::Tcx { ifindex, attach_type, order: Order::Last } => {
             (ifindex, attach_type, BPF_F_AFTER)
         }
+        AttachPoint::Xdp { ifindex, manner: Manner::Native } => (ifindex, XDP, XDP_DRIVER),
+        AttachPoint::Xdp { ifindex, manner: Manner::Generic } => (ifindex, XDP, XDP_GENERIC),
         AttachPoint::Cgroup { directory, attach_type, .. } => {
             (u32::try_from(directory).map_err(io::Error::other)?, attach_type, 0)
         }
@@ -206,7 +230,9 @@ pub fn link_is_at(link: impl AsFd, at: AttachPoint) -> io::Result<bool> {
     inform(link, &mut info)?;
     Ok(match at {
         // The upper half is the attach type.
-        AttachPoint::Tcx { ifindex, .. } => info.target & 0xffff_ffff == u64::from(ifindex),
+        AttachPoint::Tcx { ifindex, .. } | AttachPoint::Xdp { ifindex, .. } => {
+            info.target & 0xffff_ffff == u64::from(ifindex)
+        }
         AttachPoint::Cgroup { id, .. } => info.target == id,
     })
 }
@@ -418,23 +444,32 @@ struct RunAttributes {
     duration: u32,
 }
 
-/// Loads a small tc program.
-pub fn load_classifier(instructions: &[Instruction]) -> io::Result<OwnedFd> {
-    const SCHED_CLS: u32 = 3;
+/// A kind of programs (`enum bpf_prog_type`).
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(u32)]
+pub enum ProgramKind {
+    /// tc.
+    Classifier = 3,
+    /// XDP.
+    Xdp = 6,
+}
+
+/// Loads a small program.
+pub fn load(kind: ProgramKind, instructions: &[Instruction]) -> io::Result<OwnedFd> {
     let count = u32::try_from(instructions.len()).map_err(io::Error::other)?;
-    let mut load = LoadAttributes {
-        kind: SCHED_CLS,
+    let mut attributes = LoadAttributes {
+        kind: kind as u32,
         count,
         instructions: instructions.as_ptr() as u64,
         license: c"Dual MIT/GPL".as_ptr() as u64,
         ..LoadAttributes::default()
     };
-    bpf(BPF_PROG_LOAD, &mut load).map(owned)
+    bpf(BPF_PROG_LOAD, &mut attributes).map(owned)
 }
 
 /// Runs a small tc program once on a packet of zeros, and returns what it returns.
 pub fn run_classifier(instructions: &[Instruction]) -> io::Result<u32> {
-    let program = load_classifier(instructions)?;
+    let program = load(ProgramKind::Classifier, instructions)?;
     let packet = [0_u8; 64];
     let mut run = RunAttributes {
         program: raw(&program),

@@ -425,6 +425,8 @@ impl Node {
             self.say(used * 5 > size * 4, text);
         }
         self.status.used(usage);
+        self.datapath.watch_relays();
+        self.status.relays(self.datapath.relays());
     }
 
     /// Starts the health checks that are not served yet, and says which can't be (KP-107).

@@ -5,11 +5,11 @@ use std::os::fd::OwnedFd;
 
 use super::namespace::Namespace;
 pub use crate::kernel::sys::Order;
-use crate::kernel::sys::{self, AttachPoint, Instruction};
+use crate::kernel::sys::{self, AttachPoint, Instruction, Manner, ProgramKind};
 
 /// What the program of a neighbour does with what leaves by the link.
 #[derive(Clone, Copy, Debug)]
-pub enum Manner {
+pub enum Conduct {
     /// It drops what comes from an address and port, as one does that keeps a table of connections and does not
     /// know this one. The rest is the next program's.
     Drops(SocketAddr),
@@ -25,16 +25,39 @@ impl Neighbour {
     ///
     /// # Panics
     /// If the kernel refuses.
-    pub fn join(namespace: &Namespace, link: &str, manner: Manner, order: Order) -> Self {
-        let instructions = match manner {
-            Manner::Drops(from) => drops(from),
-            Manner::Ends => vec![verdict(PASS), EXIT],
+    pub fn join(namespace: &Namespace, link: &str, conduct: Conduct, order: Order) -> Self {
+        let instructions = match conduct {
+            Conduct::Drops(from) => drops(from),
+            Conduct::Ends => vec![verdict(PASS), EXIT],
         };
+        let classifier = ProgramKind::Classifier;
+        Self::attach(namespace, link, (classifier, &instructions), |ifindex| AttachPoint::Tcx {
+            ifindex,
+            attach_type: sys::TCX_EGRESS,
+            order,
+        })
+    }
+
+    /// Attaches a program to XDP of a link that lets everything pass.
+    ///
+    /// # Panics
+    /// If the kernel refuses.
+    pub fn at_xdp(namespace: &Namespace, link: &str) -> Self {
+        Self::attach(namespace, link, (ProgramKind::Xdp, &[verdict(XDP_PASS), EXIT]), |ifindex| {
+            AttachPoint::Xdp { ifindex, manner: Manner::Native }
+        })
+    }
+
+    fn attach(
+        namespace: &Namespace,
+        link: &str,
+        (kind, instructions): (ProgramKind, &[Instruction]),
+        at: impl FnOnce(u32) -> AttachPoint + Send,
+    ) -> Self {
         let attach = || {
             let ifindex = nix::net::if_::if_nametoindex(link).expect("there is such a link");
-            let at = AttachPoint::Tcx { ifindex, attach_type: sys::TCX_EGRESS, order };
-            let program = sys::load_classifier(&instructions).expect("cannot load a neighbour");
-            sys::link_create(program, at).expect("cannot attach a neighbour")
+            let program = sys::load(kind, instructions).expect("cannot load a neighbour");
+            sys::link_create(program, at(ifindex)).expect("cannot attach a neighbour")
         };
         Self(namespace.run(attach))
     }
@@ -50,6 +73,7 @@ impl Drop for Neighbour {
 const NEXT: i32 = -1;
 const PASS: i32 = 0;
 const SHOT: i32 = 2;
+const XDP_PASS: i32 = 2;
 const EXIT: Instruction = instruction(0x95, 0, 0, 0);
 /// Where the packet begins and ends (`struct __sk_buff`).
 const DATA: i16 = 76;

@@ -1,0 +1,340 @@
+//! XDP of uplinks, where it is asked for and a link can have it. tc serves every link all the same.
+
+use std::collections::{BTreeMap, HashSet};
+use std::fmt;
+use std::io;
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use aya::Ebpf;
+use aya::maps::{HashMap, Map, MapData};
+use aya::programs::Xdp;
+use rtnetlink::packet_core::{NLM_F_ACK, NLM_F_DUMP};
+use rtnetlink::packet_route::RouteNetlinkMessage;
+use rtnetlink::packet_route::link::{InfoKind, LinkAttribute, LinkInfo, LinkMessage};
+use rtnetlink::sys::protocols::NETLINK_ROUTE;
+
+use super::ask::Asker;
+use super::links::PinnedLinks;
+use super::load::shortened;
+use super::sys::{AttachPoint, Manner};
+use super::writer::open;
+
+/// Which uplinks get XDP.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, clap::ValueEnum)]
+pub enum XdpMode {
+    /// None
+    Off,
+    /// NICs whose driver has it
+    Auto,
+    /// Those, and veth links
+    Native,
+    /// The same, in the kernel's general code, which is slower than tc: to try it out
+    Generic,
+}
+
+/// The program.
+const PROGRAM: &str = "portal_relay";
+/// How the pins of links begin.
+const PIN: &str = "xdp-";
+
+/// Whether a program is only loaded once a link gets XDP.
+pub fn is_relay(program: &str) -> bool {
+    program == PROGRAM
+}
+
+/// The links with XDP.
+pub struct Relays {
+    mode: XdpMode,
+    map: HashMap<MapData, u32, u32>,
+    /// Uplinks that are left to tc, by index, and why.
+    left: BTreeMap<u32, String>,
+    /// Those with XDP, by index.
+    drops: BTreeMap<u32, Drops>,
+}
+
+/// What a link has dropped of what was to leave by it.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+struct Drops {
+    /// In all.
+    count: u64,
+    /// How often in a row it was more than at the look before.
+    rises: u32,
+    /// So often that the link is left to tc.
+    is_condemned: bool,
+}
+
+impl Drops {
+    /// With one look more.
+    const fn seen(self, count: u64) -> Self {
+        const TOO_OFTEN: u32 = 3;
+        let rises = if count > self.count { self.rises + 1 } else { 0 };
+        Self { count, rises, is_condemned: self.is_condemned || rises >= TOO_OFTEN }
+    }
+}
+
+impl Relays {
+    /// Opens the map of those that an earlier agent has attached to.
+    pub fn open(mode: XdpMode, maps: &Path) -> Result<Self> {
+        Ok(Self {
+            mode,
+            map: HashMap::try_from(Map::HashMap(open(maps, "relays")?))?,
+            left: BTreeMap::new(),
+            drops: BTreeMap::new(),
+        })
+    }
+
+    /// Attaches to an uplink, or renews it there; or leaves the link to tc, and says why, once.
+    pub fn attach(&mut self, ebpf: &mut Ebpf, pins: &mut PinnedLinks, ifindex: u32) {
+        let done = facts_of(ifindex).map_err(Left::Unknown).and_then(|facts| {
+            let manner = fit(self.mode, &facts)?;
+            if self.drops.get(&ifindex).is_some_and(|drops| drops.is_condemned) {
+                return Err(Left::Drops);
+            }
+            self.put(ebpf, pins, ifindex, manner).map_err(Left::Refused)?;
+            self.drops.entry(ifindex).or_insert(Drops { count: facts.dropped, ..Drops::default() });
+            Ok(())
+        });
+        match done {
+            Ok(()) => drop(self.left.remove(&ifindex)),
+            Err(left) => {
+                self.take_off(pins, ifindex);
+                self.leave(ifindex, &left);
+            }
+        }
+    }
+
+    /// Leaves to tc what drops what XDP sends by it, for good: a driver may say that it has XDP and not send, as a veth link whose other
+    /// end does not take part.
+    pub fn watch(&mut self, pins: &mut PinnedLinks) {
+        let known: Vec<u32> = self.drops.keys().copied().collect();
+        for ifindex in known {
+            let Ok(Some(count)) = dropped_by(ifindex) else { continue };
+            let drops = self.drops.entry(ifindex).or_default();
+            let was_condemned = drops.is_condemned;
+            *drops = drops.seen(count);
+            if drops.is_condemned && !was_condemned {
+                self.take_off(pins, ifindex);
+                self.leave(ifindex, &Left::Drops);
+            }
+        }
+    }
+
+    fn put(
+        &mut self,
+        ebpf: &mut Ebpf,
+        pins: &mut PinnedLinks,
+        ifindex: u32,
+        manner: Manner,
+    ) -> Result<()> {
+        let program: &mut Xdp =
+            ebpf.program_mut(PROGRAM).context("the object has no portal_relay")?.try_into()?;
+        if program.fd().is_err() {
+            program.load().map_err(shortened)?;
+        }
+        // A link can't change its manner.
+        let other = match manner {
+            Manner::Native => Manner::Generic,
+            Manner::Generic => Manner::Native,
+        };
+        pins.remove(&pin(ifindex, other));
+        pins.ensure(&pin(ifindex, manner), program.fd()?, AttachPoint::Xdp { ifindex, manner })?;
+        self.map.insert(ifindex, 1, 0).context("cannot note it in the map relays")
+    }
+
+    fn leave(&mut self, ifindex: u32, left: &Left) {
+        let name = nix::net::if_::if_indextoname(ifindex);
+        let name = name.map_or_else(|_| ifindex.to_string(), |n| n.to_string_lossy().into_owned());
+        let text = format!("link {name} is served by tc and not by XDP: {left}");
+        if self.mode != XdpMode::Off && self.left.get(&ifindex) != Some(&text) {
+            tracing::info!("{text}");
+        }
+        self.left.insert(ifindex, text);
+    }
+
+    /// Takes XDP off a link that is gone or is no uplink any more.
+    pub fn detach(&mut self, pins: &mut PinnedLinks, ifindex: u32) {
+        self.left.remove(&ifindex);
+        self.drops.remove(&ifindex);
+        self.take_off(pins, ifindex);
+    }
+
+    fn take_off(&mut self, pins: &mut PinnedLinks, ifindex: u32) {
+        // First, so that no packet is sent to it any more.
+        let _ = self.map.remove(&ifindex);
+        for manner in [Manner::Native, Manner::Generic] {
+            pins.remove(&pin(ifindex, manner));
+        }
+    }
+
+    /// Takes it off all links but those.
+    pub fn keep_only(&mut self, pins: &mut PinnedLinks, ours: &HashSet<u32>) {
+        let index = |name: String| name.strip_prefix(PIN)?.split('-').next()?.parse().ok();
+        let others: Vec<u32> = pins.names().into_iter().filter_map(index).collect();
+        others
+            .iter()
+            .filter(|ifindex| !ours.contains(ifindex))
+            .for_each(|index| self.detach(pins, *index));
+    }
+
+    /// How many uplinks have it, and how many were to have it and are left to tc.
+    pub fn count(&self) -> [usize; 2] {
+        let left = if self.mode == XdpMode::Off { 0 } else { self.left.len() };
+        [self.map.keys().count(), left]
+    }
+}
+
+fn pin(ifindex: u32, manner: Manner) -> String {
+    let manner = match manner {
+        Manner::Native => "native",
+        Manner::Generic => "generic",
+    };
+    format!("{PIN}{ifindex}-{manner}")
+}
+
+/// What decides whether a link can have it.
+#[derive(Clone, PartialEq, Eq, Default, Debug)]
+struct Facts {
+    /// Its kind; hardware has none.
+    kind: Option<InfoKind>,
+    /// Whether there are VLANs on it.
+    has_vlans: bool,
+    /// How much it has dropped of what was to leave by it.
+    dropped: u64,
+}
+
+/// Why a link is left to tc.
+#[derive(Debug)]
+enum Left {
+    Off,
+    Kind(InfoKind),
+    Slow,
+    Vlans,
+    Drops,
+    Unknown(io::Error),
+    Refused(anyhow::Error),
+}
+
+impl fmt::Display for Left {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Off => f.write_str("--xdp=off"),
+            Self::Kind(kind) => write!(f, "it is a {kind} link, and not a NIC"),
+            Self::Slow => f.write_str(
+                "it is a veth link, where XDP costs more than it saves (--xdp=native tries it)",
+            ),
+            Self::Vlans => {
+                f.write_str("there are VLANs on it, and their tags may be hidden from XDP")
+            }
+            Self::Drops => f.write_str("it drops what XDP sends by it"),
+            Self::Unknown(error) => write!(f, "cannot ask what it is: {error}"),
+            Self::Refused(error) => match error.downcast_ref::<io::Error>().map(io::Error::kind) {
+                Some(io::ErrorKind::ResourceBusy | io::ErrorKind::AlreadyExists) => {
+                    f.write_str("it has an XDP program of someone else's")
+                }
+                _ => write!(
+                    f,
+                    "its driver refuses: {error:#}. A smaller MTU, fewer channels (ethtool -L) or no LRO \
+                     (ethtool -K) may help"
+                ),
+            },
+        }
+    }
+}
+
+/// How a link gets it.
+fn fit(mode: XdpMode, facts: &Facts) -> Result<Manner, Left> {
+    let manner = match mode {
+        XdpMode::Off => return Err(Left::Off),
+        XdpMode::Auto | XdpMode::Native => Manner::Native,
+        XdpMode::Generic => Manner::Generic,
+    };
+    match &facts.kind {
+        _ if facts.has_vlans => Err(Left::Vlans),
+        Some(InfoKind::Veth) if mode == XdpMode::Auto => Err(Left::Slow),
+        None | Some(InfoKind::Veth) => Ok(manner),
+        Some(kind) => Err(Left::Kind(kind.clone())),
+    }
+}
+
+/// Asks for a link, and for what lies on it.
+fn facts_of(ifindex: u32) -> io::Result<Facts> {
+    let all = RouteNetlinkMessage::GetLink(LinkMessage::default());
+    let all = Asker::open(NETLINK_ROUTE)?.ask(all, NLM_F_DUMP, None)?;
+    let links = all.iter().filter_map(|message| match message {
+        RouteNetlinkMessage::NewLink(link) => Some(link),
+        _ => None,
+    });
+    let mut facts = Facts::default();
+    for link in links {
+        if link.header.index == ifindex {
+            facts.kind = kind_of(link).cloned();
+            facts.dropped = dropped(link);
+        } else if kind_of(link) == Some(&InfoKind::Vlan) {
+            facts.has_vlans |= link.attributes.contains(&LinkAttribute::Link(ifindex));
+        }
+    }
+    Ok(facts)
+}
+
+/// Asks how much a link has dropped of what was to leave by it.
+fn dropped_by(ifindex: u32) -> io::Result<Option<u64>> {
+    let mut question = LinkMessage::default();
+    question.header.index = ifindex;
+    let question = RouteNetlinkMessage::GetLink(question);
+    let answers = Asker::open(NETLINK_ROUTE)?.ask(question, NLM_F_ACK, None)?;
+    Ok(answers.iter().find_map(|message| match message {
+        RouteNetlinkMessage::NewLink(link) => Some(dropped(link)),
+        _ => None,
+    }))
+}
+
+fn dropped(link: &LinkMessage) -> u64 {
+    let counts = link.attributes.iter().find_map(|attribute| match attribute {
+        LinkAttribute::Stats64(counts) => Some(counts.tx_dropped),
+        _ => None,
+    });
+    counts.unwrap_or_default()
+}
+
+fn kind_of(link: &LinkMessage) -> Option<&InfoKind> {
+    link.attributes.iter().find_map(|attribute| match attribute {
+        LinkAttribute::LinkInfo(infos) => infos.iter().find_map(|info| match info {
+            LinkInfo::Kind(kind) => Some(kind),
+            _ => None,
+        }),
+        _ => None,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use rtnetlink::packet_route::link::InfoKind;
+
+    use super::{Drops, Facts, Manner, XdpMode, fit};
+
+    #[test]
+    fn a_link_that_keeps_dropping_is_left() {
+        let after =
+            |counts: &[u64]| counts.iter().fold(Drops::default(), |d, count| d.seen(*count));
+        assert!(!after(&[5, 9, 9, 12, 13]).is_condemned, "now and then");
+        assert!(after(&[0, 1, 2, 3]).is_condemned);
+        assert!(after(&[1, 2, 3, 3, 3]).is_condemned, "for good");
+    }
+
+    #[test]
+    fn who_gets_xdp() {
+        let plain = |kind| Facts { kind, ..Facts::default() };
+        let [nic, veth, bond] = [None, Some(InfoKind::Veth), Some(InfoKind::Bond)].map(plain);
+        let shared = Facts { has_vlans: true, ..nic.clone() };
+        for (mode, wanted) in [
+            (XdpMode::Off, [None; 4]),
+            (XdpMode::Auto, [Some(Manner::Native), None, None, None]),
+            (XdpMode::Native, [Some(Manner::Native), Some(Manner::Native), None, None]),
+            (XdpMode::Generic, [Some(Manner::Generic), Some(Manner::Generic), None, None]),
+        ] {
+            let fits = [&nic, &veth, &bond, &shared].map(|facts| fit(mode, facts).ok());
+            assert_eq!(fits, wanted, "{mode:?}");
+        }
+    }
+}
