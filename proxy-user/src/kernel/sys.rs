@@ -444,21 +444,14 @@ struct RunAttributes {
     duration: u32,
 }
 
-/// A kind of programs (`enum bpf_prog_type`).
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-#[repr(u32)]
-pub enum ProgramKind {
-    /// tc.
-    Classifier = 3,
-    /// XDP.
-    Xdp = 6,
-}
+/// The kind of tc's programs (`enum bpf_prog_type`).
+pub const CLASSIFIER: u32 = 3;
 
-/// Loads a small program.
-pub fn load(kind: ProgramKind, instructions: &[Instruction]) -> io::Result<OwnedFd> {
+/// Loads a small program of a kind.
+pub fn load(kind: u32, instructions: &[Instruction]) -> io::Result<OwnedFd> {
     let count = u32::try_from(instructions.len()).map_err(io::Error::other)?;
     let mut attributes = LoadAttributes {
-        kind: kind as u32,
+        kind,
         count,
         instructions: instructions.as_ptr() as u64,
         license: c"Dual MIT/GPL".as_ptr() as u64,
@@ -469,7 +462,7 @@ pub fn load(kind: ProgramKind, instructions: &[Instruction]) -> io::Result<Owned
 
 /// Runs a small tc program once on a packet of zeros, and returns what it returns.
 pub fn run_classifier(instructions: &[Instruction]) -> io::Result<u32> {
-    let program = load(ProgramKind::Classifier, instructions)?;
+    let program = load(CLASSIFIER, instructions)?;
     let packet = [0_u8; 64];
     let mut run = RunAttributes {
         program: raw(&program),

@@ -5,7 +5,7 @@ use std::os::fd::OwnedFd;
 
 use super::namespace::Namespace;
 pub use crate::kernel::sys::Order;
-use crate::kernel::sys::{self, AttachPoint, Instruction, Manner, ProgramKind};
+use crate::kernel::sys::{self, AttachPoint, Instruction, Manner};
 
 /// What the program of a neighbour does with what leaves by the link.
 #[derive(Clone, Copy, Debug)]
@@ -30,11 +30,8 @@ impl Neighbour {
             Conduct::Drops(from) => drops(from),
             Conduct::Ends => vec![verdict(PASS), EXIT],
         };
-        let classifier = ProgramKind::Classifier;
-        Self::attach(namespace, link, (classifier, &instructions), |ifindex| AttachPoint::Tcx {
-            ifindex,
-            attach_type: sys::TCX_EGRESS,
-            order,
+        Self::attach(namespace, link, (sys::CLASSIFIER, &instructions), |ifindex| {
+            AttachPoint::Tcx { ifindex, attach_type: sys::TCX_EGRESS, order }
         })
     }
 
@@ -43,7 +40,7 @@ impl Neighbour {
     /// # Panics
     /// If the kernel refuses.
     pub fn at_xdp(namespace: &Namespace, link: &str) -> Self {
-        Self::attach(namespace, link, (ProgramKind::Xdp, &[verdict(XDP_PASS), EXIT]), |ifindex| {
+        Self::attach(namespace, link, (XDP, &[verdict(XDP_PASS), EXIT]), |ifindex| {
             AttachPoint::Xdp { ifindex, manner: Manner::Native }
         })
     }
@@ -51,7 +48,7 @@ impl Neighbour {
     fn attach(
         namespace: &Namespace,
         link: &str,
-        (kind, instructions): (ProgramKind, &[Instruction]),
+        (kind, instructions): (u32, &[Instruction]),
         at: impl FnOnce(u32) -> AttachPoint + Send,
     ) -> Self {
         let attach = || {
@@ -73,6 +70,8 @@ impl Drop for Neighbour {
 const NEXT: i32 = -1;
 const PASS: i32 = 0;
 const SHOT: i32 = 2;
+/// The kind of programs (`enum bpf_prog_type`).
+const XDP: u32 = 6;
 const XDP_PASS: i32 = 2;
 const EXIT: Instruction = instruction(0x95, 0, 0, 0);
 /// Where the packet begins and ends (`struct __sk_buff`).
