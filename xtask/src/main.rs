@@ -1,6 +1,7 @@
 //! Every command a developer of Portal runs: `cargo xtask <command>`.
 
 mod apt;
+mod bench;
 mod build;
 mod check;
 mod lab;
@@ -36,6 +37,8 @@ enum Command {
     Build(build::Args),
     /// Run the kernel tier and a network scene on other kernels: Debian's, in qemu
     Vm(vm::Args),
+    /// Measure connections, requests, datagrams and bulk through Portal and beside it (needs root)
+    Bench(bench::Args),
     /// Check format and lints, for the host and for eBPF
     Check,
 }
@@ -57,6 +60,7 @@ fn run(command: Command) -> Result<()> {
         Command::Run(args) => node::run(&args),
         Command::Build(args) => build::run(&args),
         Command::Vm(args) => vm::run(&args),
+        Command::Bench(args) => bench::run(&args),
         Command::Check => check::run(),
     }
 }

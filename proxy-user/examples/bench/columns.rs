@@ -1,0 +1,219 @@
+//! What is compared: worlds with the same pods, and who leads from a VIP to them.
+
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::Path;
+use std::process::Command;
+
+use portal::testing::agent::command;
+use portal::testing::cluster::Cluster;
+use portal::testing::namespace::Namespace;
+use portal::testing::neighbour::Neighbour;
+use portal::testing::objects::{self, merge};
+use portal::testing::world::{Cni, Pod, World};
+use serde_json::json;
+
+use crate::load::{IPERF, WEB};
+use crate::{rules, web};
+
+/// Who asks, and where the pod is.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub enum Door {
+    /// A pod, by the `ClusterIP`, a pod of the other node.
+    PodToRemote,
+    /// A pod, by the `ClusterIP`, a pod of its node.
+    PodToLocal,
+    /// Someone outside, by the `NodePort`, a pod of the other node.
+    OutsideToRemote,
+    /// The node itself, by the `ClusterIP`, a pod of the other node.
+    NodeToRemote,
+}
+
+impl Door {
+    /// All of them.
+    pub const ALL: [Self; 4] =
+        [Self::PodToRemote, Self::PodToLocal, Self::OutsideToRemote, Self::NodeToRemote];
+
+    /// The door in words.
+    pub const fn label(self) -> &'static str {
+        match self {
+            Self::PodToRemote => "pod → ClusterIP → remote pod",
+            Self::PodToLocal => "pod → ClusterIP → local pod",
+            Self::OutsideToRemote => "outside → NodePort → remote pod",
+            Self::NodeToRemote => "node → ClusterIP → remote pod",
+        }
+    }
+}
+
+/// The Services: of the remote pod, and of the local one.
+pub const VIPS: [Ipv4Addr; 2] = [Ipv4Addr::new(10, 96, 0, 10), Ipv4Addr::new(10, 96, 0, 11)];
+/// The `NodePort` of the first one's web server; that of its iperf3 is the next.
+pub const NODE_PORT: u16 = 30_080;
+
+/// Who leads from a VIP to a pod.
+enum By {
+    /// Nobody: pods are asked by their own addresses.
+    Nobody,
+    /// Agents, which live as long as the column.
+    Portal(Cluster),
+    /// The kernel's NAT.
+    Rules,
+}
+
+/// A world to measure in.
+pub struct Column {
+    /// Its name.
+    pub name: &'static str,
+    by: By,
+    world: Option<World>,
+    client: Pod,
+    /// The remote pod and the local one.
+    servers: [Pod; 2],
+    outsider: Namespace,
+    _ends: Vec<Neighbour>,
+}
+
+impl Column {
+    /// All of them.
+    pub fn all(programs: &Path, other: Option<&Path>, services: u16) -> Vec<Self> {
+        let portal = &programs.join("portal");
+        let mut columns = vec![
+            Self::new("straight", services, None),
+            Self::new("Portal tc", services, Some((portal, &[]))),
+            Self::new("Portal sockets", services, Some((portal, &["--socket-lb=all"]))),
+            Self::new("Portal XDP", services, Some((portal, &["--xdp=native"]))),
+            Self::new("nftables", services, None),
+        ];
+        if let Some(other) = other {
+            columns.push(Self::new("other Portal", services, Some((other, &[]))));
+        }
+        columns
+    }
+
+    fn new(name: &'static str, services: u16, portal: Option<(&Path, &[&str])>) -> Self {
+        let world = World::new(Cni::Routed);
+        for link in ["all", "eth0"] {
+            // Who sends by way of a node is not to be told of a shorter way.
+            let node = &world.nodes[0].namespace;
+            node.sysctl(&format!("net/ipv4/conf/{link}/send_redirects"), "0");
+        }
+        let outsider = world.outsider();
+        let is_xdp = name.ends_with("XDP");
+        // As on a wire, where XDP needs that; and a program at the other end, without which a veth link takes nothing from it.
+        let ends = if is_xdp {
+            world.nodes.iter().map(|node| Neighbour::at_xdp(&world.wire, &node.name)).collect()
+        } else {
+            Vec::new()
+        };
+        let (by, world) = match portal {
+            Some((portal, arguments)) => {
+                (By::Portal(Cluster::start_in(world, portal, arguments)), None)
+            }
+            None if name == "straight" => (By::Nobody, Some(world)),
+            None => (By::Rules, Some(world)),
+        };
+        let place = match &by {
+            By::Portal(cluster) => &cluster.world,
+            _ => world.as_ref().expect("one of both"),
+        };
+        let client = place.pod(0, "client");
+        let servers = [place.pod(1, "remote"), place.pod(0, "local")];
+        for namespace in servers.iter().map(|pod| &pod.namespace).chain([&client.namespace]) {
+            namespace.sysctl("net/ipv4/ip_local_port_range", "1024 65535");
+        }
+        servers.iter().for_each(|pod| web::serve(&pod.namespace, WEB));
+        if is_xdp {
+            outsider.offload("eth0", false);
+            servers[0].namespace.offload("eth0", false);
+        }
+        let column = Self { name, by, world, client, servers, outsider, _ends: ends };
+        column.lead(services);
+        column
+    }
+
+    fn world(&self) -> &World {
+        match &self.by {
+            By::Portal(cluster) => &cluster.world,
+            _ => self.world.as_ref().expect("one of both"),
+        }
+    }
+
+    /// Makes the Services.
+    fn lead(&self, others: u16) {
+        match &self.by {
+            By::Nobody => {}
+            By::Rules => {
+                let pods = [0, 1].map(|number: usize| self.servers[number].v4);
+                for node in &self.world().nodes {
+                    node.namespace.firewall(&rules::of(pods, others));
+                }
+            }
+            By::Portal(cluster) => {
+                for (number, pod) in self.servers.iter().enumerate() {
+                    expose(cluster, &format!("s{number}"), VIPS[number], pod, number == 0);
+                }
+                for number in 0..others {
+                    let [high, low] = number.to_be_bytes();
+                    let vip = Ipv4Addr::new(10, 97, high, low);
+                    expose(cluster, &format!("other{number}"), vip, &self.servers[0], false);
+                }
+            }
+        }
+    }
+
+    /// Whom a door's client asks, for a port of the server.
+    pub fn target(&self, door: Door, port: u16) -> SocketAddr {
+        let number = usize::from(door == Door::PodToLocal);
+        let pod = &self.servers[number];
+        let (ip, port): (IpAddr, u16) = match (&self.by, door) {
+            (By::Nobody, _) => (pod.v4.into(), port),
+            (_, Door::OutsideToRemote) => {
+                (self.world().nodes[0].address(false), NODE_PORT + u16::from(port == IPERF))
+            }
+            _ => (VIPS[number].into(), port),
+        };
+        SocketAddr::new(ip, port)
+    }
+
+    /// The pod that serves a door.
+    pub fn server(&self, door: Door) -> &Pod {
+        &self.servers[usize::from(door == Door::PodToLocal)]
+    }
+
+    /// A command of a door's client.
+    pub fn command(&self, door: Door, program: &Path) -> Command {
+        match door {
+            Door::NodeToRemote => command(&self.world().nodes[0], program, true),
+            Door::OutsideToRemote => within(&self.outsider, program),
+            Door::PodToRemote | Door::PodToLocal => within(&self.client.namespace, program),
+        }
+    }
+}
+
+/// A command that runs in a namespace, and dies with the thread that starts it.
+pub fn within(namespace: &Namespace, program: &Path) -> Command {
+    use std::os::fd::AsFd;
+    use std::os::unix::process::CommandExt;
+
+    let mut command = Command::new(program);
+    let namespace = namespace.clone();
+    let enter = move || {
+        nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL)?;
+        nix::sched::setns(namespace.fd().as_fd(), nix::sched::CloneFlags::CLONE_NEWNET)?;
+        Ok(())
+    };
+    // SAFETY: between fork and exec only system calls are made.
+    unsafe { command.pre_exec(enter) };
+    command
+}
+
+fn expose(cluster: &Cluster, name: &str, vip: Ipv4Addr, pod: &Pod, has_node_port: bool) {
+    let ports = [("web", "TCP", WEB), ("bulk", "TCP", IPERF), ("datagrams", "UDP", IPERF)];
+    let mut service = objects::service(name, &[vip.into()], &ports);
+    if has_node_port {
+        let of = |more: u16| json!({"nodePort": NODE_PORT + more});
+        merge(&mut service, &json!({"spec": {"type": "NodePort", "ports": [of(0), of(1), of(1)]}}));
+    }
+    cluster.api.put(service);
+    let endpoint = objects::endpoint(pod.address(false), &pod.node);
+    cluster.api.put(objects::slice(name, name, &ports, &[endpoint]));
+}

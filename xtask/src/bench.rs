@@ -1,0 +1,83 @@
+//! The bench: builds and fetches all it needs, then runs proxy-user's example `bench`.
+
+use std::path::PathBuf;
+use std::process::Command;
+
+use anyhow::{Context, Result};
+
+use crate::apt::Suite;
+use crate::build::{self, OBJECT_VARIABLE};
+use crate::steps::{cargo, openly, quietly, target};
+
+/// Who makes the load.
+const TOOLS: [&str; 2] = ["wrk", "iperf3"];
+/// What every system has of its own, which must fit its loader.
+const SYSTEM: [&str; 3] = ["libc6", "libgcc-s1", "gcc-12-base"];
+
+#[derive(clap::Args)]
+pub struct Args {
+    /// Fewer and shorter rounds: some minutes
+    #[arg(long)]
+    quick: bool,
+
+    /// How long each measurement takes, in seconds
+    #[arg(long, value_name = "N")]
+    seconds: Option<u64>,
+
+    /// Only doors and loads whose names hold this, as in --only "NodePort → remote pod, kept-alive"
+    #[arg(long, value_name = "TEXT")]
+    only: Option<String>,
+
+    /// How many other Services there are
+    #[arg(long, default_value_t = 100)]
+    services: u16,
+
+    /// Measure although something else keeps this machine busy
+    #[arg(long)]
+    busy: bool,
+
+    /// Another build of `portal`, which gets a column
+    #[arg(long, value_name = "PROGRAM")]
+    other: Option<PathBuf>,
+}
+
+pub fn run(args: &Args) -> Result<()> {
+    let object = build::ebpf_object()?;
+    let tools = tools()?;
+    let mut build = cargo();
+    build.args(["build", "--quiet", "--release", "--package", "proxy-user"]);
+    build.args(["--features", "testing", "--bin", "portal", "--example", "bench"]);
+    build.env(OBJECT_VARIABLE, object);
+    quietly("building portal and the bench", "4 min at the first time", &mut build)?;
+    let programs = target().join("release");
+    let mut bench = Command::new(programs.join("examples/bench"));
+    bench.arg("--programs").arg(&programs).arg("--tools").arg(tools);
+    bench.arg("--results").arg(target().join("bench"));
+    bench.args(["--services", &args.services.to_string()]);
+    let (rounds, seconds) = if args.quick { ("3", 1) } else { ("7", 3) };
+    bench.args(["--rounds", rounds, "--seconds", &args.seconds.unwrap_or(seconds).to_string()]);
+    if args.busy {
+        bench.arg("--busy");
+    }
+    if let Some(only) = &args.only {
+        bench.args(["--only", only]);
+    }
+    if let Some(other) = &args.other {
+        bench.arg("--other").arg(other);
+    }
+    openly(&mut bench)
+}
+
+/// Debian's wrk and iperf3, unpacked beside the system.
+fn tools() -> Result<PathBuf> {
+    let folder = target().join("tools/bench");
+    if TOOLS.iter().all(|tool| folder.join("usr/bin").join(tool).exists()) {
+        return Ok(folder);
+    }
+    let suite = Suite::open("bookworm", &target().join("tools"))
+        .context("no wrk and iperf3, which make the load")?;
+    let mut packages = suite.closure(&TOOLS)?;
+    packages.retain(|package| !SYSTEM.contains(&package.as_str()));
+    suite.unpack("wrk and iperf3", &packages, &folder)?;
+    Ok(folder)
+}
