@@ -24,7 +24,7 @@ pub struct Args {
     #[arg(long, value_name = "N")]
     seconds: Option<u64>,
 
-    /// Only doors and loads whose names hold this, as in --only "NodePort → remote pod, kept-alive"
+    /// Only doors and loads whose names hold this, as in `--only "NodePort → remote pod, kept-alive"`
     #[arg(long, value_name = "TEXT")]
     only: Option<String>,
 
