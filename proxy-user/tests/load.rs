@@ -1,7 +1,7 @@
 //! Load: what holds under floods, at sizes at which it would not if something of them stayed.
 
 use std::io::{Read, Write};
-use std::net::{Ipv6Addr, SocketAddr, TcpStream};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -13,7 +13,8 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use portal::testing::cluster::{Cluster, VIPS};
 use portal::testing::namespace::Namespace;
 use portal::testing::neighbour::{Conduct, Neighbour, Order};
-use portal::testing::objects::{self, node_ports};
+use portal::testing::objects::{self, NODE_PORT, Port, node_ports};
+use portal::testing::stage::beside;
 use portal::testing::world::{BPFFS, Cni, Node, Pod};
 use portal::testing::worlds::bits;
 use portal::testing::{eventually, within};
@@ -31,6 +32,9 @@ const BACK_TO_BACK: usize = 300_000;
 /// The ports of servers that are not the world's own: one that echoes, one that ends each connection.
 const ECHO: u16 = 8081;
 const BRIEF: u16 = 8082;
+
+/// The ports of the Service.
+const PORTS: [Port<'static>; 3] = [("echo", "TCP", 81), ("brief", "TCP", 82), ("udp", "UDP", 80)];
 
 /// Held by each test: together they would need more open files than a process may have.
 static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
@@ -63,8 +67,7 @@ impl Stage {
         echo(&server.namespace, ECHO);
         brief(&server.namespace, BRIEF);
         server.namespace.sysctl("net/core/somaxconn", "8192");
-        let ports = [("echo", "TCP", 81), ("brief", "TCP", 82), ("udp", "UDP", 80)];
-        let mut service = objects::service("load", &[VIPS[usize::from(v6)]], &ports);
+        let mut service = objects::service("load", &[VIPS[usize::from(v6)]], &PORTS);
         objects::merge(&mut service, &node_ports_of_three());
         cluster.api.put(service);
         let targets = [("echo", "TCP", ECHO), ("brief", "TCP", BRIEF), ("udp", "UDP", 8080)];
@@ -395,8 +398,48 @@ fn reroute(stage: &Stage) {
     });
 }
 
-/// What happens to nodes while a thousand connections echo, by each door: from a pod through a VIP, and from outside to a pod
-/// elsewhere.
+/// More doors from outside: a load balancer's IP and an external one of the pod elsewhere, and the `NodePort` of a pod here.
+fn more_doors(stage: &Stage) -> [SocketAddr; 3] {
+    const NEAR_PORT: u16 = NODE_PORT + 3;
+    let v6 = stage.v6;
+    let [balancer, external] = [20, 21].map(|number: u8| -> IpAddr {
+        if v6 {
+            Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, number.into()).into()
+        } else {
+            Ipv4Addr::new(203, 0, 113, number).into()
+        }
+    });
+    let mut far = objects::service("load", &[VIPS[usize::from(v6)]], &PORTS);
+    objects::merge(&mut far, &node_ports_of_three());
+    let more = serde_json::json!({
+        "spec": {"type": "LoadBalancer", "externalIPs": [external]},
+        "status": {"loadBalancer": {"ingress": [{"ip": balancer}]}},
+    });
+    objects::merge(&mut far, &more);
+    stage.cluster.api.put(far);
+    let near = stage.cluster.server(0, "near");
+    echo(&near.namespace, ECHO);
+    let echoes = [("echo", "TCP", 81)];
+    let mut service = objects::service("near", &[beside(VIPS[usize::from(v6)], 1)], &echoes);
+    let ports =
+        serde_json::json!({"spec": {"type": "NodePort", "ports": [{"nodePort": NEAR_PORT}]}});
+    objects::merge(&mut service, &ports);
+    stage.cluster.api.put(service);
+    let endpoint = objects::endpoint(near.address(v6), &near.node);
+    stage.cluster.api.put(objects::slice("near", "near", &[("echo", "TCP", ECHO)], &[endpoint]));
+    let here = SocketAddr::new(stage.node_port(0).ip(), NEAR_PORT);
+    let doors = [SocketAddr::new(balancer, 81), SocketAddr::new(external, 81), here];
+    for door in doors {
+        let connect = || stage.outsider.run(|| TcpStream::connect(door)).ok();
+        eventually(&format!("{door} is served"), connect);
+    }
+    // It serves as long as the process lives, on its own.
+    std::mem::forget(near);
+    doors
+}
+
+/// What happens to nodes while a thousand connections echo, by each door: from a pod through a VIP, and from outside by four to a pod
+/// elsewhere and one here. (The node's own are led when they connect, and are not translated then.)
 #[test]
 fn a_thousand_connections_outlive_what_happens_to_links_routes_and_the_agent() {
     [false, true].into_iter().for_each(a_thousand_connections_outlive_what_happens);
@@ -404,10 +447,10 @@ fn a_thousand_connections_outlive_what_happens_to_links_routes_and_the_agent() {
 
 fn a_thousand_connections_outlive_what_happens(v6: bool) {
     let mut stage = Stage::of_family(v6, &[]);
-    let held = [
-        Held::open(&stage.client.namespace, stage.vip(81), 500),
-        Held::open(&stage.outsider, stage.node_port(0), 500),
-    ];
+    let mut held = vec![Held::open(&stage.client.namespace, stage.vip(81), 200)];
+    for door in [stage.node_port(0)].into_iter().chain(more_doors(&stage)) {
+        held.push(Held::open(&stage.outsider, door, 200));
+    }
     eventually("the short cut is taken", || {
         (stage.cluster.outcomes(0, "short_cut") > 1000).then_some(())
     });
@@ -439,7 +482,8 @@ fn a_thousand_connections_outlive_what_happens(v6: bool) {
         stage.cluster.start_agent(0);
         another_round();
     }
-    assert_eq!(held.map(Held::end), [0, 0]);
+    let lost: Vec<usize> = held.into_iter().map(Held::end).collect();
+    assert_eq!(lost, [0; 5]);
 }
 
 /// The kernel's tables of connections are as they were, when what has ended is over: of short connections, which went by the host

@@ -27,6 +27,10 @@ const OLD_LOAD: u8 = 0;
 const STORE: u8 = 3;
 /// A tail call, as the verifier leaves it: whoever is called has the last word.
 const TAIL_CALL: u8 = 0xf5;
+/// Calls and jumps to where a register says.
+const BY_REGISTER: [u8; 3] = [0x8d, 0x0d, 0x0e];
+/// What a call reads from if it is of a function of the kernel's own, one of which throws: then that is the verdict.
+const OF_KERNEL: u8 = 2;
 
 /// Where a program goes on after an instruction.
 enum Next {
@@ -34,13 +38,14 @@ enum Next {
     At([Option<isize>; 2]),
     /// It ends, and what it says is in the first register.
     Verdict,
-    /// It can't be said.
-    Unknown,
 }
 
 /// Whether every packet that a tc program does not drop goes on to the next program of the chain. False is said of a program too
 /// that can't be followed: it computes its verdict, or has others called.
 pub fn lets_pass(program: &[Instruction]) -> bool {
+    if program.iter().any(|instruction| may_leave(*instruction)) {
+        return false;
+    }
     let mut seen: Vec<Option<Doubtful>> = vec![None; program.len()];
     let mut open = vec![(0, ALL)];
     while let Some((index, doubtful)) = open.pop() {
@@ -54,7 +59,6 @@ pub fn lets_pass(program: &[Instruction]) -> bool {
         match next(instruction) {
             Next::Verdict if joined & VERDICT != 0 => return false,
             Next::Verdict => {}
-            Next::Unknown => return false,
             Next::At(distances) => {
                 let after = step(instruction, joined);
                 for distance in distances.into_iter().flatten() {
@@ -71,13 +75,20 @@ fn next(instruction: Instruction) -> Next {
     let near = 1 + isize::from(instruction.offset);
     match instruction.code {
         EXIT => Next::Verdict,
-        TAIL_CALL => Next::Unknown,
         LOAD_LONG => Next::At([Some(2), None]),
         GO => Next::At([Some(near), None]),
         GO_FAR => Next::At([isize::try_from(instruction.immediate).ok().map(|far| far + 1), None]),
         code if is_branch(code) => Next::At([Some(1), Some(near)]),
         _ => Next::At([Some(1), None]),
     }
+}
+
+/// Whether an instruction, of the program or of a function of its own, may end the program without its own word.
+fn may_leave(instruction: Instruction) -> bool {
+    let Instruction { code, .. } = instruction;
+    code == TAIL_CALL
+        || BY_REGISTER.contains(&code)
+        || code == CALL && instruction.source() == OF_KERNEL
 }
 
 /// Whether it goes on at one of two places: the two classes of jumps, but for calls.
@@ -97,8 +108,8 @@ fn step(instruction: Instruction, doubtful: Doubtful) -> Doubtful {
             with(doubtful & (1 << instruction.source()) != 0)
         }
         code if is_branch(code) || code == GO || code == GO_FAR => doubtful,
-        // An exchange in memory gives back what was there, in the first register or in the one that it reads.
-        code if code & 7 == STORE => doubtful | VERDICT | 1 << instruction.source(),
+        // An exchange in memory gives back what was there, in the first register or in one that it names.
+        code if code & 7 == STORE => doubtful | VERDICT | to | 1 << instruction.source(),
         _ if instruction.code & 7 == OLD_LOAD => doubtful | CALLED | to,
         _ => doubtful | to,
     }
@@ -107,7 +118,7 @@ fn step(instruction: Instruction, doubtful: Doubtful) -> Doubtful {
 #[cfg(test)]
 mod tests {
     use super::super::sys::Instruction;
-    use super::{CALL, EXIT, GO, LOAD_LONG, MOVE, MOVE_NUMBER, TAIL_CALL, lets_pass};
+    use super::{BY_REGISTER, CALL, EXIT, GO, LOAD_LONG, MOVE, MOVE_NUMBER, TAIL_CALL, lets_pass};
 
     const JUMP_IF_EQUAL: u8 = 0x15;
     const ADD: u8 = 0x07;
@@ -158,6 +169,13 @@ mod tests {
         assert!(!lets_pass(&[number(0, -1), of(ADD, 0), END]), "computed");
         assert!(!lets_pass(&[number(0, -1), of(EXCHANGE, 0x01), END]), "exchanged");
         assert!(!lets_pass(&[number(0, -1), of(TAIL_CALL, 0), END]), "another program");
+        let in_function = [number(0, -1), END, of(TAIL_CALL, 0), number(0, -1), END];
+        assert!(!lets_pass(&in_function), "another program, by a function");
+        assert!(!lets_pass(&[of(CALL, 0x20), number(0, -1), END]), "the kernel's own may throw");
+        assert!(!lets_pass(&[number(0, -1), of(BY_REGISTER[0], 0), END]), "whoever is called");
+        let goes = instruction(BY_REGISTER[1], 0x06, 0, 0);
+        assert!(!lets_pass(&[number(0, -1), goes, END]), "wherever it goes");
+        assert!(!lets_pass(&[number(0, -1), of(EXCHANGE, 0x10), END]), "loaded");
         assert!(!lets_pass(&[number(0, -1), of(LOAD_LONG, 0), of(0, 0), END]), "a long number");
         assert!(!lets_pass(&[number(0, -1), instruction(GO, 0, -9, 0), END]), "out of it");
     }
