@@ -89,9 +89,9 @@ pub fn tail_call(ctx: &TcContext, story: Story, is_v6: bool, has_ethernet: bool)
     unsafe { TAIL.tail_call(ctx, index) };
 }
 
-/// Whether a link takes packets that are sent on before the host stack.
+/// Whether a link takes part in sending from link to link before the host stack.
 #[inline(always)]
-pub fn takes_relayed(link: u32) -> bool {
+pub fn relays(link: u32) -> bool {
     RELAYS.get_ptr(link).is_some()
 }
 

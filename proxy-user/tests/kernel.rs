@@ -21,7 +21,7 @@ use portal::model::{IpFamily, ObjectName, Protocol};
 use portal::plan::Planner;
 use portal::routes::Route;
 use portal::testing::namespace::Mounts;
-use portal::testing::program::stack_of;
+use portal::testing::program::{lets_pass_with_a_tail_call, stack_of};
 use proxy_common::settings::{Lifetimes, Settings};
 use proxy_common::tables::{
     AffinityKey, AffinityValue, EmbryoValue, FlowKey, FlowValue, FragmentKey, FragmentValue,
@@ -451,6 +451,20 @@ fn the_verifier_needs_no_more_than_its_budget() {
             assert!(!is_hot || text <= HOT_TEXT, "{name}: {text} bytes of machine code");
             assert!((1..=STACK_BUDGET).contains(&stack), "{name}: {stack} bytes of stack");
         }
+    });
+}
+
+/// What the kernel shows of a program of someone else's, which may call another one.
+#[test]
+fn a_program_with_a_tail_call_may_end_the_chain() {
+    on_bpffs(|options| {
+        let _maps = Bench::new(&options);
+        let links = std::fs::read_dir(options.bpffs_root.join("links")).unwrap();
+        let mut paths = links.map(|entry| entry.unwrap().path());
+        let is_table =
+            |path: &PathBuf| path.file_name().unwrap().to_string_lossy().starts_with("tails-");
+        let table = paths.find(is_table).unwrap();
+        assert!(!lets_pass_with_a_tail_call(&table).unwrap());
     });
 }
 

@@ -465,21 +465,25 @@ fn a_thousand_connections_outlive_what_happens(v6: bool) {
         }
         reroute(&stage);
         another_round();
-        // Someone else's program at the same hooks, which lets these connections pass.
-        let nobody = SocketAddr::new(stage.cluster.world.nodes[1].address(v6), 1);
-        for (link, order) in [("eth0", Order::First), (stage.client.link.as_str(), Order::Last)] {
-            let neighbour = Neighbour::join(&node, link, Conduct::Drops(nobody), order);
-            another_round();
-            drop(neighbour);
-            another_round();
-        }
         for present in [true, false] {
             node.netlink(async |net| net.ingress("eth0", present).await);
             another_round();
         }
+        // Someone else's programs at the same hooks, which let these connections pass: ours goes behind them.
+        let nobody = SocketAddr::new(stage.cluster.world.nodes[1].address(v6), 1);
+        let links = [("eth0", Order::First), (stage.client.link.as_str(), Order::Last)];
+        let neighbours =
+            links.map(|(link, order)| Neighbour::join(&node, link, Conduct::Drops(nobody), order));
+        another_round();
         stage.cluster.agents[0] = None;
         another_round();
         stage.cluster.start_agent(0);
+        let last = format!("tc-{}-last", stage.client.ifindex);
+        eventually("ours is the last", || {
+            stage.cluster.world.nodes[0].pins("links").contains(&last).then_some(())
+        });
+        another_round();
+        drop(neighbours);
         another_round();
     }
     let lost: Vec<usize> = held.into_iter().map(Held::end).collect();

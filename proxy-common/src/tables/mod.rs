@@ -18,7 +18,7 @@
 //! | `port_turns` | per-CPU array | hash of a destination → turns of its source ports (`u32`) | datapath | datapath |
 //! | `exhausted_v4/6` | hash | backend number → flows that got no source port (`u64`) | datapath | agent |
 //! | `traffic` | array | service id → [`Traffic`] | datapath, agent | agent, command line |
-//! | `relays` | hash | index of a link that has `portal_relay` → 1 (`u32`) | agent | datapath |
+//! | `relays` | hash | index of a link with `portal_relay` that sends to others and takes from them → 1 (`u32`) | agent | datapath |
 //! | `tails` | program array | story → program | agent | datapath |
 //! | `fragments_v4/6` | LRU hash | [`FragmentKey`] → [`FragmentValue`] | datapath | datapath |
 //! | `peers_v4/6` | LRU hash | [`PeerKey`] → [`PeerValue`] | socket hooks | socket hooks |

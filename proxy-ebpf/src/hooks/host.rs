@@ -12,6 +12,7 @@ use aya_ebpf::helpers::{
     bpf_skc_lookup_tcp,
 };
 use aya_ebpf::programs::TcContext;
+use bytemuck::Zeroable;
 use proxy_common::tables::FlowKey;
 use proxy_common::{Family, V4, proto};
 use proxy_ebpf::packet::Route;
@@ -44,24 +45,34 @@ fn question<F: Family>(link: u32, from: &F::Addr, to: &F::Addr) -> bpf_fib_looku
 }
 
 #[inline(always)]
+fn destination<F: Family>(question: &bpf_fib_lookup) -> F::Addr {
+    // SAFETY: as in `question`.
+    unsafe { (&raw const question.__bindgen_anon_4).cast::<F::Addr>().read() }
+}
+
+#[inline(always)]
 const fn family<F: Family>() -> u8 {
     if F::ETHERTYPE == V4::ETHERTYPE { AF_INET } else { AF_INET6 }
 }
 
 /// By which Ethernet addresses a link leads from one address to another, to whom and from whom. `None` if that is not known, or the
-/// host's routes don't lead there by that link.
+/// host's routes don't lead there by that link and by the gateway `hop`, if that is not zero.
 #[inline(always)]
 pub fn neighbours<F: Family>(
     ctx: *mut c_void,
     link: u32,
-    from: &F::Addr,
-    to: &F::Addr,
+    (from, to): (&F::Addr, &F::Addr),
+    hop: &F::Addr,
 ) -> Option<[[u8; 6]; 2]> {
     let mut question = question::<F>(link, from, to);
     // SAFETY: the helper reads and writes that many bytes of a live struct.
     let answer = unsafe { look_up_route(ctx, &raw mut question, SIZE, BPF_FIB_LOOKUP_OUTPUT) };
-    let is_known = answer == i64::from(BPF_FIB_LKUP_RET_SUCCESS) && question.ifindex == link;
-    is_known.then_some([question.dmac, question.smac])
+    // The destination is the gateway then, if there is one. A neighbour that has not answered yet may have an address of zeros.
+    let is_known = answer == i64::from(BPF_FIB_LKUP_RET_SUCCESS)
+        && question.ifindex == link
+        && question.dmac != [0; 6];
+    let leads = *hop == F::Addr::zeroed() || destination::<F>(&question) == *hop;
+    (is_known && leads).then_some([question.dmac, question.smac])
 }
 
 /// How the host forwards from one address to another what comes in by `link`.
@@ -81,12 +92,7 @@ pub fn route<F: Family>(ctx: &TcContext, link: u32, from: &F::Addr, to: &F::Addr
         return Route { link: 0, hop: *to };
     }
     // The kernel puts the gateway in the destination's place. IPv4's may be one of IPv6.
-    let hop = if question.family == family::<F>() {
-        // SAFETY: as in `question`.
-        unsafe { (&raw const question.__bindgen_anon_4).cast::<F::Addr>().read() }
-    } else {
-        *to
-    };
+    let hop = if question.family == family::<F>() { destination::<F>(&question) } else { *to };
     Route { link: question.ifindex, hop }
 }
 

@@ -43,7 +43,7 @@ pub fn portal_relay(ctx: XdpContext) -> u32 {
     }
 }
 
-/// By which addresses a leg leads, of links that take packets from here.
+/// By which addresses a leg leads, if it is by this link or both take part in sending from link to link.
 #[inline(always)]
 fn lead<F: Family, T: Tables<F>>(
     frame: &Raw<'_>,
@@ -51,10 +51,10 @@ fn lead<F: Family, T: Tables<F>>(
     leg: Leg,
     (from, to): (&F::Addr, &F::Addr),
 ) -> Option<Neighbours> {
-    if leg.link != frame.link() && !maps::takes_relayed(leg.link) {
+    let own = frame.link();
+    if leg.link != own && !(maps::relays(own) && maps::relays(leg.link)) {
         return None;
     }
     let hop = if leg.way == 0 { F::Addr::zeroed() } else { gateway(tables, leg.way) };
-    let to = if hop == F::Addr::zeroed() { to } else { &hop };
-    host::neighbours::<F>(frame.context(), leg.link, from, to)
+    host::neighbours::<F>(frame.context(), leg.link, (from, to), &hop)
 }

@@ -28,7 +28,7 @@ mod sweep;
 pub(crate) mod sys;
 mod tails;
 mod tc;
-mod verdicts;
+pub(crate) mod verdicts;
 mod ways;
 mod writer;
 mod xdp;
@@ -348,7 +348,9 @@ impl Datapath {
     pub fn detach_others(&mut self, ours: &HashSet<u32>) {
         self.attached.retain(|ifindex, _| ours.contains(ifindex));
         tc::detach_others(&mut self.links, self.tc, ours);
-        self.relays.keep_only(&mut self.links, ours);
+        let uplinks = self.attached.iter().filter(|(_, role)| **role == Role::Uplink);
+        let uplinks = uplinks.map(|(ifindex, _)| *ifindex).collect();
+        self.relays.keep_only(&mut self.links, &uplinks);
         if ours.iter().all(|ifindex| self.attached.contains_key(ifindex)) {
             self.tails.remove_others();
         }

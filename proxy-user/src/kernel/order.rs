@@ -28,6 +28,17 @@ impl Chain {
         Ok(Self { others, before })
     }
 
+    /// Whether ours is there.
+    pub const fn has_ours(&self) -> bool {
+        self.before.is_some()
+    }
+
+    fn sorted(&self) -> Vec<u32> {
+        let mut others = self.others.clone();
+        others.sort_unstable();
+        others
+    }
+
     fn is(&self, order: Order) -> bool {
         let place = match order {
             Order::First => 0,
@@ -52,15 +63,14 @@ impl Neighbours {
     pub fn steps(&mut self, ifindex: u32, chain: &Chain, now: Option<Order>) -> Vec<Order> {
         let wanted = if chain.others.is_empty() {
             // Alone it is both.
+            self.settled.remove(&ifindex);
             return vec![now.unwrap_or(Order::First)];
         } else if chain.others.iter().all(|program| self.lets_pass(*program)) {
             Order::Last
         } else {
             Order::First
         };
-        let mut others = chain.others.clone();
-        others.sort_unstable();
-        let is_settled = self.settled.insert(ifindex, others.clone()) == Some(others);
+        let is_settled = self.settled.get(&ifindex) == Some(&chain.sorted());
         if now != Some(wanted) || chain.is(wanted) || is_settled {
             return vec![wanted];
         }
@@ -68,6 +78,13 @@ impl Neighbours {
         match wanted {
             Order::First => vec![Order::Last, Order::First],
             Order::Last => vec![Order::First, Order::Last],
+        }
+    }
+
+    /// Notes that ours was put in order beside those.
+    pub fn settle(&mut self, ifindex: u32, chain: &Chain) {
+        if !chain.others.is_empty() {
+            self.settled.insert(ifindex, chain.sorted());
         }
     }
 

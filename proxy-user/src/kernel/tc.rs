@@ -180,7 +180,8 @@ impl Links<'_> {
             is_fresh |= self.ensure(program, here, at)?;
             self.pins.remove(there);
         }
-        Ok(is_fresh && now.is_none())
+        self.neighbours.settle(ifindex, &chain);
+        Ok(is_fresh && !chain.has_ours())
     }
 
     fn ensure(&mut self, program: &str, pin: &str, at: AttachPoint) -> Result<bool> {
