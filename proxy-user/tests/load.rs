@@ -80,6 +80,11 @@ impl Stage {
         stage
     }
 
+    /// The node that is asked.
+    fn node(&self) -> &Namespace {
+        &self.cluster.world.nodes[0].namespace
+    }
+
     /// The `NodePort` of a port of the Service, of the node without the pod.
     fn node_port(&self, port: u16) -> SocketAddr {
         let first = self.cluster.node_port(0, self.v6);
@@ -375,27 +380,33 @@ fn a_connection_whose_records_are_lost_goes_on_by_each_door() {
 }
 
 /// Takes the address of the node that is asked away and puts it back, with the routes that go with it.
-fn flap(stage: &Stage) {
-    let [node, other] = &stage.cluster.world.nodes[..] else { panic!("two nodes") };
-    let own = node.address(stage.v6);
-    node.namespace.netlink(async |net| {
-        net.unaddress("eth0", own).await;
-        net.address("eth0", own, bits(stage.v6)).await;
+fn flap(stage: &mut Stage) {
+    let (v6, own) = (stage.v6, stage.cluster.world.nodes[0].address(stage.v6));
+    stage.node().netlink(async |net| net.unaddress("eth0", own).await);
+    restart(stage);
+    let other = &stage.cluster.world.nodes[1];
+    stage.node().netlink(async |net| {
+        net.address("eth0", own, bits(v6)).await;
         // Those of IPv6 have stayed.
-        if !stage.v6 {
+        if !v6 {
             net.route(other.pods(false), bits(false), other.v4().into()).await;
         }
     });
 }
 
 /// Takes the route to the other node's pods away and puts it back.
-fn reroute(stage: &Stage) {
-    let [node, other] = &stage.cluster.world.nodes[..] else { panic!("two nodes") };
-    let (pods, gateway) = (other.pods(stage.v6), other.address(stage.v6));
-    node.namespace.netlink(async |net| {
-        net.unroute(pods, bits(stage.v6), gateway).await;
-        net.route(pods, bits(stage.v6), gateway).await;
-    });
+fn reroute(stage: &mut Stage) {
+    let other = &stage.cluster.world.nodes[1];
+    let (to, prefix, by) = (other.pods(stage.v6), bits(stage.v6), other.address(stage.v6));
+    stage.node().netlink(async |net| net.unroute(to, prefix, by).await);
+    restart(stage);
+    stage.node().netlink(async |net| net.route(to, prefix, by).await);
+}
+
+/// Ends the agent of the node that is asked, and starts another one.
+fn restart(stage: &mut Stage) {
+    stage.cluster.agents[0] = None;
+    stage.cluster.start_agent(0);
 }
 
 /// More doors from outside: a load balancer's IP and an external one of the pod elsewhere, and the `NodePort` of a pod here.
@@ -455,35 +466,41 @@ fn a_thousand_connections_outlive_what_happens(v6: bool) {
         (stage.cluster.outcomes(0, "short_cut") > 1000).then_some(())
     });
     let another_round = || held.iter().for_each(Held::another_round);
-    let node = stage.cluster.world.nodes[0].namespace.clone();
-    for _ in 0..3 {
-        flap(&stage);
+    let node = stage.node().clone();
+    // Each with another agent in the middle of it.
+    for _ in 0..2 {
+        flap(&mut stage);
         another_round();
-        for (from, to) in [("eth0", "lan0"), ("lan0", "eth0")] {
-            node.netlink(async |net| net.rename(from, to).await);
-            another_round();
-        }
-        reroute(&stage);
+        node.netlink(async |net| net.rename("eth0", "lan0").await);
+        restart(&mut stage);
         another_round();
-        for present in [true, false] {
-            node.netlink(async |net| net.ingress("eth0", present).await);
-            another_round();
-        }
+        node.netlink(async |net| net.rename("lan0", "eth0").await);
+        another_round();
+        reroute(&mut stage);
+        another_round();
+        node.netlink(async |net| net.ingress("eth0", true).await);
+        restart(&mut stage);
+        another_round();
+        node.netlink(async |net| net.ingress("eth0", false).await);
+        another_round();
         // Someone else's programs at the same hooks, which let these connections pass: ours goes behind them.
         let nobody = SocketAddr::new(stage.cluster.world.nodes[1].address(v6), 1);
         let links = [("eth0", Order::First), (stage.client.link.as_str(), Order::Last)];
         let neighbours =
             links.map(|(link, order)| Neighbour::join(&node, link, Conduct::Drops(nobody), order));
         another_round();
-        stage.cluster.agents[0] = None;
-        another_round();
-        stage.cluster.start_agent(0);
+        restart(&mut stage);
         let last = format!("tc-{}-last", stage.client.ifindex);
         eventually("ours is the last", || {
             stage.cluster.world.nodes[0].pins("links").contains(&last).then_some(())
         });
         another_round();
         drop(neighbours);
+        another_round();
+        // For a while there is none.
+        stage.cluster.agents[0] = None;
+        another_round();
+        stage.cluster.start_agent(0);
         another_round();
     }
     let lost: Vec<usize> = held.into_iter().map(Held::end).collect();

@@ -103,10 +103,7 @@ fn established<F: Wire, P: Frame, T: Tables<F>>(
     let Some(facts) = record.read_plain(key, &mut other) else {
         return Some(Next::Story(story));
     };
-    let is_plain = facts.is_in(State::Established)
-        && facts.seen == now
-        && !plain.has(tcp::SYN | tcp::FIN | tcp::RST);
-    if !is_plain {
+    if !is_usual(facts, plain, now) {
         return Some(Next::Story(story));
     }
     let origin = facts.plain;
@@ -144,6 +141,15 @@ fn established<F: Wire, P: Frame, T: Tables<F>>(
         verdict if verdict.outcome == Outcome::NotWritable => Some(Next::Done(verdict)),
         verdict => Some(Next::Counted(verdict)),
     }
+}
+
+/// Whether a packet is one in the middle of a live flow, and not the first in its tick: then there is nothing else to do than
+/// to translate it.
+#[inline(always)]
+pub(super) fn is_usual(facts: Facts, plain: Plain, now: u32) -> bool {
+    facts.is_in(State::Established)
+        && facts.seen == now
+        && !plain.has(tcp::SYN | tcp::FIN | tcp::RST)
 }
 
 /// How a translated packet leaves. `None` if that is to be found out.

@@ -2,11 +2,11 @@
 //! once. All else passes untouched, and tc does with it what it does without.
 
 use bytemuck::Zeroable;
-use proxy_common::tables::{FlowKey, Origin, Side, State};
+use proxy_common::tables::{FlowKey, Origin, Side};
 use proxy_common::{Outcome, proto};
 
 use super::{Leg, Story, Tables, Verdict, fast, live, rewrite};
-use crate::packet::{Frame, Plain, Wire, tcp};
+use crate::packet::{Frame, Wire};
 
 /// The addresses of an Ethernet header: to whom, and from whom.
 pub type Neighbours = [[u8; 6]; 2];
@@ -25,14 +25,8 @@ pub fn relay<F: Wire, P: Frame, T: Tables<F>>(
     let mut other = FlowKey::zeroed();
     let facts = record.read_plain(&key, &mut other)?;
     let origin = facts.plain;
-    // What is done once a tick is a story's, and what ends a connection, too.
-    let goes = facts.is_cut()
-        && !origin.is(Origin::TURN)
-        && facts.is_in(State::Established)
-        && facts.seen == now
-        && !plain.has(tcp::SYN | tcp::FIN | tcp::RST)
-        && !is_stale::<F, T>(tables, plain, origin);
-    if !goes {
+    let goes = facts.is_cut() && !origin.is(Origin::TURN) && fast::is_usual(facts, plain, now);
+    if !goes || plain.is(proto::UDP) && live::is_stale(origin, tables) {
         return None;
     }
     let leg = fast::leg(tables, record, facts, Story::FromOutside, &other)?;
@@ -49,9 +43,4 @@ pub fn relay<F: Wire, P: Frame, T: Tables<F>>(
         Some(()) => Verdict { outcome: Outcome::ShortCut, link: leg.link, way: leg.way },
         None => Verdict::of(Outcome::NotWritable),
     })
-}
-
-#[inline(always)]
-fn is_stale<F: Wire, T: Tables<F>>(tables: &T, plain: Plain, origin: Origin) -> bool {
-    plain.is(proto::UDP) && live::is_stale(origin, tables)
 }

@@ -8,7 +8,7 @@ use proxy_common::checksum::Delta;
 use proxy_common::tables::FlowKey;
 use proxy_ebpf::packet::{Frame, Route, Window};
 
-use super::window::{Bytes, MAX_OFFSET, bounded};
+use super::window::Memory;
 
 /// A packet with an Ethernet header. Of sockets and routes it knows nothing, and notes are nowhere to be put: it is sent on
 /// past the hooks that look for them.
@@ -33,24 +33,18 @@ impl<'a> Raw<'a> {
     pub fn context(&self) -> *mut c_void {
         self.ctx.ctx.cast()
     }
+}
 
-    /// Bytes at an offset of which the verifier knows a bound.
-    #[inline(always)]
-    fn bytes(&self, offset: usize, length: usize) -> Option<Bytes<'_>> {
-        Bytes::within(self.data(), self.ctx.data_end(), offset, length)
-    }
-
-    /// Bytes at any offset.
-    #[inline(always)]
-    fn bytes_at(&self, offset: usize, length: usize) -> Option<Bytes<'_>> {
-        if offset > MAX_OFFSET { None } else { self.bytes(bounded(offset), length) }
-    }
-
-    /// Where the packet begins; volatile as a socket buffer's.
+impl Memory for Raw<'_> {
     #[inline(always)]
     fn data(&self) -> usize {
         // SAFETY: the context is the kernel's and outlives the program.
         unsafe { (&raw const (*self.ctx.ctx).data).read_volatile() as usize }
+    }
+
+    #[inline(always)]
+    fn end(&self) -> usize {
+        self.ctx.data_end()
     }
 }
 
@@ -93,7 +87,7 @@ impl Frame for Raw<'_> {
 
     #[inline(always)]
     fn length(&self) -> u32 {
-        (self.ctx.data_end() - self.data()) as u32
+        (self.end() - self.data()) as u32
     }
 
     #[inline(always)]

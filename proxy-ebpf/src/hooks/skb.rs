@@ -12,7 +12,7 @@ use proxy_ebpf::datapath::Tables;
 use proxy_ebpf::packet::{Frame, Route, Window};
 
 use super::host;
-use super::window::{Bytes, MAX_OFFSET, bounded};
+use super::window::Memory;
 use crate::maps::Tables6;
 
 /// What a packet's `tc_index` says that the node has done with. Others write that field (clsact for a
@@ -63,25 +63,18 @@ impl<'a, const NETWORK: usize> Skb<'a, NETWORK> {
             unsafe { ((*self.ctx.skb.skb).vlan_present, (*self.ctx.skb.skb).vlan_tci) };
         present != 0 && tag & 0xfff != 0
     }
+}
 
-    /// Bytes at an offset of which the verifier knows a bound.
-    #[inline(always)]
-    fn bytes(&self, offset: usize, length: usize) -> Option<Bytes<'_>> {
-        Bytes::within(self.data(), self.ctx.data_end(), offset, length)
-    }
-
-    /// Bytes at any offset.
-    #[inline(always)]
-    fn bytes_at(&self, offset: usize, length: usize) -> Option<Bytes<'_>> {
-        if offset > MAX_OFFSET { None } else { self.bytes(bounded(offset), length) }
-    }
-
-    /// Where the packet begins. Volatile, or the compiler might read it again after a check of bounds,
-    /// which the verifier would then not take for a check of this pointer.
+impl<const NETWORK: usize> Memory for Skb<'_, NETWORK> {
     #[inline(always)]
     fn data(&self) -> usize {
         // SAFETY: the context is the kernel's and outlives the program.
         unsafe { (&raw const (*self.ctx.skb.skb).data).read_volatile() as usize }
+    }
+
+    #[inline(always)]
+    fn end(&self) -> usize {
+        self.ctx.data_end()
     }
 }
 

@@ -6,12 +6,12 @@ use bytemuck::Pod;
 use proxy_ebpf::packet::Window;
 
 /// Offsets above this are refused, so that the verifier knows a bound.
-pub const MAX_OFFSET: usize = 0x7ff;
+const MAX_OFFSET: usize = 0x7ff;
 
 /// The same offset, which is at most [`MAX_OFFSET`], by an instruction that the compiler may not drop:
 /// verifiers before Linux 6.12 do not see a bound that was checked on a copy of the number.
 #[inline(always)]
-pub fn bounded(offset: usize) -> usize {
+fn bounded(offset: usize) -> usize {
     #[cfg(target_arch = "bpf")]
     {
         let mut offset = offset;
@@ -32,17 +32,33 @@ pub struct Bytes<'a> {
     packet: PhantomData<&'a ()>,
 }
 
-impl Bytes<'_> {
-    /// So many bytes at an offset of which the verifier knows a bound, of a packet that lies between these places.
+/// A packet in one piece of memory, as far as it is reachable.
+pub trait Memory {
+    /// Where it begins. Volatile, or the compiler might read it again after a check of bounds, which the verifier would then not
+    /// take for a check of this pointer.
+    fn data(&self) -> usize;
+
+    /// Where it ends.
+    fn end(&self) -> usize;
+
+    /// Bytes at an offset of which the verifier knows a bound.
     #[inline(always)]
-    pub fn within(data: usize, end: usize, offset: usize, length: usize) -> Option<Self> {
-        let start = data + offset;
-        if start + length > end {
+    fn bytes(&self, offset: usize, length: usize) -> Option<Bytes<'_>> {
+        let start = self.data() + offset;
+        if start + length > self.end() {
             return None;
         }
-        Some(Self { start, length, packet: PhantomData })
+        Some(Bytes { start, length, packet: PhantomData })
     }
 
+    /// Bytes at any offset.
+    #[inline(always)]
+    fn bytes_at(&self, offset: usize, length: usize) -> Option<Bytes<'_>> {
+        if offset > MAX_OFFSET { None } else { self.bytes(bounded(offset), length) }
+    }
+}
+
+impl Bytes<'_> {
     /// Offset and lengths are constants wherever this is called, and so the check is the compiler's.
     #[inline(always)]
     fn pointer<T>(&self, offset: usize) -> Option<*mut T> {

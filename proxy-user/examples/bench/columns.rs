@@ -4,7 +4,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::Path;
 use std::process::Command;
 
-use portal::testing::agent::command;
+use portal::testing::agent::{command, command_in};
 use portal::testing::cluster::Cluster;
 use portal::testing::namespace::Namespace;
 use portal::testing::neighbour::Neighbour;
@@ -52,19 +52,30 @@ pub const NODE_PORT: u16 = 30_080;
 /// Who leads from a VIP to a pod.
 enum By {
     /// Nobody: pods are asked by their own addresses.
-    Nobody,
+    Nobody(World),
     /// Agents, which live as long as the column.
     Portal(Cluster),
     /// The kernel's NAT.
-    Rules,
+    Rules(World),
 }
+
+impl By {
+    const fn world(&self) -> &World {
+        match self {
+            Self::Nobody(world) | Self::Rules(world) => world,
+            Self::Portal(cluster) => &cluster.world,
+        }
+    }
+}
+
+/// The column that the others are ratios to.
+const STRAIGHT: &str = "straight";
 
 /// A world to measure in.
 pub struct Column {
     /// Its name.
     pub name: &'static str,
     by: By,
-    world: Option<World>,
     client: Pod,
     /// The remote pod and the local one.
     servers: [Pod; 2],
@@ -77,7 +88,7 @@ impl Column {
     pub fn all(programs: &Path, other: Option<&Path>, services: u16) -> Vec<Self> {
         let portal = &programs.join("portal");
         let mut columns = vec![
-            Self::new("straight", services, None),
+            Self::new(STRAIGHT, services, None),
             Self::new("Portal tc", services, Some((portal, &[]))),
             Self::new("Portal sockets", services, Some((portal, &["--socket-lb=all"]))),
             Self::new("Portal XDP", services, Some((portal, &["--xdp=native"]))),
@@ -104,17 +115,12 @@ impl Column {
         } else {
             Vec::new()
         };
-        let (by, world) = match portal {
-            Some((portal, arguments)) => {
-                (By::Portal(Cluster::start_in(world, portal, arguments)), None)
-            }
-            None if name == "straight" => (By::Nobody, Some(world)),
-            None => (By::Rules, Some(world)),
+        let by = match portal {
+            Some((portal, arguments)) => By::Portal(Cluster::start_in(world, portal, arguments)),
+            None if name == STRAIGHT => By::Nobody(world),
+            None => By::Rules(world),
         };
-        let place = match &by {
-            By::Portal(cluster) => &cluster.world,
-            _ => world.as_ref().expect("one of both"),
-        };
+        let place = by.world();
         let client = place.pod(0, "client");
         let servers = [place.pod(1, "remote"), place.pod(0, "local")];
         for namespace in servers.iter().map(|pod| &pod.namespace).chain([&client.namespace]) {
@@ -125,23 +131,20 @@ impl Column {
             outsider.offload("eth0", false);
             servers[0].namespace.offload("eth0", false);
         }
-        let column = Self { name, by, world, client, servers, outsider, _ends: ends };
+        let column = Self { name, by, client, servers, outsider, _ends: ends };
         column.lead(services);
         column
     }
 
     fn world(&self) -> &World {
-        match &self.by {
-            By::Portal(cluster) => &cluster.world,
-            _ => self.world.as_ref().expect("one of both"),
-        }
+        self.by.world()
     }
 
     /// Makes the Services.
     fn lead(&self, others: u16) {
         match &self.by {
-            By::Nobody => {}
-            By::Rules => {
+            By::Nobody(_) => {}
+            By::Rules(_) => {
                 let pods = [0, 1].map(|number: usize| self.servers[number].v4);
                 for node in &self.world().nodes {
                     node.namespace.firewall(&rules::of(pods, others));
@@ -165,7 +168,7 @@ impl Column {
         let number = usize::from(door == Door::PodToLocal);
         let pod = &self.servers[number];
         let (ip, port): (IpAddr, u16) = match (&self.by, door) {
-            (By::Nobody, _) => (pod.v4.into(), port),
+            (By::Nobody(_), _) => (pod.v4.into(), port),
             (_, Door::OutsideToRemote) => {
                 (self.world().nodes[0].address(false), NODE_PORT + u16::from(port == IPERF))
             }
@@ -183,27 +186,10 @@ impl Column {
     pub fn command(&self, door: Door, program: &Path) -> Command {
         match door {
             Door::NodeToRemote => command(&self.world().nodes[0], program, true),
-            Door::OutsideToRemote => within(&self.outsider, program),
-            Door::PodToRemote | Door::PodToLocal => within(&self.client.namespace, program),
+            Door::OutsideToRemote => command_in(&self.outsider, program),
+            Door::PodToRemote | Door::PodToLocal => command_in(&self.client.namespace, program),
         }
     }
-}
-
-/// A command that runs in a namespace, and dies with the thread that starts it.
-pub fn within(namespace: &Namespace, program: &Path) -> Command {
-    use std::os::fd::AsFd;
-    use std::os::unix::process::CommandExt;
-
-    let mut command = Command::new(program);
-    let namespace = namespace.clone();
-    let enter = move || {
-        nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL)?;
-        nix::sched::setns(namespace.fd().as_fd(), nix::sched::CloneFlags::CLONE_NEWNET)?;
-        Ok(())
-    };
-    // SAFETY: between fork and exec only system calls are made.
-    unsafe { command.pre_exec(enter) };
-    command
 }
 
 fn expose(cluster: &Cluster, name: &str, vip: Ipv4Addr, pod: &Pod, has_node_port: bool) {

@@ -5,9 +5,10 @@ use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use portal::testing::agent::command_in;
 use portal::testing::eventually;
 
-use crate::columns::{Column, Door, within};
+use crate::columns::{Column, Door};
 
 /// The port of the pods' web servers.
 pub const WEB: u16 = 8080;
@@ -144,7 +145,7 @@ impl Tools {
     /// An iperf3 for one client.
     fn serve(&self, column: &Column, door: Door) -> Result<Server> {
         let pod = column.server(door);
-        let mut server = within(&pod.namespace, &self.program("iperf3"));
+        let mut server = command_in(&pod.namespace, &self.program("iperf3"));
         self.prepared(&mut server).args(["-s", "-1"]);
         let child = server.stdout(Stdio::null()).spawn().context("cannot run iperf3")?;
         let server = Server(child);

@@ -60,16 +60,17 @@ struct Drops {
     count: u64,
     /// The last 32 looks, the newest in the lowest bit: whether it was more than at the look before.
     rises: u32,
-    /// So often that the link is left to tc.
-    is_condemned: bool,
 }
 
 impl Drops {
     /// With one look more.
     const fn seen(self, count: u64) -> Self {
-        const TOO_OFTEN: u32 = 3;
-        let rises = self.rises << 1 | (count > self.count) as u32;
-        Self { count, rises, is_condemned: self.is_condemned || rises.count_ones() >= TOO_OFTEN }
+        Self { count, rises: self.rises << 1 | (count > self.count) as u32 }
+    }
+
+    /// Whether it was so often that the link is left to tc. Then there is no look more.
+    const fn are_too_many(self) -> bool {
+        self.rises.count_ones() >= 3
     }
 }
 
@@ -86,9 +87,12 @@ impl Relays {
 
     /// Attaches to an uplink, or renews it there; or leaves the link to tc, and says why, once.
     pub fn attach(&mut self, ebpf: &mut Ebpf, pins: &mut PinnedLinks, ifindex: u32) {
+        if self.mode == XdpMode::Off {
+            return self.take_off(pins, ifindex);
+        }
         let done = facts_of(ifindex).map_err(Left::Unknown).and_then(|facts| {
             let manner = fit(self.mode, &facts)?;
-            if self.drops.get(&ifindex).is_some_and(|drops| drops.is_condemned) {
+            if self.drops.get(&ifindex).is_some_and(|drops| drops.are_too_many()) {
                 return Err(Left::Drops);
             }
             put(ebpf, pins, ifindex, manner).map_err(Left::Refused)?;
@@ -100,7 +104,7 @@ impl Relays {
             Ok(()) => drop(self.left.remove(&ifindex)),
             Err(left) => {
                 // What it has dropped counts on.
-                self.drops.retain(|index, drops| *index != ifindex || drops.is_condemned);
+                self.drops.retain(|index, drops| *index != ifindex || drops.are_too_many());
                 self.take_off(pins, ifindex);
                 self.leave(ifindex, &left);
             }
@@ -110,16 +114,15 @@ impl Relays {
     /// Leaves to tc what drops what XDP sends by it, for good: a driver may say that it has XDP and not send, as a veth link whose other
     /// end does not take part.
     pub fn watch(&mut self, pins: &mut PinnedLinks) {
-        let known: Vec<u32> = self.drops.keys().copied().collect();
-        for ifindex in known {
-            let Ok(Some(count)) = dropped_by(ifindex) else { continue };
-            let drops = self.drops.entry(ifindex).or_default();
-            let was_condemned = drops.is_condemned;
+        let mut fresh = Vec::new();
+        for (ifindex, drops) in self.drops.iter_mut().filter(|(_, drops)| !drops.are_too_many()) {
+            let Ok(Some(count)) = dropped_by(*ifindex) else { continue };
             *drops = drops.seen(count);
-            if drops.is_condemned && !was_condemned {
-                self.take_off(pins, ifindex);
-                self.leave(ifindex, &Left::Drops);
-            }
+            fresh.extend(drops.are_too_many().then_some(*ifindex));
+        }
+        for ifindex in fresh {
+            self.take_off(pins, ifindex);
+            self.leave(ifindex, &Left::Drops);
         }
     }
 
@@ -137,7 +140,7 @@ impl Relays {
         let name = nix::net::if_::if_indextoname(ifindex);
         let name = name.map_or_else(|_| ifindex.to_string(), |n| n.to_string_lossy().into_owned());
         let text = format!("link {name} is served by tc and not by XDP: {left}");
-        if self.mode != XdpMode::Off && self.left.get(&ifindex) != Some(&text) {
+        if self.left.get(&ifindex) != Some(&text) {
             tracing::info!("{text}");
         }
         self.left.insert(ifindex, text);
@@ -170,8 +173,8 @@ impl Relays {
 
     /// How many uplinks have it, and how many were to have it and are left to tc.
     pub fn count(&self) -> [usize; 2] {
-        let left = if self.mode == XdpMode::Off { 0 } else { self.left.len() };
-        [self.drops.len() - self.drops.values().filter(|drops| drops.is_condemned).count(), left]
+        let have = self.drops.values().filter(|drops| !drops.are_too_many());
+        [have.count(), self.left.len()]
     }
 }
 
@@ -214,7 +217,6 @@ struct Facts {
 /// Why a link is left to tc.
 #[derive(Debug)]
 enum Left {
-    Off,
     Kind(InfoKind),
     Slow,
     Vlans,
@@ -226,7 +228,6 @@ enum Left {
 impl fmt::Display for Left {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Off => f.write_str("--xdp=off"),
             Self::Kind(kind) => write!(f, "it is a {kind} link, and not a NIC"),
             Self::Slow => f.write_str(
                 "it is a veth link, where XDP costs more than it saves (--xdp=native tries it)",
@@ -250,13 +251,9 @@ impl fmt::Display for Left {
     }
 }
 
-/// How a link gets it.
+/// How a link gets it, in any mode but off.
 fn fit(mode: XdpMode, facts: &Facts) -> Result<Manner, Left> {
-    let manner = match mode {
-        XdpMode::Off => return Err(Left::Off),
-        XdpMode::Auto | XdpMode::Native => Manner::Native,
-        XdpMode::Generic => Manner::Generic,
-    };
+    let manner = if mode == XdpMode::Generic { Manner::Generic } else { Manner::Native };
     match &facts.kind {
         _ if facts.has_vlans => Err(Left::Vlans),
         Some(InfoKind::Veth) if mode == XdpMode::Auto => Err(Left::Slow),
@@ -326,9 +323,9 @@ mod tests {
         let after =
             |counts: &[u64]| counts.iter().fold(Drops::default(), |d, count| d.seen(*count));
         let now_and_then = [[1; 20], [2; 20], [3; 20], [4; 20]].concat();
-        assert!(!after(&now_and_then).is_condemned);
-        assert!(after(&[0, 1, 1, 2, 2, 2, 3]).is_condemned, "in bursts");
-        assert!(after(&[[1].as_slice(), &[2], &[3], &[3; 100]].concat()).is_condemned, "for good");
+        assert!(!after(&now_and_then).are_too_many());
+        assert!(after(&[0, 1, 2, 3]).are_too_many());
+        assert!(after(&[0, 1, 1, 2, 2, 2, 3]).are_too_many(), "in bursts");
     }
 
     #[test]
@@ -337,7 +334,6 @@ mod tests {
         let [nic, veth, bond] = [None, Some(InfoKind::Veth), Some(InfoKind::Bond)].map(plain);
         let shared = Facts { has_vlans: true, ..nic.clone() };
         for (mode, wanted) in [
-            (XdpMode::Off, [None; 4]),
             (XdpMode::Auto, [Some(Manner::Native), None, None, None]),
             (XdpMode::Native, [Some(Manner::Native), Some(Manner::Native), None, None]),
             (XdpMode::Generic, [Some(Manner::Generic), Some(Manner::Generic), None, None]),

@@ -15,6 +15,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use super::apiserver::ApiServer;
+use super::namespace::Namespace;
 use super::world::{BPFFS, Node};
 use super::{patience, within};
 
@@ -51,6 +52,20 @@ pub fn command(node: &Node, program: &Path, in_cgroup: bool) -> Command {
     };
     // SAFETY: between fork and exec only system calls are made, and one allocation-free write to a
     // path prepared before.
+    unsafe { command.pre_exec(enter) };
+    command
+}
+
+/// A command that runs in a network namespace. It dies with the thread that starts it.
+pub fn command_in(namespace: &Namespace, program: &Path) -> Command {
+    let mut command = Command::new(program);
+    let net = namespace.clone();
+    let enter = move || {
+        nix::sys::prctl::set_pdeathsig(Signal::SIGKILL)?;
+        setns(net.fd().as_fd(), CloneFlags::CLONE_NEWNET)?;
+        Ok(())
+    };
+    // SAFETY: between fork and exec only system calls are made.
     unsafe { command.pre_exec(enter) };
     command
 }

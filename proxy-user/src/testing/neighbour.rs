@@ -1,4 +1,4 @@
-//! Programs of someone else at the same hook of a link (tcx).
+//! Programs of someone else at the same hooks of a link.
 
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::OwnedFd;
