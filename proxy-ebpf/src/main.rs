@@ -13,6 +13,8 @@
 )]
 
 #[cfg(any(target_arch = "bpf", feature = "lint"))]
+mod counters;
+#[cfg(any(target_arch = "bpf", feature = "lint"))]
 mod hooks;
 #[cfg(any(target_arch = "bpf", feature = "lint"))]
 mod maps;

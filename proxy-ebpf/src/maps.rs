@@ -26,6 +26,8 @@ use proxy_common::tables::{
 use proxy_common::{Family, Outcome, V4, V6};
 use proxy_ebpf::datapath::{Refused, Service, Story, Tables};
 
+use crate::counters::{add, bump};
+
 const ON_DEMAND: usize = BPF_F_NO_PREALLOC as usize;
 const MAPPED: usize = BPF_F_MMAPABLE as usize;
 
@@ -103,35 +105,6 @@ pub fn count(outcome: Outcome, times: u32) {
         // interrupts may lose one; counters are not worth a lock.
         unsafe { *count += u64::from(times) };
     }
-}
-
-/// Changes a counter in an array map and returns what it was. Two CPUs at once may count one step less:
-/// they choose the same backend, and the sweep counts loads anew.
-#[inline(always)]
-fn bump(counter: *mut u32, step: impl FnOnce(u32) -> u32) -> u32 {
-    // SAFETY: callers pass an element of an array map, aligned and never freed, which is shared memory:
-    // hence volatile.
-    unsafe {
-        let before = counter.read_volatile();
-        counter.write_volatile(step(before));
-        before
-    }
-}
-
-/// Adds to a counter that all CPUs share, atomically. The target has no such method, since it can't also
-/// return what was there before Linux 5.12.
-///
-/// # Safety
-/// The counter must be aligned and stay mapped.
-#[inline(always)]
-unsafe fn add(counter: *mut u64, more: u64) {
-    // SAFETY: the caller's promise; nothing else is touched.
-    #[cfg(target_arch = "bpf")]
-    unsafe {
-        core::arch::asm!("lock *(u64 *)({0} + 0) += {1}", in(reg) counter, in(reg) more, options(nostack));
-    }
-    #[cfg(not(target_arch = "bpf"))]
-    let _ = (counter, more);
 }
 
 /// What one family needs of the kernel's maps.

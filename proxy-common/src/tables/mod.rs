@@ -37,12 +37,13 @@ pub mod peer;
 pub mod record;
 pub mod service;
 pub mod short_cut;
+pub mod state;
 pub mod work;
 
 pub use config::{Config, Name, Traffic};
 pub use endpoint::Bits;
 pub use exit::{Exit, ExitData, ExitKey};
-pub use flow::{EmbryoValue, Facts, FlowKey, FlowValue, Making, Origin, Side, State, expired, tag};
+pub use flow::{EmbryoValue, Facts, FlowKey, FlowValue, Making, Origin, Side, expired, tag};
 pub use fragment::{FragmentKey, FragmentValue};
 pub use peer::{PeerKey, PeerValue};
 pub use record::{EmbryoRecord, FlowRecord};
@@ -51,4 +52,5 @@ pub use service::{
     ServiceValue, Slots, SourceRange, Way,
 };
 pub use short_cut::ShortCut;
+pub use state::State;
 pub use work::{Decision, LastResort, Memory, Packet, Part, Request, Work};

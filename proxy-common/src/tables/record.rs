@@ -3,7 +3,8 @@
 use core::marker::PhantomData;
 use core::ptr::NonNull;
 
-use super::flow::{EmbryoValue, Facts, FlowKey, FlowValue, Making, Origin, State, expired, tag};
+use super::flow::{EmbryoValue, Facts, FlowKey, FlowValue, Making, Origin, expired, tag};
+use super::state::State;
 use crate::Family;
 
 /// A record in its map, read and written in place.

@@ -1,6 +1,7 @@
 //! A short cut past the host stack, made of what is known of a flow that goes by it.
 
-use super::flow::{FlowKey, FlowValue, Origin, Side, State, expired, tag};
+use super::flow::{FlowKey, FlowValue, Origin, Side, expired, tag};
+use super::state::State;
 use crate::Family;
 
 /// The two records that take a short cut: what they are to be instead of what they are.

@@ -12,7 +12,7 @@
 //! - [`icmp`] (errors about flows, and pings) and [`refuse`] (answers to what no backend serves).
 //! - [`socket`]: the same decision at connect and sendmsg, before there is a packet.
 //!
-//! Steps: [`live`] and [`pending`] (a flow that is known wins), [`choose`], [`place`] and [`open`]
+//! Steps: [`live`] and [`pending`] with [`promote`] (a flow that is known wins), [`choose`], [`place`] and [`open`]
 //! (otherwise one is recorded), [`rewrite`] (the only code that changes a packet that goes on).
 
 pub mod catch;
@@ -25,6 +25,7 @@ pub mod live;
 pub mod open;
 pub mod pending;
 pub mod place;
+pub mod promote;
 pub mod refuse;
 pub mod relay;
 pub mod rewrite;

@@ -9,6 +9,7 @@ use proxy_common::tables::{
 use proxy_common::{Family, Outcome, proto};
 
 use super::live::{self, is_stale, lifetime};
+use super::promote::{is_anothers, promote};
 use super::{Refused, Tables};
 use crate::packet::{Frame, Wire, tcp};
 
@@ -21,7 +22,7 @@ const AFTERMATH: u32 = 2;
 const WINDOW: u32 = 65_536;
 
 /// The keys of a packet's flow: its own direction's and the other's.
-type Keys<'a, F> = (&'a FlowKey<F>, &'a FlowKey<F>);
+pub(super) type Keys<'a, F> = (&'a FlowKey<F>, &'a FlowKey<F>);
 
 /// The flow that is not live which the packet belongs to, if it still holds. The other direction's key
 /// is then in `other`.
@@ -296,7 +297,7 @@ pub fn is_current<F: Family, T: Tables<F>>(
 
 /// Whether that is the state of a flow that would be live if there was room.
 #[inline(always)]
-fn is_alive(state: State) -> bool {
+pub(super) fn is_alive(state: State) -> bool {
     matches!(state, State::Established | State::Finished)
 }
 
@@ -380,114 +381,6 @@ fn is_heard<P: Frame>(
 fn next_number<F: Wire, P: Frame>(frame: &P, packet: &Packet) -> Option<u32> {
     let [sequence, _] = tcp::numbers(frame, packet)?;
     Some(sequence.wrapping_add(tcp::sequence_length::<F, P>(frame, packet)?))
-}
-
-/// Moves a client's flow among the live ones, if there is room. `None` if a live flow of another client has its
-/// place: then this one is over.
-#[inline(always)]
-fn promote<F: Family, T: Tables<F>>(
-    tables: &T,
-    (key, other): Keys<'_, F>,
-    memory: &mut Memory<F>,
-    origin: Origin,
-    state: State,
-    now: u32,
-) -> Option<Outcome> {
-    let reply = insert_reply(tables, (key, other), memory, origin, now);
-    if reply == Err(Refused::Full) {
-        return Some(stay(tables, (key, other), memory, state));
-    }
-    if reply == Err(Refused::Exists) && is_anothers(tables, (key, other), &mut memory.spare) {
-        return None;
-    }
-    memory.live.fill(key, other, origin, now);
-    memory.live.state = state as u8;
-    let forward = tables.insert_flow(key, &memory.live);
-    if forward == Err(Refused::Full) {
-        if reply.is_ok() {
-            tables.remove(other);
-        }
-        return Some(stay(tables, (key, other), memory, state));
-    }
-    // Another CPU that had inserted the reply's may have found no room for this one, and taken that back.
-    if reply.is_err()
-        && live::half(tables, key, other, &mut memory.spare).is_none()
-        && insert_reply(tables, (key, other), memory, origin, now) == Err(Refused::Full)
-    {
-        if forward.is_ok() {
-            tables.remove(key);
-        }
-        return Some(stay(tables, (key, other), memory, state));
-    }
-    Some(Outcome::Established)
-}
-
-/// Whether a live flow of another client has the place of a flow's answers.
-#[inline(always)]
-fn is_anothers<F: Family, T: Tables<F>>(
-    tables: &T,
-    (key, other): Keys<'_, F>,
-    spare: &mut FlowKey<F>,
-) -> bool {
-    let record = tables.flow(other);
-    record.is_some_and(|record| record.read(other, spare).is_some() && *spare != *key)
-}
-
-/// Inserts the reply's record of a live flow.
-#[inline(always)]
-fn insert_reply<F: Family, T: Tables<F>>(
-    tables: &T,
-    (key, other): Keys<'_, F>,
-    memory: &mut Memory<F>,
-    origin: Origin,
-    now: u32,
-) -> Result<(), Refused> {
-    memory.live.fill(other, key, origin.inverse(), now);
-    tables.insert_flow(other, &memory.live)
-}
-
-/// Keeps a live flow where it is, since there is no room among live ones.
-#[inline(always)]
-fn stay<F: Family, T: Tables<F>>(
-    tables: &T,
-    (key, other): Keys<'_, F>,
-    memory: &mut Memory<F>,
-    state: State,
-) -> Outcome {
-    tables.count(Outcome::TableFull, 1);
-    mark(tables, (key, other), memory, state);
-    if half_is_making(tables, (key, other), memory) {
-        mark(tables, (other, key), memory, State::Established);
-    }
-    Outcome::Forwarded
-}
-
-#[inline(always)]
-fn half_is_making<F: Family, T: Tables<F>>(
-    tables: &T,
-    (key, other): Keys<'_, F>,
-    memory: &mut Memory<F>,
-) -> bool {
-    tables
-        .embryo(other)
-        .and_then(|record| record.read(other, &mut memory.spare))
-        .is_some_and(|(facts, _)| memory.spare == *key && !is_alive(facts.state))
-}
-
-/// Notes a direction's state in its record, if it still leads to `other`.
-#[inline(always)]
-fn mark<F: Family, T: Tables<F>>(
-    tables: &T,
-    (key, other): Keys<'_, F>,
-    memory: &mut Memory<F>,
-    state: State,
-) {
-    if let Some(record) = tables.embryo(key)
-        && record.read(key, &mut memory.spare).is_some()
-        && memory.spare == *other
-    {
-        record.common().set_state(state);
-    }
 }
 
 /// A connection that is not live has ended, as far as can be seen.

@@ -68,8 +68,18 @@ impl By {
     }
 }
 
-/// The column that the others are ratios to.
-const STRAIGHT: &str = "straight";
+/// How a column's pods are to be led to.
+enum Plan<'a> {
+    /// By their own addresses.
+    Straight,
+    /// By the kernel's NAT.
+    Rules,
+    /// By a build of Portal, with these arguments.
+    Portal(&'a Path, &'a [&'a str]),
+}
+
+/// What has uplinks get XDP.
+const XDP: &str = "--xdp=native";
 
 /// A world to measure in.
 pub struct Column {
@@ -88,19 +98,19 @@ impl Column {
     pub fn all(programs: &Path, other: Option<&Path>, services: u16) -> Vec<Self> {
         let portal = &programs.join("portal");
         let mut columns = vec![
-            Self::new(STRAIGHT, services, None),
-            Self::new("Portal tc", services, Some((portal, &[]))),
-            Self::new("Portal sockets", services, Some((portal, &["--socket-lb=all"]))),
-            Self::new("Portal XDP", services, Some((portal, &["--xdp=native"]))),
-            Self::new("nftables", services, None),
+            Self::new("straight", services, &Plan::Straight),
+            Self::new("Portal tc", services, &Plan::Portal(portal, &[])),
+            Self::new("Portal sockets", services, &Plan::Portal(portal, &["--socket-lb=all"])),
+            Self::new("Portal XDP", services, &Plan::Portal(portal, &[XDP])),
+            Self::new("nftables", services, &Plan::Rules),
         ];
         if let Some(other) = other {
-            columns.push(Self::new("other Portal", services, Some((other, &[]))));
+            columns.push(Self::new("other Portal", services, &Plan::Portal(other, &[])));
         }
         columns
     }
 
-    fn new(name: &'static str, services: u16, portal: Option<(&Path, &[&str])>) -> Self {
+    fn new(name: &'static str, services: u16, plan: &Plan<'_>) -> Self {
         let world = World::new(Cni::Routed);
         for link in ["all", "eth0"] {
             // Who sends by way of a node is not to be told of a shorter way.
@@ -108,17 +118,19 @@ impl Column {
             node.sysctl(&format!("net/ipv4/conf/{link}/send_redirects"), "0");
         }
         let outsider = world.outsider();
-        let is_xdp = name.ends_with("XDP");
+        let is_xdp = matches!(plan, Plan::Portal(_, arguments) if arguments.contains(&XDP));
         // As on a wire, where XDP needs that; and a program at the other end, without which a veth link takes nothing from it.
         let ends = if is_xdp {
             world.nodes.iter().map(|node| Neighbour::at_xdp(&world.wire, &node.name)).collect()
         } else {
             Vec::new()
         };
-        let by = match portal {
-            Some((portal, arguments)) => By::Portal(Cluster::start_in(world, portal, arguments)),
-            None if name == STRAIGHT => By::Nobody(world),
-            None => By::Rules(world),
+        let by = match plan {
+            Plan::Straight => By::Nobody(world),
+            Plan::Rules => By::Rules(world),
+            Plan::Portal(portal, arguments) => {
+                By::Portal(Cluster::start_in(world, portal, arguments))
+            }
         };
         let place = by.world();
         let client = place.pod(0, "client");
