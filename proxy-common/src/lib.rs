@@ -10,6 +10,7 @@
 
 pub mod abi;
 pub mod addr;
+pub mod bench;
 pub mod checksum;
 pub mod crc32c;
 pub mod family;

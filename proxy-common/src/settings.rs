@@ -88,12 +88,43 @@ impl Lifetimes {
 pub const PORT_STRIDE: u32 = 12_347;
 
 map_type! {
+    /// How the programs tell the time: by the kernel's count of timer interrupts, in one load.
+    pub struct Clock {
+        /// How long a jiffy is, in nanoseconds; 0: the precise clock is used.
+        pub jiffy: u32,
+        /// What is added to the nanoseconds of all jiffies for those of `CLOCK_MONOTONIC`, in two halves. Wraps.
+        pub offset: [u32; 2],
+    }
+}
+
+impl Clock {
+    /// The precise clock.
+    pub const PRECISE: Self = Self { jiffy: 0, offset: [0; 2] };
+
+    /// By jiffies of so many nanoseconds.
+    pub const fn new(jiffy: u32, offset: u64) -> Self {
+        let (low, high) = (offset & 0xffff_ffff, offset >> 32);
+        #[expect(clippy::cast_possible_truncation, reason = "halves")]
+        let offset = [low as u32, high as u32];
+        Self { jiffy, offset }
+    }
+
+    /// The time in nanoseconds when there were so many jiffies. Wraps.
+    #[inline(always)]
+    pub const fn time(self, jiffies: u64) -> u64 {
+        let [low, high] = self.offset;
+        let offset = low as u64 | (high as u64) << 32;
+        jiffies.wrapping_mul(self.jiffy as u64).wrapping_add(offset)
+    }
+}
+
+map_type! {
     /// What the agent tells its programs when it loads them.
     pub struct Settings {
         /// Seed of the flow hash; random per node, kept over restarts.
         pub seed: u32,
-        /// 1: `bpf_ktime_get_coarse_ns` exists (5.11); 0: the precise clock is used.
-        pub coarse_clock: u32,
+        /// How the programs tell the time.
+        pub clock: Clock,
         /// 1: `bpf_set_retval` exists for socket hooks (5.18), so that a refusal is ECONNREFUSED.
         pub socket_errno: u32,
         /// 1: `bpf_l4_csum_replace` knows `BPF_F_IPV6` (6.16, and some stable kernels before).
@@ -144,7 +175,7 @@ impl Settings {
     /// No kernel feature assumed.
     pub const DEFAULT: Self = Self {
         seed: 0,
-        coarse_clock: 0,
+        clock: Clock::PRECISE,
         socket_errno: 0,
         ipv6_sums: 0,
         netns: Self::UNKNOWN,

@@ -1,5 +1,17 @@
 //! Counters in maps that several CPUs share.
 
+use aya_ebpf::btf_maps::{Array, PerCpuArray};
+use aya_ebpf::macros::btf_map;
+use proxy_common::Outcome;
+
+const OUTCOMES: usize = 64;
+const _: () = assert!(Outcome::ALL.len() <= OUTCOMES);
+
+#[btf_map(name = "outcomes")]
+static OUTCOME_COUNTS: PerCpuArray<u64, OUTCOMES> = PerCpuArray::new();
+#[btf_map(name = "outcomes_swept")]
+static OUTCOMES_SWEPT: Array<u64, OUTCOMES> = Array::new();
+
 /// Changes a counter in an array map and returns what it was. Two CPUs at once may count one step less:
 /// they choose the same backend, and the sweep counts loads anew.
 #[inline(always)]
@@ -27,4 +39,14 @@ pub unsafe fn add(counter: *mut u64, more: u64) {
     }
     #[cfg(not(target_arch = "bpf"))]
     let _ = (counter, more);
+}
+
+/// Counts an outcome so many times.
+#[inline(always)]
+pub fn count(outcome: Outcome, times: u32) {
+    if let Some(count) = OUTCOME_COUNTS.get_ptr_mut(outcome.index()) {
+        // SAFETY: the pointer is to this CPU's own element. A count that another program on this CPU
+        // interrupts may lose one; counters are not worth a lock.
+        unsafe { *count += u64::from(times) };
+    }
 }

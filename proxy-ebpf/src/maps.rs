@@ -11,22 +11,22 @@ use aya_ebpf::bindings::{
 };
 use aya_ebpf::btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, ProgramArray, RingBuf};
 use aya_ebpf::helpers::{
-    bpf_get_prandom_u32, bpf_get_smp_processor_id, bpf_ktime_get_coarse_ns, bpf_ktime_get_ns,
+    bpf_get_prandom_u32, bpf_get_smp_processor_id, bpf_jiffies64, bpf_ktime_get_ns,
 };
 use aya_ebpf::macros::btf_map;
 use aya_ebpf::maps::lpm_trie::Key;
 use aya_ebpf::programs::TcContext;
 use proxy_common::settings::{Settings, TICK_SHIFT};
-use proxy_common::tables::endpoint::Place;
 use proxy_common::tables::{
-    AffinityKey, AffinityValue, Backend, Bits, Config, EmbryoRecord, EmbryoValue, Exit, ExitData,
-    ExitKey, FlowKey, FlowRecord, FlowValue, FragmentKey, FragmentValue, Name, PeerKey, PeerValue,
-    RangeData, ServiceKey, ServiceValue, Slots, SourceRange, Traffic, Way, Work,
+    AffinityKey, AffinityValue, Backend, Config, EmbryoRecord, EmbryoValue, Exit, ExitData,
+    ExitKey, FlowKey, FlowRecord, FlowValue, FragmentKey, FragmentValue, Interest, Kinds, Name,
+    PeerKey, PeerValue, Ports, RangeData, ServiceKey, ServiceValue, Slots, SourceRange, Spot,
+    Traffic, Way, Work,
 };
-use proxy_common::{Family, Outcome, V4, V6};
+use proxy_common::{Family, Outcome, Port, V4, V6};
 use proxy_ebpf::datapath::{Refused, Service, Story, Tables};
 
-use crate::counters::{add, bump};
+use crate::counters::{add, bump, count};
 
 const ON_DEMAND: usize = BPF_F_NO_PREALLOC as usize;
 const MAPPED: usize = BPF_F_MMAPABLE as usize;
@@ -42,7 +42,6 @@ const PEERS: usize = 65_536;
 const AFFINITIES: usize = 65_536;
 const RANGES: usize = 65_536;
 const EXITS: usize = 4_096;
-const OUTCOMES: usize = 64;
 /// Uplinks with XDP.
 const LINKS: usize = 256;
 const PORT_TURNS: usize = 4_096;
@@ -52,8 +51,6 @@ const WISHES_SIZE: usize = 1 << 17;
 /// For each story a program of either family, with Ethernet headers and without.
 const TAILS: usize = Story::COUNT * 4;
 
-const _: () = assert!(Outcome::ALL.len() <= OUTCOMES);
-
 /// The agent's settings, frozen at load.
 #[unsafe(no_mangle)]
 static SETTINGS: Global<Settings> = Global::new(Settings::DEFAULT);
@@ -62,15 +59,13 @@ static SETTINGS: Global<Settings> = Global::new(Settings::DEFAULT);
 static CONFIG: Array<Config, 1> = Array::new();
 #[btf_map(name = "names")]
 static NAMES: HashMap<u32, Name, SERVICES, ON_DEMAND> = HashMap::new();
-#[btf_map(name = "outcomes")]
-static OUTCOME_COUNTS: PerCpuArray<u64, OUTCOMES> = PerCpuArray::new();
-#[btf_map(name = "outcomes_swept")]
-static OUTCOMES_SWEPT: Array<u64, OUTCOMES> = Array::new();
 #[btf_map(name = "slots")]
 static SLOT_NUMBERS: Array<Slots, { SLOTS / 2 }, MAPPED> = Array::new();
 
 #[btf_map(name = "turns")]
 static TURNS: Array<u32, SERVICES> = Array::new();
+#[btf_map(name = "ports")]
+static PORTS: Array<Ports, { Ports::COUNT }, MAPPED> = Array::new();
 #[btf_map(name = "port_turns")]
 static PORT_TURN: PerCpuArray<u32, PORT_TURNS> = PerCpuArray::new();
 #[btf_map(name = "traffic")]
@@ -97,22 +92,12 @@ pub fn relays(link: u32) -> bool {
     RELAYS.get_ptr(link).is_some()
 }
 
-/// Counts an outcome so many times.
-#[inline(always)]
-pub fn count(outcome: Outcome, times: u32) {
-    if let Some(count) = OUTCOME_COUNTS.get_ptr_mut(outcome.index()) {
-        // SAFETY: the pointer is to this CPU's own element. A count that another program on this CPU
-        // interrupts may lose one; counters are not worth a lock.
-        unsafe { *count += u64::from(times) };
-    }
-}
-
 /// What one family needs of the kernel's maps.
 macro_rules! tables {
     (
         $tables:ident, $family:ty,
         $services:ident = $services_name:literal, $backends:ident = $backends_name:literal,
-        $ways:ident = $ways_name:literal, $endpoints:ident = $endpoints_name:literal,
+        $ways:ident = $ways_name:literal, $interest:ident = $interest_name:literal,
         $loads:ident = $loads_name:literal, $exits:ident = $exits_name:literal,
         $flows:ident = $flows_name:literal, $embryos:ident = $embryos_name:literal,
         $fragments:ident = $fragments_name:literal, $peers:ident = $peers_name:literal,
@@ -127,8 +112,8 @@ macro_rules! tables {
         static $backends: Array<Backend<$family>, BACKENDS, MAPPED> = Array::new();
         #[btf_map(name = $ways_name)]
         static $ways: Array<Way<$family>, WAYS, MAPPED> = Array::new();
-        #[btf_map(name = $endpoints_name)]
-        static $endpoints: Array<Bits, { Bits::COUNT }, MAPPED> = Array::new();
+        #[btf_map(name = $interest_name)]
+        static $interest: Array<Interest, { Interest::COUNT }, MAPPED> = Array::new();
         #[btf_map(name = $loads_name)]
         static $loads: Array<u32, BACKENDS, MAPPED> = Array::new();
         #[btf_map(name = $exits_name)]
@@ -179,11 +164,12 @@ macro_rules! tables {
 
             #[inline(always)]
             fn now(&self) -> u32 {
-                let time = if Tables::<$family>::setting(self, |s| &s.coarse_clock) != 0 {
-                    // SAFETY: the helper only reads a clock.
-                    unsafe { bpf_ktime_get_coarse_ns() }
+                let clock = Tables::<$family>::setting(self, |s| &s.clock);
+                let time = if clock.jiffy != 0 {
+                    // SAFETY: the helper only reads a counter.
+                    clock.time(unsafe { bpf_jiffies64() })
                 } else {
-                    // SAFETY: as above.
+                    // SAFETY: the helper only reads a clock.
                     unsafe { bpf_ktime_get_ns() }
                 };
                 (time >> TICK_SHIFT) as u32
@@ -248,9 +234,30 @@ macro_rules! tables {
             }
 
             #[inline(always)]
-            fn may_be_endpoint(&self, address: &<$family as Family>::Addr) -> bool {
-                let Place { element, word, mask } = Bits::place(address);
-                $endpoints.get(element).is_some_and(|bits| bits.words[word & 1] & mask != 0)
+            fn interest(&self, address: &<$family as Family>::Addr) -> Kinds {
+                let Spot { element, bit } = Spot::of(address);
+                $interest.get(element).map_or(Kinds::NONE, |spot| spot.kinds(bit))
+            }
+
+            #[inline(always)]
+            fn is_server(&self, address: &<$family as Family>::Addr, port: Port) -> bool {
+                let Spot { element, bit } = Spot::of_server(address, port);
+                $interest.get(element).is_some_and(|spot| spot.words[3] >> bit & 1 != 0)
+            }
+
+            #[inline(always)]
+            fn take_port(&self, port: Port) {
+                let (element, half) = Ports::place(port);
+                if let Some(ports) = PORTS.get_ptr_mut(element) {
+                    // SAFETY: all that is ever written there is the same word.
+                    unsafe { (&raw mut (*ports).taken[half]).write_volatile(1) };
+                }
+            }
+
+            #[inline(always)]
+            fn is_port(&self, port: Port) -> bool {
+                let (element, half) = Ports::place(port);
+                PORTS.get(element).is_some_and(|ports| ports.taken[half] | ports.served[half] != 0)
             }
 
             #[inline(always)]
@@ -437,7 +444,7 @@ tables!(
     SERVICES_V4 = "services_v4",
     BACKENDS_V4 = "backends_v4",
     WAYS_V4 = "ways_v4",
-    ENDPOINTS_V4 = "endpoints_v4",
+    INTEREST_V4 = "interest_v4",
     LOADS_V4 = "loads_v4",
     EXITS_V4 = "exits_v4",
     FLOWS_V4 = "flows_v4",
@@ -456,7 +463,7 @@ tables!(
     SERVICES_V6 = "services_v6",
     BACKENDS_V6 = "backends_v6",
     WAYS_V6 = "ways_v6",
-    ENDPOINTS_V6 = "endpoints_v6",
+    INTEREST_V6 = "interest_v6",
     LOADS_V6 = "loads_v6",
     EXITS_V6 = "exits_v6",
     FLOWS_V6 = "flows_v6",

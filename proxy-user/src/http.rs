@@ -171,7 +171,7 @@ impl Status {
                 let _ = writeln!(text, "{name}{{table=\"{}\"}} {}", of.table, value(of));
             }
         }
-        text.push_str("# HELP portal_outcomes_total Packets and socket calls by what was done. A live flow's are told once a second.\n");
+        text.push_str("# HELP portal_outcomes_total Packets and socket calls by what was done. A live flow's are told once in four seconds.\n");
         text.push_str("# TYPE portal_outcomes_total counter\n");
         for (outcome, count) in read::outcomes(&self.bpffs_root).unwrap_or_default() {
             let _ =

@@ -3,31 +3,24 @@
 //! Each test has a BPF file system of its own, which nobody else sees.
 
 use std::collections::BTreeMap;
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::{Duration, Instant};
 
-use aya::maps::{HashMap, Map, MapData, ProgramArray};
+use aya::maps::{HashMap, Map, MapData};
 use aya::programs::{Program, SchedClassifier, TestRun, TestRunOptions};
-use aya::{Ebpf, EbpfLoader};
-use ipnet::IpNet;
-use portal::desired::{Access, Backend, Frontend, Port, PortId, Tables};
 use portal::kernel::{
-    Datapath, Options, Sizes, SocketLb, TcMode, XdpMode, cleanup, maps_folder, name_of, probe,
-    read, shapes,
+    Datapath, Options, SocketLb, cleanup, clock, maps_folder, name_of, read, shapes,
 };
-use portal::model::{IpFamily, ObjectName, Protocol};
-use portal::plan::Planner;
-use portal::routes::Route;
+use portal::testing::installed::{self, Installed, options};
 use portal::testing::namespace::Mounts;
 use portal::testing::program::{lets_pass_with_a_tail_call, stack_of};
-use proxy_common::settings::{Lifetimes, Settings};
+use proxy_common::settings::Settings;
 use proxy_common::tables::{
     AffinityKey, AffinityValue, EmbryoValue, FlowKey, FlowValue, FragmentKey, FragmentValue,
-    Origin, ServiceValue, Side,
+    Origin, Side,
 };
-use proxy_common::testing::{Case, Hook, LINK, MTU, NODE, Packet, Service, Step, cases};
+use proxy_common::testing::{Case, Hook, Packet, Service, Step, cases};
 use proxy_common::{Family, Outcome, V4, V6, proto};
 
 const BPFFS: &str = "/mnt/bpf";
@@ -52,32 +45,11 @@ const STACK_BUDGET: u32 = 448;
 /// How long the machine code of a program for every packet may be, in bytes.
 const HOT_TEXT: u32 = 12 * 1024;
 
-fn options() -> Options {
-    Options {
-        bpffs_root: Path::new(BPFFS).join("portal"),
-        cgroup_root: None,
-        socket_lb: SocketLb::Off,
-        tc: TcMode::Auto,
-        xdp: XdpMode::Off,
-        sizes: Sizes { flows: 1000, embryos: 1000, ..Sizes::SMALL },
-        lifetimes: Lifetimes::DEFAULT,
-        takeover_grace: 0,
-        masquerade_ports: (32_768, 65_535),
-        trace: false,
-        short_cut: true,
-        catch_all: 0,
-        vip_ping: true,
-        masquerade_all: false,
-        masquerade_pods: false,
-        cluster_cidrs: Vec::new(),
-    }
-}
-
 /// Runs a test where there is a fresh BPF file system.
 fn on_bpffs<T: Send>(test: impl FnOnce(Options) -> T + Send) -> T {
     let mounts = Mounts::new();
     mounts.bpffs(BPFFS);
-    mounts.run(|| test(options()))
+    mounts.run(|| test(options(Path::new(BPFFS))))
 }
 
 /// The object that the tests were built with.
@@ -86,109 +58,31 @@ fn object() -> Vec<u8> {
     std::fs::read(&path).unwrap_or_else(|e| panic!("{}: {e}", Path::new(&path).display()))
 }
 
-/// The programs once more, on the maps of an installed datapath.
-fn load(options: &Options, settings: &Settings) -> Ebpf {
-    let maps = maps_folder(&options.bpffs_root);
-    let pins: Vec<_> = shapes().map(|shape| (shape.name, maps.join(shape.name))).collect();
-    let mut loader = EbpfLoader::new();
-    loader.override_global("SETTINGS", settings, true);
-    loader.override_global("AYA_LOG_LEVEL", &0_u8, true);
-    for (name, path) in &pins {
-        let size = MapData::from_pin(path).unwrap().info().unwrap().max_entries();
-        loader.map_pin_path(name, path).map_max_entries(name, size);
-    }
-    let mut programs = loader.load(&object()).unwrap();
-    for (name, program) in programs.programs_mut() {
-        let taken = match program {
-            Program::SchedClassifier(program) => program.load(),
-            Program::Xdp(program) => program.load(),
-            _ => Ok(()),
-        };
-        taken.unwrap_or_else(|error| panic!("{name}: {error}"));
-    }
-    fill_tails(&mut programs);
-    programs
-}
-
-/// The stories' programs, in the order of `datapath::Story`.
-const STORIES: [&str; 10] =
-    ["pod", "out", "reply", "pending", "arrive", "leave", "settle", "send", "refuse", "icmp"];
-
-fn fill_tails(programs: &mut Ebpf) {
-    let mut tails = ProgramArray::try_from(programs.take_map("tails").unwrap()).unwrap();
-    for (story, name) in (0..).zip(STORIES) {
-        for (family, suffix) in [(0, "4"), (1, "6")] {
-            for (kind, prefix) in [(0, ""), (1, "l3")] {
-                let name = format!("portal_{prefix}{name}{suffix}");
-                if let Some(program) = programs.program(&name) {
-                    let program: &SchedClassifier = program.try_into().unwrap();
-                    let index = story * 4 + family * 2 + kind;
-                    tails.set(index, program.fd().unwrap(), 0).unwrap();
-                }
-            }
-        }
-    }
-    // The kernel empties a table that nobody holds.
-    std::mem::forget(tails);
-}
-
-/// The programs once more, on the maps of an installed datapath, to be run on packets.
-struct Bench {
-    datapath: Datapath,
-    planner: Planner,
-    programs: Ebpf,
-    root: PathBuf,
-}
+/// The programs on the maps of an installed datapath, to be run on packets.
+struct Bench(Installed);
 
 impl Bench {
     fn new(options: &Options) -> Self {
-        let (datapath, planner) = Datapath::install(options).unwrap();
-        let programs = load(options, &Settings::DEFAULT);
-        Self { datapath, planner, programs, root: options.bpffs_root.clone() }
-    }
-
-    fn serve(&mut self, services: &[Service]) {
-        let wanted = tables(services);
-        let mut refusals = Vec::new();
-        // Long enough after any change before.
-        let now = Instant::now() + Duration::from_secs(2);
-        let held: Vec<PortId> = self.planner.ports().cloned().collect();
-        let gone = held.into_iter().filter(|port| !wanted.contains_key(port));
-        let changes: Vec<_> = gone
-            .map(|port| (port, None))
-            .chain(wanted.iter().map(|(port, tables)| (port.clone(), Some(tables.clone()))))
-            .collect();
-        let backends = services.iter().flat_map(|service| &service.backends);
-        let route = |backend: &SocketAddr| {
-            let source = NODE[usize::from(backend.is_ipv6())];
-            (backend.ip(), Some(Route { source, link: LINK, mtu: MTU, hop: None }))
-        };
-        self.datapath.set_routes(&backends.map(route).collect());
-        let ops = self.planner.plan(now, &changes, &mut refusals);
-        self.datapath.apply(&ops).unwrap();
-        assert_eq!(refusals, []);
-        let marks = NODE.map(|ip| (ip, ServiceValue::NODE | ServiceValue::NODE_PORTS)).into();
-        let ops = self.planner.plan_node(&marks);
-        self.datapath.apply(&ops).unwrap();
+        Self(Installed::new(options, &object()))
     }
 
     fn forget_flows(&self) {
-        clear::<FlowKey<V4>, FlowValue<V4>>(&self.root, &name_of::<V4>("flows"));
-        clear::<FlowKey<V6>, FlowValue<V6>>(&self.root, &name_of::<V6>("flows"));
-        clear::<FlowKey<V4>, EmbryoValue<V4>>(&self.root, &name_of::<V4>("embryos"));
-        clear::<FlowKey<V6>, EmbryoValue<V6>>(&self.root, &name_of::<V6>("embryos"));
-        clear::<AffinityKey<V4>, AffinityValue>(&self.root, &name_of::<V4>("affinity"));
-        clear::<AffinityKey<V6>, AffinityValue>(&self.root, &name_of::<V6>("affinity"));
-        clear::<FragmentKey<V4>, FragmentValue>(&self.root, &name_of::<V4>("fragments"));
-        clear::<FragmentKey<V6>, FragmentValue>(&self.root, &name_of::<V6>("fragments"));
+        clear::<FlowKey<V4>, FlowValue<V4>>(&self.0.root, &name_of::<V4>("flows"));
+        clear::<FlowKey<V6>, FlowValue<V6>>(&self.0.root, &name_of::<V6>("flows"));
+        clear::<FlowKey<V4>, EmbryoValue<V4>>(&self.0.root, &name_of::<V4>("embryos"));
+        clear::<FlowKey<V6>, EmbryoValue<V6>>(&self.0.root, &name_of::<V6>("embryos"));
+        clear::<AffinityKey<V4>, AffinityValue>(&self.0.root, &name_of::<V4>("affinity"));
+        clear::<AffinityKey<V6>, AffinityValue>(&self.0.root, &name_of::<V6>("affinity"));
+        clear::<FragmentKey<V4>, FragmentValue>(&self.0.root, &name_of::<V4>("fragments"));
+        clear::<FragmentKey<V6>, FragmentValue>(&self.0.root, &name_of::<V6>("fragments"));
     }
 
     /// How often each outcome was, in the counters and in the records of live flows.
     fn outcomes(&self) -> BTreeMap<Outcome, u64> {
-        let mut outcomes = read::outcomes(&self.root).unwrap();
+        let mut outcomes = read::outcomes(&self.0.root).unwrap();
         let mut add = |(outcome, packets)| *outcomes.get_mut(&outcome).unwrap() += packets;
-        counted::<V4>(&self.root).into_iter().for_each(&mut add);
-        counted::<V6>(&self.root).into_iter().for_each(&mut add);
+        counted::<V4>(&self.0.root).into_iter().for_each(&mut add);
+        counted::<V6>(&self.0.root).into_iter().for_each(&mut add);
         outcomes
     }
 
@@ -200,7 +94,7 @@ impl Bench {
             Hook::Uplink => "portal_uplink",
             Hook::Egress => "portal_upegress",
         };
-        let program: &SchedClassifier = self.programs.program(name).unwrap().try_into().unwrap();
+        let program: &SchedClassifier = self.0.programs.program(name).unwrap().try_into().unwrap();
         let before = self.outcomes();
         let mut out = vec![0; frame.len() + 256];
         let mut run = TestRunOptions::new();
@@ -238,49 +132,6 @@ fn clear<K: aya::Pod, V: aya::Pod>(root: &Path, map: &str) {
     keys.iter().for_each(|key| table.remove(key).unwrap());
 }
 
-/// What the kernel should hold for these Services.
-fn tables(services: &[Service]) -> Tables {
-    let port = |service: &Service| {
-        let protocol = Protocol::from_number(service.proto).unwrap();
-        let (vip, port) = (service.frontend.ip(), service.frontend.port());
-        let id = PortId {
-            service: ObjectName::new("default", &format!("{vip}").replace([':', '.'], "-")),
-            port: format!("p{port}"),
-            protocol,
-            family: IpFamily::of(vip),
-        };
-        let backend = |address: &SocketAddr| {
-            let local = service.local.contains(address);
-            Backend {
-                address: *address,
-                usable: true,
-                usable_local: local,
-                serving: true,
-                local,
-                weight: 1,
-            }
-        };
-        let has = |flag| service.flags & flag != 0;
-        let access = Access {
-            refuses: has(ServiceValue::REFUSES),
-            local_for_all: has(ServiceValue::LOCAL_FOR_ALL),
-            local_for_outside: has(ServiceValue::LOCAL_FOR_OUTSIDE),
-            source_ranges: has(ServiceValue::SOURCE_RANGES),
-            host_port: has(ServiceValue::HOST_PORT),
-            node_allowed: has(ServiceValue::NODE_ALLOWED),
-        };
-        let range = |(ip, bits): &(IpAddr, u8)| IpNet::new(*ip, *bits).unwrap().trunc();
-        let port = Port {
-            frontends: [(Frontend { vip, port, protocol }, access)].into(),
-            backends: service.backends.iter().map(backend).collect(),
-            source_ranges: service.ranges.iter().map(range).collect(),
-            ..Port::default()
-        };
-        (id, port)
-    };
-    services.iter().map(port).collect()
-}
-
 /// The code of tc that goes with an outcome: on, out of the link it came from, or dropped.
 fn verdict(outcome: Outcome) -> i32 {
     match outcome {
@@ -305,7 +156,7 @@ fn run(bench: &mut Bench, case: &Case) {
     for (number, step) in case.steps.iter().enumerate() {
         let place = format!("{}, step {number}", case.name);
         match step {
-            Step::Services(services) => bench.serve(services),
+            Step::Services(services) => bench.0.serve(services),
             Step::Packet { hook, frame, outcome, becomes } => {
                 let (done, code, bytes) = bench.see(*hook, frame);
                 assert_eq!((done, code), (*outcome, verdict(*outcome)), "{place}");
@@ -341,7 +192,7 @@ fn with_a_full_table_of_live_flows_others_are_served_all_the_same() {
         options.sizes.flows = 8;
         let mut bench = Bench::new(&options);
         let (vip, pod) = (at("10.96.0.1:80"), at("10.0.1.1:8080"));
-        bench.serve(&[Service::new(vip, proto::UDP, &[pod])]);
+        bench.0.serve(&[Service::new(vip, proto::UDP, &[pod])]);
         let send =
             |client| bench.see(Hook::Ingress, &Packet::udp(Side::Ingress, client, vip).frame()).0;
         let answer =
@@ -374,14 +225,14 @@ fn the_sweep_removes_what_has_ended_and_nothing_else() {
     on_bpffs(|options| {
         let mut bench = Bench::new(&options);
         let (vip, pod) = (at("10.96.0.1:80"), at("10.0.1.1:8080"));
-        bench.serve(&[Service::new(vip, proto::UDP, &[pod])]);
+        bench.0.serve(&[Service::new(vip, proto::UDP, &[pod])]);
         for client in [at("10.0.0.1:4000"), at("10.0.0.2:4000"), at("10.0.0.3:4000")] {
             for _ in 0..3 {
                 bench.see(Hook::Ingress, &Packet::udp(Side::Ingress, client, vip).frame());
                 bench.see(Hook::Egress, &Packet::udp(Side::Egress, pod, client).frame());
             }
         }
-        assert_eq!(bench.datapath.sweep().run().unwrap().removed, 0);
+        assert_eq!(bench.0.datapath.sweep().run().unwrap().removed, 0);
         let mut flows = live_flows(&options);
         let all: Vec<_> = flows.iter().map(Result::unwrap).collect();
         assert_eq!(all.len(), 6);
@@ -401,11 +252,11 @@ fn the_sweep_removes_what_has_ended_and_nothing_else() {
             }
         }
         // What the records alone have counted is not lost with them.
-        let (before, seen) = (read::outcomes(&bench.root).unwrap(), bench.outcomes());
-        let swept = bench.datapath.sweep().run().unwrap();
+        let (before, seen) = (read::outcomes(&bench.0.root).unwrap(), bench.outcomes());
+        let swept = bench.0.datapath.sweep().run().unwrap();
         assert_eq!((swept.records, swept.removed), ([2, 0], 3));
         assert!(
-            read::outcomes(&bench.root).unwrap()[&Outcome::Replied] > before[&Outcome::Replied]
+            read::outcomes(&bench.0.root).unwrap()[&Outcome::Replied] > before[&Outcome::Replied]
         );
         assert_eq!(bench.outcomes(), seen);
         let left: Vec<_> = flows.keys().map(Result::unwrap).collect();
@@ -430,11 +281,12 @@ fn the_verifier_needs_no_more_than_its_budget() {
         let all = Settings {
             masquerade_all: 1,
             masquerade_pods: 1,
-            coarse_clock: probe::coarse_clock().into(),
+            clock: clock::clock(),
             ..Settings::DEFAULT
         };
-        let full = load(&options, &all);
+        let full = installed::load(&options, &all, &object());
         println!("program            verified  stack  bytes of machine code");
+        let mut beyond = Vec::new();
         for (name, program) in full.programs() {
             let (info, fd) = match program {
                 Program::SchedClassifier(program) => (program.info(), program.fd()),
@@ -447,10 +299,15 @@ fn the_verifier_needs_no_more_than_its_budget() {
             println!("{name:18} {verified:8} {stack:6} {text:6}");
             let is_hot = HOOKS.contains(&name);
             let budget = if is_hot { HOOK_BUDGET } else { STORY_BUDGET };
-            assert!(verified <= budget, "{name}: {verified} instructions verified");
-            assert!(!is_hot || text <= HOT_TEXT, "{name}: {text} bytes of machine code");
-            assert!((1..=STACK_BUDGET).contains(&stack), "{name}: {stack} bytes of stack");
+            let fits = verified <= budget && (!is_hot || text <= HOT_TEXT);
+            if !fits || !(1..=STACK_BUDGET).contains(&stack) {
+                beyond.push(name);
+            }
         }
+        assert_eq!(
+            beyond, [""; 0],
+            "these need more than {HOT_TEXT} bytes, {HOOK_BUDGET} or {STORY_BUDGET} instructions verified, or {STACK_BUDGET} bytes of stack"
+        );
     });
 }
 
@@ -472,7 +329,7 @@ fn a_program_with_a_tail_call_may_end_the_chain() {
 fn maps_are_pinned_by_name_and_show_their_fields_to_bpftool() {
     on_bpffs(|options| {
         let mut bench = Bench::new(&options);
-        bench.serve(&[Service::new(at("10.96.0.1:80"), proto::TCP, &[at("10.0.1.1:8080")])]);
+        bench.0.serve(&[Service::new(at("10.96.0.1:80"), proto::TCP, &[at("10.0.1.1:8080")])]);
         let maps = maps_folder(&options.bpffs_root);
         for shape in shapes() {
             let info = MapData::from_pin(maps.join(shape.name)).unwrap().info().unwrap();
@@ -525,7 +382,7 @@ fn maps_of_another_layout_are_refused_with_advice_and_cleanup_removes_them() {
 fn what_is_missing_is_said_and_nothing_is_left() {
     let mounts = Mounts::new();
     mounts.run(|| {
-        let error = Datapath::install(&options()).err().unwrap().to_string();
+        let error = Datapath::install(&options(Path::new(BPFFS))).err().unwrap().to_string();
         assert!(error.contains("mount -t bpf"), "{error}");
     });
     on_bpffs(|options| {

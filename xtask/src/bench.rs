@@ -15,7 +15,11 @@ const TOOLS: [&str; 2] = ["wrk", "iperf3"];
 const SYSTEM: [&str; 3] = ["libc6", "libgcc-s1", "gcc-12-base"];
 
 #[derive(clap::Args)]
+#[command(args_conflicts_with_subcommands = true)]
 pub struct Args {
+    #[command(subcommand)]
+    what: Option<What>,
+
     /// Fewer and shorter rounds: some minutes
     #[arg(long)]
     quick: bool,
@@ -41,7 +45,39 @@ pub struct Args {
     other: Option<PathBuf>,
 }
 
+#[derive(clap::Subcommand)]
+enum What {
+    /// What a packet costs in each program, in nanoseconds, beside the least that it has to
+    Packet {
+        /// Only paths whose names hold this, as in `--only IPv4`
+        #[arg(long, value_name = "TEXT", default_value = "")]
+        only: String,
+    },
+}
+
 pub fn run(args: &Args) -> Result<()> {
+    match &args.what {
+        Some(What::Packet { only }) => packets(only),
+        None => worlds(args),
+    }
+}
+
+/// Runs proxy-user's example `packet`.
+fn packets(only: &str) -> Result<()> {
+    let (object, own) = (build::ebpf_object()?, build::ebpf_bench()?);
+    let mut build = cargo();
+    build.args(["build", "--quiet", "--release", "--package", "proxy-user"]);
+    build.args(["--features", "testing", "--example", "packet"]);
+    build.env(OBJECT_VARIABLE, &object);
+    quietly("building the bench", "3 min at the first time", &mut build)?;
+    let mut bench = Command::new(target().join("release/examples/packet"));
+    bench.arg("--object").arg(object).arg("--bench").arg(own).args(["--only", only]);
+    bench.arg("--results").arg(target().join("bench"));
+    openly(&mut bench)
+}
+
+/// Runs proxy-user's example `bench`.
+fn worlds(args: &Args) -> Result<()> {
     let object = build::ebpf_object()?;
     let tools = tools()?;
     let mut build = cargo();

@@ -31,6 +31,16 @@ pub fn run(args: &Args) -> Result<()> {
 
 /// Builds the eBPF object and returns its path. Costs nothing if nothing has changed.
 pub fn ebpf_object() -> Result<PathBuf> {
+    ebpf("portal-ebpf")
+}
+
+/// Builds the object with the bench's own programs and returns its path.
+pub fn ebpf_bench() -> Result<PathBuf> {
+    ebpf("portal-bench")
+}
+
+/// Builds an object of proxy-ebpf's.
+fn ebpf(name: &str) -> Result<PathBuf> {
     let tools = toolchain::find()?;
     let folder = target().join("bpf");
     let path = std::env::var_os("PATH").unwrap_or_default();
@@ -39,7 +49,7 @@ pub fn ebpf_object() -> Result<PathBuf> {
     let mut build = Command::new(&tools.cargo);
     build
         .current_dir(root())
-        .args(["build", "--quiet", "--package", "proxy-ebpf", "--bin", "portal-ebpf", "--release"])
+        .args(["build", "--quiet", "--package", "proxy-ebpf", "--bin", name, "--release"])
         .args(["--target", "bpfel-unknown-none", "-Z", "build-std=core", "--target-dir"])
         .arg(&folder)
         .env("RUSTC", &tools.rustc)
@@ -51,8 +61,8 @@ pub fn ebpf_object() -> Result<PathBuf> {
         .env_remove("CARGO")
         .env_remove("RUSTC_WRAPPER");
     openly(&mut build).context("the eBPF object does not build")?;
-    let linked = folder.join("bpfel-unknown-none/release/portal-ebpf");
-    let finished = folder.join("portal-ebpf.o");
+    let linked = folder.join("bpfel-unknown-none/release").join(name);
+    let finished = folder.join(name).with_extension("o");
     object::finish(&linked, &finished)?;
     Ok(finished)
 }

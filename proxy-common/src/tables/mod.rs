@@ -6,7 +6,8 @@
 //! | `slots` | array, memory-mapped | half of the slot → two slots ([`Slots`]): positions or backend numbers | agent | datapath |
 //! | `backends_v4/6` | array, memory-mapped | backend number → [`Backend`] | agent | datapath |
 //! | `ways_v4/6` | array, memory-mapped | way number → [`Way`] | agent | datapath |
-//! | `endpoints_v4/6` | array, memory-mapped | part of a hash of an address → [`Bits`] | agent | datapath |
+//! | `interest_v4/6` | array, memory-mapped | part of a hash of an address → [`Interest`] | agent | datapath |
+//! | `ports` | array, memory-mapped | half of a port of the node's → two ports ([`Ports`]) | datapath, agent | datapath |
 //! | `loads_v4/6` | array, memory-mapped | backend number → its flows (`u32`), for least-conn | datapath, agent's sweep | datapath |
 //! | `turns` | array | service id → flows so far (`u32`), for round-robin | datapath | datapath |
 //! | `affinity_v4/6` | LRU hash | [`AffinityKey`] → [`AffinityValue`] | datapath | datapath |
@@ -29,10 +30,10 @@
 //! | `scratch_v4/6` | per-CPU array | 0 → [`Work`] | datapath | datapath |
 
 pub mod config;
-pub mod endpoint;
 pub mod exit;
 pub mod flow;
 pub mod fragment;
+pub mod interest;
 pub mod peer;
 pub mod record;
 pub mod service;
@@ -41,10 +42,10 @@ pub mod state;
 pub mod work;
 
 pub use config::{Config, Name, Traffic};
-pub use endpoint::Bits;
 pub use exit::{Exit, ExitData, ExitKey};
 pub use flow::{EmbryoValue, Facts, FlowKey, FlowValue, Making, Origin, Side, expired, tag};
 pub use fragment::{FragmentKey, FragmentValue};
+pub use interest::{Interest, Kind, Kinds, Ports, Spot};
 pub use peer::{PeerKey, PeerValue};
 pub use record::{EmbryoRecord, FlowRecord};
 pub use service::{

@@ -19,7 +19,7 @@ pub fn open<F: Family, T: Tables<F>>(
     memory: &mut Memory<F>,
 ) -> Option<Opening> {
     let begins = packet.proto != proto::TCP || tcp::opens(packet.flags);
-    if !begins || !has_ports(packet.proto) || !tables.may_be_endpoint(&key.dst) {
+    if !begins || !has_ports(packet.proto) || !tables.is_server(&key.dst, key.dport) {
         return None;
     }
     let now = tables.now();

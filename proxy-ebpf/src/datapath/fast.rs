@@ -7,12 +7,17 @@
 
 use bytemuck::Zeroable;
 use proxy_common::tables::{
-    Facts, FlowKey, FlowRecord, Origin, ServiceKey, ServiceValue, Side, State,
+    Facts, FlowKey, FlowRecord, Kind, Kinds, Origin, ServiceKey, Side, State,
 };
 use proxy_common::{Family, Outcome, proto};
 
-use super::{Client, Leg, Next, Story, Tables, catch, is_nodes, live, rewrite};
+use super::interest::{self, Ends};
+use super::{Client, Leg, Next, Story, Tables, is_nodes, live, rewrite};
 use crate::packet::{Frame, Plain, Wire, tcp};
+
+/// For how many ticks at most what a flow's record has counted stays there, and the other direction's record is missing if it
+/// was lost.
+pub const PATIENCE: u32 = 4;
 
 /// A packet that comes in from a client's link.
 #[inline(always)]
@@ -21,10 +26,13 @@ pub fn ingress<F: Wire, P: Frame, T: Tables<F>>(frame: &mut P, tables: &T, clien
     let Some((plain, key)) = F::plain(frame, Side::Ingress) else {
         return Next::Story(client.story());
     };
+    let Some(to) = interest::comes_in(tables, plain, &key, client) else {
+        return Outcome::NotService.into();
+    };
     if let Some(next) = established(frame, tables, plain, &key, client.story()) {
         return next;
     }
-    if is_anyones(tables, plain, &key, client) {
+    if is_anyones(tables, plain, (&key, to), client) {
         Next::Story(client.story())
     } else {
         Outcome::NotService.into()
@@ -40,13 +48,16 @@ pub fn egress<F: Wire, P: Frame, T: Tables<F>>(frame: &mut P, tables: &T, client
     let Some((plain, key)) = F::plain(frame, Side::Egress) else {
         return Next::Story(Story::ToClient);
     };
+    let Some(ends) = interest::goes_out(frame, tables, &key) else {
+        return Outcome::NotService.into();
+    };
     if let Some(next) = established(frame, tables, plain, &key, Story::ToClient) {
         return next;
     }
     match pending(tables, plain, &key) {
         Known::Translated => Next::Story(Story::ToClient),
         // In the middle of a connection that nobody knows of nothing begins.
-        Known::No if client == Client::Outside && leaves(frame, tables, plain, &key) => {
+        Known::No if client == Client::Outside && leaves(frame, tables, plain, (&key, ends)) => {
             Next::Story(Story::ToClient)
         }
         Known::No | Known::Foreign => Outcome::NotService.into(),
@@ -60,16 +71,15 @@ fn leaves<F: Family, P: Frame, T: Tables<F>>(
     frame: &P,
     tables: &T,
     plain: Plain,
-    key: &FlowKey<F>,
+    (key, ends): (&FlowKey<F>, Ends),
 ) -> bool {
     if frame.is_led() {
         return true;
     }
-    let is_pods = || tables.setting(|s| &s.masquerade_pods) != 0 && tables.is_pod(&key.src);
     plain.begins()
-        && (is_nodes(tables, key.src)
-            || is_pods()
-            || catch::mark(tables, key).is_some()
+        && (ends.is_pods
+            || ends.from.has(Kind::Node)
+            || ends.to.has(Kind::Frontend)
             || tables
                 .embryo(&key.turned(Side::Egress))
                 .is_some_and(|answers| answers.common().may_be_masqueraded()))
@@ -103,10 +113,10 @@ fn established<F: Wire, P: Frame, T: Tables<F>>(
     let Some(facts) = record.read_plain(key, &mut other) else {
         return Some(Next::Story(story));
     };
-    if !is_usual(facts, plain, now) {
+    let origin = facts.plain;
+    if !is_in_the_middle(facts, plain) || is_due(facts, now, story) {
         return Some(Next::Story(story));
     }
-    let origin = facts.plain;
     // What is done for flows that are not seen here is not in this program, which must be small.
     let not_here = match story {
         Story::FromPod => Origin::SHORT_CUT,
@@ -131,10 +141,11 @@ fn established<F: Wire, P: Frame, T: Tables<F>>(
     if record.count(frame.length()).is_none() {
         return Some(Next::Story(story));
     }
+    record.touch(now);
     if rewrite::translate_plain(frame, plain, &other, &change).is_none() {
         return Some(Outcome::NotWritable.into());
     }
-    if story == Story::ToClient {
+    if story == Story::ToClient || story == Story::FromPod && ends_here(tables, origin) {
         frame.set_done();
     }
     match rewrite::send::<F, P>(frame, origin, leg, origin.translated()) {
@@ -143,13 +154,29 @@ fn established<F: Wire, P: Frame, T: Tables<F>>(
     }
 }
 
-/// Whether a packet is one in the middle of a live flow, and not the first in its tick: then there is nothing else to do than
-/// to translate it.
+/// Whether a packet is one in the middle of a live flow: then there is nothing else to do than to translate it, if nothing is due.
 #[inline(always)]
-pub(super) fn is_usual(facts: Facts, plain: Plain, now: u32) -> bool {
-    facts.is_in(State::Established)
-        && facts.seen == now
-        && !plain.has(tcp::SYN | tcp::FIN | tcp::RST)
+pub(super) fn is_in_the_middle(facts: Facts, plain: Plain) -> bool {
+    facts.is_in(State::Established) && !plain.has(tcp::SYN | tcp::FIN | tcp::RST)
+}
+
+/// Whether a story is to look after the flow again: once a tick where the host stack chooses its way, which may become another
+/// one; else in [`PATIENCE`] ticks. Not by two branches: LLVM would make all that follows twice.
+#[inline(always)]
+fn is_due(facts: Facts, now: u32, story: Story) -> bool {
+    let origin = facts.plain;
+    let is_led = story == Story::FromOutside
+        || origin.answers_outside()
+        || origin.may_be_shortened()
+        || facts.is_cut();
+    let pause = if is_led { 0 } else { PATIENCE.trailing_zeros() };
+    facts.seen >> pause != now >> pause
+}
+
+/// Whether a pod's packet that is translated where it comes in is to be left alone where it goes out.
+#[inline(always)]
+pub(super) fn ends_here<F: Family, T: Tables<F>>(tables: &T, origin: Origin) -> bool {
+    !origin.is(Origin::MASQUERADES | Origin::TURN) && tables.setting(|s| &s.masquerade_pods) == 0
 }
 
 /// How a translated packet leaves. `None` if that is to be found out.
@@ -179,19 +206,15 @@ pub(super) fn leg<F: Family, T: Tables<F>>(
 fn is_anyones<F: Family, T: Tables<F>>(
     tables: &T,
     plain: Plain,
-    key: &FlowKey<F>,
+    (key, to): (&FlowKey<F>, Kinds),
     client: Client,
 ) -> bool {
-    let mark = tables.service(&ServiceKey::mark(key.dst));
-    let is_node = mark.is_some_and(|mark| mark.has(ServiceValue::NODE));
-    if mark.is_some() && !is_node {
+    let is_node = to.has(Kind::Node) && is_nodes(tables, key.dst);
+    if to.has(Kind::Frontend) && !is_node {
         return true;
     }
-    if !is_node && !tables.may_be_endpoint(&key.dst) {
-        // Who asks a pod by its own address is noted, where pods are masqueraded.
-        return client == Client::Outside
-            && !plain.is(proto::TCP)
-            && tables.setting(|s| &s.masquerade_pods) != 0;
+    if !is_node && !to.has(Kind::Endpoint) {
+        return interest::is_admitted(tables, plain, client);
     }
     match pending(tables, plain, key) {
         Known::Translated => true,

@@ -1,7 +1,7 @@
 //! What is decided about a packet.
 //!
-//! - [`fast`]: every packet. One look-up, and translated, if it is a plain packet in the middle of a live
-//!   flow; left alone if it is nobody's; otherwise it is one of the stories':
+//! - [`fast`]: every packet. Left alone if it is nobody's, which mostly some bits tell ([`interest`]); translated after one
+//!   look-up if it is a plain packet in the middle of a live flow; otherwise it is one of the stories':
 //! - [`story::ingress`]: from a client toward a backend. parse → flow → service → choose → place →
 //!   rewrite.
 //! - [`story::egress`]: from a backend back to a client. parse → flow → rewrite. And what is to be masqueraded where it
@@ -20,6 +20,7 @@ pub mod choose;
 pub mod direct;
 pub mod fast;
 pub mod icmp;
+pub mod interest;
 pub mod leave;
 pub mod live;
 pub mod open;
@@ -35,10 +36,10 @@ pub mod story;
 use proxy_common::settings::Settings;
 use proxy_common::tables::{
     AffinityKey, AffinityValue, Algorithm, Backend, Choice, EmbryoRecord, EmbryoValue, ExitKey,
-    FlowKey, FlowRecord, FlowValue, FragmentKey, FragmentValue, PeerKey, PeerValue, ServiceKey,
-    ServiceValue, Side, SourceRange, Way, Work,
+    FlowKey, FlowRecord, FlowValue, FragmentKey, FragmentValue, Kinds, PeerKey, PeerValue,
+    ServiceKey, ServiceValue, Side, SourceRange, Way, Work,
 };
-use proxy_common::{Family, Outcome};
+use proxy_common::{Family, Outcome, Port};
 
 use crate::packet::{Frame, Wire};
 
@@ -245,8 +246,14 @@ pub trait Tables<F: Family> {
     fn slot(&self, index: u32) -> Option<u32>;
     /// A backend.
     fn backend(&self, number: u32) -> Option<Backend<F>>;
-    /// Whether an address may be an endpoint's.
-    fn may_be_endpoint(&self, address: &F::Addr) -> bool;
+    /// What an address may be.
+    fn interest(&self, address: &F::Addr) -> Kinds;
+    /// Whether an endpoint may serve at an address and port.
+    fn is_server(&self, address: &F::Addr, port: Port) -> bool;
+    /// Notes that a flow has a port of the node's, to which its answers come in.
+    fn take_port(&self, port: Port);
+    /// Whether a port of the node's is, or has been, one to which answers come in, a `NodePort` or a host port.
+    fn is_port(&self, port: Port) -> bool;
     /// A way to backends.
     fn way(&self, number: u32) -> Option<Way<F>>;
 

@@ -5,7 +5,7 @@ use bytemuck::Zeroable;
 use proxy_common::tables::{FlowKey, Origin, Side};
 use proxy_common::{Outcome, proto};
 
-use super::{Leg, Story, Tables, Verdict, fast, live, rewrite};
+use super::{Client, Leg, Story, Tables, Verdict, fast, interest, live, rewrite};
 use crate::packet::{Frame, Wire};
 
 /// The addresses of an Ethernet header: to whom, and from whom.
@@ -20,12 +20,14 @@ pub fn relay<F: Wire, P: Frame, T: Tables<F>>(
     lead: impl FnOnce(&P, Leg, (&F::Addr, &F::Addr)) -> Option<Neighbours>,
 ) -> Option<Verdict> {
     let (plain, key) = F::plain(frame, Side::Ingress)?;
+    interest::comes_in(tables, plain, &key, Client::Outside)?;
     let now = tables.now();
     let record = tables.flow(&key)?;
     let mut other = FlowKey::zeroed();
     let facts = record.read_plain(&key, &mut other)?;
     let origin = facts.plain;
-    let goes = facts.is_cut() && !origin.is(Origin::TURN) && fast::is_usual(facts, plain, now);
+    let goes = facts.is_cut() && !origin.is(Origin::TURN) && facts.seen == now;
+    let goes = goes && fast::is_in_the_middle(facts, plain);
     if !goes || plain.is(proto::UDP) && live::is_stale(origin, tables) {
         return None;
     }

@@ -6,7 +6,9 @@
 use bytemuck::Zeroable;
 use proxy_common::addr::{mix, spread};
 use proxy_common::settings::Settings;
-use proxy_common::tables::{AffinityKey, Algorithm, PeerKey, PeerValue, ServiceKey, ServiceValue};
+use proxy_common::tables::{
+    AffinityKey, Algorithm, Kinds, PeerKey, PeerValue, ServiceKey, ServiceValue,
+};
 use proxy_common::{Address, Family, Outcome, Port, proto};
 
 use super::choose::{self, Asker, Failure};
@@ -47,6 +49,10 @@ pub fn send<F: Family, S: Socket<F>, T: Tables<F>>(
     tables: &T,
     act: Act,
 ) -> Outcome {
+    let (address, port) = socket.address();
+    if tables.interest(&address) == Kinds::NONE {
+        return Outcome::NotService;
+    }
     let failed = if act == Act::Connect && socket.protocol() == proto::UDP {
         Outcome::NotService
     } else {
@@ -62,11 +68,10 @@ pub fn send<F: Family, S: Socket<F>, T: Tables<F>>(
     if !is_node && tables.setting(|s| &s.all_sockets) == 0 {
         return Outcome::NotService;
     }
-    let (address, port) = socket.address();
     let Some(mark) = tables.service(&ServiceKey::mark(address)) else {
         // Not when it sends: the kernel does so with the endpoint's address for a connected IPv6 socket that was led to an
         // IPv4 one.
-        if act == Act::Connect && tables.may_be_endpoint(&address) {
+        if act == Act::Connect && tables.is_server(&address, port) {
             forget(socket, tables);
         }
         return Outcome::NotService;
@@ -145,6 +150,9 @@ fn lead<F: Family, S: Socket<F>, T: Tables<F>>(
 #[inline(always)]
 pub fn restore<F: Family, S: Socket<F>, T: Tables<F>>(socket: &mut S, tables: &T) -> Outcome {
     let (backend, port) = socket.address();
+    if !tables.is_server(&backend, port) {
+        return Outcome::NotService;
+    }
     let key = PeerKey { cookie: halves(socket.cookie()), backend, port, pad: [0; 2] };
     match tables.peer(&key) {
         Some(PeerValue { vip, port, .. }) => {

@@ -14,8 +14,8 @@ use proxy_common::tables::{
 
 use super::choose::Failure;
 use super::{
-    Client, Leg, Next, Service, Story, Tables, Verdict, catch, direct, leave, live, open, pending,
-    place, rewrite,
+    Client, Leg, Next, Service, Story, Tables, Verdict, catch, direct, fast, leave, live, open,
+    pending, place, rewrite,
 };
 use crate::packet::{Frame, Wire, fragment_key, has_ports, parse, tcp};
 
@@ -187,6 +187,10 @@ pub fn settle<F: Wire, P: Frame, T: Tables<F>>(frame: &P, tables: &T, work: &mut
         place::Answer::AskAgain => return Next::Story(Story::Settle),
         place::Answer::None => return Outcome::NoPort.into(),
     }
+    if other.side == Side::Ingress as u8 {
+        // Its answers come in for the node, or for a VIP.
+        tables.take_port(other.dport);
+    }
     let entered = place::enter(tables, (key, other), memory, origin, request);
     if entered == origin {
         open::count(tables, origin, request.service, frame.length());
@@ -219,7 +223,8 @@ pub fn send<F: Wire, P: Frame, T: Tables<F>>(
         _ => (Part::Later, Outcome::Fragment),
     };
     let (l4, number) = (packet.l4(), packet.proto);
-    if work.key.side == Side::Egress as u8 {
+    let is_pods = work.from == Story::FromPod as u32;
+    if work.key.side == Side::Egress as u8 || is_pods && fast::ends_here(tables, origin) {
         frame.set_done();
     }
     match rewrite::translate(frame, l4, number, part, &work.key, &work.other) {

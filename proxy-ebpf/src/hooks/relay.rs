@@ -13,6 +13,7 @@ use proxy_ebpf::packet::Frame;
 use super::host;
 use super::raw::Raw;
 use super::traffic::gateway;
+use crate::counters;
 use crate::maps::{self, Tables4, Tables6};
 
 /// Packets of flows that take a short cut, on their way from uplink to uplink.
@@ -37,7 +38,7 @@ pub fn portal_relay(ctx: XdpContext) -> u32 {
             (bpf_redirect(link, 0) as i32).cast_unsigned()
         },
         Some(Verdict { outcome, .. }) => {
-            maps::count(outcome, 1);
+            counters::count(outcome, 1);
             XDP_DROP
         }
     }

@@ -14,7 +14,8 @@ use proxy_ebpf::datapath::Tables;
 use proxy_ebpf::datapath::socket::{Act, Socket, restore, send};
 
 use super::host;
-use crate::maps::{self, Tables4, Tables6};
+use crate::counters;
+use crate::maps::{Tables4, Tables6};
 
 const ECONNREFUSED: i32 = 111;
 
@@ -104,7 +105,7 @@ fn sent<F: Family, S: Socket<F> + Loopback, T: Tables<F>>(
     if outcome == Outcome::NotService {
         return 1;
     }
-    maps::count(outcome, 1);
+    counters::count(outcome, 1);
     if outcome != Outcome::SocketRefused {
         return 1;
     }
@@ -154,7 +155,7 @@ impl Loopback for Ipv6 {
 #[inline(always)]
 fn restored(outcome: Outcome) -> i32 {
     if outcome == Outcome::SocketRestored {
-        maps::count(outcome, 1);
+        counters::count(outcome, 1);
     }
     1
 }

@@ -14,6 +14,7 @@ use proxy_ebpf::datapath::{Client, Next, Story, Tables, Verdict, fast, tell};
 use super::host::{AF_INET, AF_INET6};
 use super::skb::Skb;
 use super::trace;
+use crate::counters;
 use crate::maps::{self, Tables4, Tables6};
 
 /// The length of an Ethernet header.
@@ -166,7 +167,7 @@ fn leave_alone(ctx: &TcContext, outcome: Outcome) -> i32 {
 
 #[inline(always)]
 fn count(ctx: &TcContext, outcome: Outcome) {
-    maps::count(outcome, 1);
+    counters::count(outcome, 1);
     trace::log(ctx, outcome);
 }
 

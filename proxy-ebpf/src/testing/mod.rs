@@ -5,18 +5,18 @@ mod buffer;
 mod call;
 
 use std::cell::{Cell, RefCell};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 
 use bytemuck::{Pod, Zeroable};
 use proxy_common::settings::Settings;
 use proxy_common::tables::{
     AffinityKey, AffinityValue, Algorithm, Backend, Choice, EmbryoRecord, EmbryoValue, ExitKey,
-    FlowKey, FlowRecord, FlowValue, FragmentKey, FragmentValue, PeerKey, PeerValue, Range,
-    ServiceKey, ServiceValue, ShortCut, SourceRange, Way, Work,
+    FlowKey, FlowRecord, FlowValue, FragmentKey, FragmentValue, Kind, Kinds, PeerKey, PeerValue,
+    Range, ServiceKey, ServiceValue, ShortCut, SourceRange, Way, Work,
 };
 use proxy_common::testing::{Hook, LINK, MTU, NODE, Records, Service as ServiceSpec};
-use proxy_common::{Family, Outcome, Port, V4, V6};
+use proxy_common::{Family, Outcome, Port, V4, V6, proto};
 
 use crate::datapath::relay::relay;
 use crate::datapath::{Client, Next, Refused, Service, Tables, Verdict, fast, tell};
@@ -58,6 +58,11 @@ pub struct Host<F: Family> {
     /// How many records the table of answered flows holds.
     pub capacity: usize,
     services: BTreeMap<Vec<u8>, Service>,
+    /// What is of interest: addresses, and servers with their ports. It stays, as in the kernel.
+    addresses: BTreeMap<Vec<u8>, Kinds>,
+    servers: BTreeSet<(Vec<u8>, u16)>,
+    /// Ports of the node's.
+    ports: RefCell<BTreeSet<u16>>,
     slots: Vec<u32>,
     /// Source ranges: Service port, range and its bits.
     pub ranges: Vec<(u32, IpAddr, u8)>,
@@ -135,6 +140,9 @@ impl<F: HostFamily> Host<F> {
             exit: None,
             capacity: usize::MAX,
             services: BTreeMap::new(),
+            addresses: BTreeMap::new(),
+            servers: BTreeSet::new(),
+            ports: RefCell::default(),
             slots: Vec::new(),
             ranges: Vec::new(),
             affinity: RefCell::default(),
@@ -159,6 +167,15 @@ impl<F: HostFamily> Host<F> {
 
     /// Puts a frontend or a mark.
     pub fn put(&mut self, key: &ServiceKey<F>, service: Service) {
+        if key.vip == F::Addr::zeroed() {
+            self.take_port(key.port);
+        } else if key.proto == proto::ANY
+            && service.has(ServiceValue::NODE | ServiceValue::LOOPBACK)
+        {
+            self.note(&key.vip, Kind::Node);
+        } else {
+            self.note(&key.vip, Kind::Frontend);
+        }
         self.services.insert(bytes(key), service);
     }
 
@@ -171,6 +188,7 @@ impl<F: HostFamily> Host<F> {
 
     /// Puts a backend in its place.
     pub fn set_backend(&mut self, number: u32, backend: Backend<F>) {
+        self.note_endpoint(&backend);
         let number = number as usize;
         self.backends.resize(self.backends.len().max(number + 1), Backend::zeroed());
         self.backends[number] = backend;
@@ -189,7 +207,7 @@ impl<F: HostFamily> Host<F> {
             let local = self.slots_of(id, service, &service.local);
             let (affinity, flags) = (service.affinity, service.flags);
             let value = Service { id, cluster, local, affinity, flags };
-            self.services.insert(bytes(&ServiceKey::<F>::new(vip, port, service.proto)), value);
+            self.put(&ServiceKey::new(vip, port, service.proto), value);
             if !service.frontend.ip().is_unspecified() {
                 self.mark(vip, flags & ServiceValue::REFUSES);
             }
@@ -202,7 +220,17 @@ impl<F: HostFamily> Host<F> {
     pub fn mark(&mut self, address: F::Addr, flags: u32) {
         let none = Choice::default();
         let value = Service { id: 0, cluster: none, local: none, affinity: 0, flags };
-        self.services.insert(bytes(&ServiceKey::<F>::mark(address)), value);
+        self.put(&ServiceKey::mark(address), value);
+    }
+
+    fn note(&mut self, address: &F::Addr, kind: Kind) {
+        let kinds = self.addresses.entry(bytes(address)).or_default();
+        *kinds = kinds.with(kind);
+    }
+
+    fn note_endpoint(&mut self, backend: &Backend<F>) {
+        self.note(&backend.addr, Kind::Endpoint);
+        self.servers.insert((bytes(&backend.addr), backend.port.number()));
     }
 
     /// A run of slots with these backends.
@@ -230,6 +258,7 @@ impl<F: HostFamily> Host<F> {
                 weight: 1,
                 pad: 0,
             };
+            self.note_endpoint(&backend);
             match known {
                 Some(known) => self.backends[known] = backend,
                 None => self.backends.push(backend),
@@ -416,8 +445,22 @@ impl<F: HostFamily> Tables<F> for Host<F> {
         (number == 1).then_some(self.way)
     }
 
-    fn may_be_endpoint(&self, address: &F::Addr) -> bool {
-        self.backends.iter().any(|backend| backend.addr == *address)
+    fn interest(&self, address: &F::Addr) -> Kinds {
+        let own = [Some(self.way.source), self.exit.and_then(F::address)];
+        let kinds = self.addresses.get(&bytes(address)).copied().unwrap_or_default();
+        if own.contains(&Some(*address)) { kinds.with(Kind::Node) } else { kinds }
+    }
+
+    fn is_server(&self, address: &F::Addr, port: Port) -> bool {
+        self.servers.contains(&(bytes(address), port.number()))
+    }
+
+    fn take_port(&self, port: Port) {
+        self.ports.borrow_mut().insert(port.number());
+    }
+
+    fn is_port(&self, port: Port) -> bool {
+        self.ports.borrow().contains(&port.number())
     }
 
     fn load(&self, backend: u32) -> u32 {

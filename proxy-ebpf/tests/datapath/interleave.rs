@@ -9,11 +9,11 @@ use proxy_common::settings::{Settings, ticks};
 use proxy_common::tables::Side::{Egress, Ingress};
 use proxy_common::tables::{
     AffinityKey, AffinityValue, Algorithm, Backend, EmbryoRecord, EmbryoValue, ExitKey, FlowKey,
-    FlowRecord, FlowValue, FragmentKey, FragmentValue, PeerKey, PeerValue, ServiceKey, SourceRange,
-    Way, Work,
+    FlowRecord, FlowValue, FragmentKey, FragmentValue, Kinds, PeerKey, PeerValue, ServiceKey,
+    SourceRange, Way, Work,
 };
 use proxy_common::testing::{Hook, NODE, Packet, Service, ends};
-use proxy_common::{Addr4, Outcome, V4, proto};
+use proxy_common::{Addr4, Outcome, Port, V4, proto};
 use proxy_ebpf::datapath::{self, Refused, Tables};
 use proxy_ebpf::testing::{Buffer, Host, see};
 
@@ -127,7 +127,10 @@ impl Tables<V4> for Cpu<'_> {
         slot(index: u32) -> Option<u32>;
         backend(number: u32) -> Option<Backend<V4>>;
         way(number: u32) -> Option<Way<V4>>;
-        may_be_endpoint(address: &Addr4) -> bool;
+        interest(address: &Addr4) -> Kinds;
+        is_server(address: &Addr4, port: Port) -> bool;
+        take_port(port: Port);
+        is_port(port: Port) -> bool;
         forget_peer(key: &PeerKey<V4>);
         load(backend: u32) -> u32;
         count_flow(backend: u32, more: bool);

@@ -9,6 +9,7 @@ use proxy_common::tables::{FlowValue, ServiceValue};
 use proxy_common::testing::{Hook, NODE, Packet, Service, Transport, ends};
 use proxy_common::{Outcome, V4, proto};
 use proxy_ebpf::datapath::Tables;
+use proxy_ebpf::datapath::fast::PATIENCE;
 use proxy_ebpf::testing::{Buffer, Host, Note};
 
 use crate::{ACK, FIN, SYN, at, client, pod, vip};
@@ -452,7 +453,7 @@ fn comes_back(is_outside: bool, evicted: u8) {
     assert_eq!(host.flows(), all, "outside: {is_outside}, {evicted:b}");
 }
 
-/// Either record is made from the other within a second of traffic, in both tables.
+/// Either record is made from the other within [`PATIENCE`] ticks of traffic, in both tables.
 #[test]
 fn a_lost_half_is_made_anew() {
     for lost_reply in [true, false] {
@@ -466,7 +467,7 @@ fn a_lost_half_is_made_anew() {
         Tables::remove(&host, &lost.0);
         host.evict(&lost.0);
         assert_eq!(host.flows(), 1);
-        pass(&host, 3);
+        pass(&host, u64::from(PATIENCE) + 1);
         if lost_reply {
             sent(&host, ACK)
         } else {
@@ -483,13 +484,13 @@ fn a_lost_half_is_made_anew() {
 fn traffic_is_counted_by_service_port() {
     let host = connected();
     for _ in 0..10 {
-        pass(&host, 2);
+        pass(&host, u64::from(PATIENCE) + 1);
         (0..3).for_each(|_| {
             sent(&host, ACK);
         });
         answered(&host, ACK);
     }
-    pass(&host, 2);
+    pass(&host, u64::from(PATIENCE) + 1);
     sent(&host, ACK);
     answered(&host, ACK);
     let (packets, bytes) = host.traffic.borrow()[&1];
@@ -501,8 +502,7 @@ fn traffic_is_counted_by_service_port() {
     assert_eq!(bytes, lengths[0] + lengths[1] + 43 * lengths[2]);
 }
 
-/// What only a flow's record has counted is handed over when another second begins, and at the flow's end at the
-/// latest.
+/// What only a flow's record has counted is handed over after [`PATIENCE`] ticks, and at the flow's end at the latest.
 #[test]
 fn every_packet_of_a_live_flow_is_counted_once() {
     let host = connected();
@@ -511,7 +511,7 @@ fn every_packet_of_a_live_flow_is_counted_once() {
         answered(&host, ACK);
     }
     replied(1);
-    pass(&host, 2);
+    pass(&host, u64::from(PATIENCE) + 1);
     answered(&host, ACK);
     replied(7);
     answered(&host, ACK);

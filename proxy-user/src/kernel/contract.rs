@@ -1,9 +1,9 @@
 //! The pinned maps, by name and shape, as `proxy_common::tables` lays them out.
 
 use proxy_common::tables::{
-    AffinityKey, AffinityValue, Backend, Bits, Config, EmbryoValue, Exit, ExitKey, FlowKey,
-    FlowValue, FragmentKey, FragmentValue, Name, PeerKey, PeerValue, ServiceKey, ServiceValue,
-    Slots, SourceRange, Traffic, Way, Work,
+    AffinityKey, AffinityValue, Backend, Config, EmbryoValue, Exit, ExitKey, FlowKey, FlowValue,
+    FragmentKey, FragmentValue, Interest, Name, PeerKey, PeerValue, Ports, ServiceKey,
+    ServiceValue, Slots, SourceRange, Traffic, Way, Work,
 };
 use proxy_common::{Family, V4, V6};
 
@@ -28,7 +28,7 @@ macro_rules! family {
             shape::<ServiceKey<$family>, ServiceValue>(concat!("services_", $suffix)),
             shape::<u32, Backend<$family>>(concat!("backends_", $suffix)),
             shape::<u32, Way<$family>>(concat!("ways_", $suffix)),
-            shape::<u32, Bits>(concat!("endpoints_", $suffix)),
+            shape::<u32, Interest>(concat!("interest_", $suffix)),
             shape::<FlowKey<$family>, FlowValue<$family>>(concat!("flows_", $suffix)),
             shape::<FlowKey<$family>, EmbryoValue<$family>>(concat!("embryos_", $suffix)),
             shape::<FragmentKey<$family>, FragmentValue>(concat!("fragments_", $suffix)),
@@ -43,7 +43,7 @@ macro_rules! family {
     };
 }
 
-const COMMON: [Shape; 10] = [
+const COMMON: [Shape; 11] = [
     shape::<u32, Config>("config"),
     shape::<u32, Name>("names"),
     shape::<u32, u64>("outcomes"),
@@ -51,6 +51,7 @@ const COMMON: [Shape; 10] = [
     shape::<u32, Slots>("slots"),
     shape::<u32, u32>("turns"),
     shape::<u32, u32>("port_turns"),
+    shape::<u32, Ports>("ports"),
     shape::<u32, Traffic>("traffic"),
     shape::<u32, u32>("relays"),
     // A ring buffer has neither.

@@ -12,6 +12,7 @@ use proxy_common::abi::ABI;
 use proxy_common::settings::{PORT_STRIDE, Range4, Range6, Settings, seconds};
 use proxy_common::tables::Config;
 
+use super::clock;
 use super::contract::shapes;
 use super::probe::{self, OwnNamespace};
 use super::{Options, Sizes, SocketLb, conntrack, read, tails, tc, xdp};
@@ -222,7 +223,7 @@ fn settings(options: &Options, seed: u32, takeover_until: u32) -> Settings {
         port_count: if ports.is_multiple_of(PORT_STRIDE) { ports - 1 } else { ports },
         lifetimes: options.lifetimes,
         seed,
-        coarse_clock: probe::coarse_clock().into(),
+        clock: clock::clock(),
         socket_errno: probe::socket_errno().into(),
         ipv6_sums: probe::ipv6_sums().into(),
         netns,

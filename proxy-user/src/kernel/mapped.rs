@@ -143,6 +143,18 @@ impl<T: Pod> Mapped<T> {
         Ok(())
     }
 
+    /// Writes one word of an element, and touches no other.
+    ///
+    /// # Errors
+    /// If it can't be mapped: there is no memory.
+    ///
+    /// # Panics
+    /// If there is no such element or word.
+    pub fn set_word(&self, index: u32, word: usize, value: u32) -> io::Result<()> {
+        Self::words(self.window(index)?, index)[word].store(value, Ordering::Relaxed);
+        Ok(())
+    }
+
     /// Adds to one of an element's 64-bit counters, of that position, while others may.
     ///
     /// # Errors

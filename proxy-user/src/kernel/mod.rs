@@ -11,9 +11,11 @@
 mod abandoned;
 mod ask;
 mod caught;
+pub mod clock;
 mod conntrack;
 mod contract;
 mod counts;
+mod interest;
 mod links;
 mod load;
 mod mapped;

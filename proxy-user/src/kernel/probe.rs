@@ -78,12 +78,6 @@ pub fn cgroup2_mount() -> Result<PathBuf> {
     }
 }
 
-/// Whether tc programs may use `bpf_ktime_get_coarse_ns` (5.11).
-pub fn coarse_clock() -> bool {
-    let helper = bpf_func_id::BPF_FUNC_ktime_get_coarse_ns;
-    is_helper_supported(ProgramType::SchedClassifier, helper).unwrap_or(false)
-}
-
 /// Whether socket hooks may use `bpf_set_retval` (5.18), so that a refusal is "connection refused".
 pub fn socket_errno() -> bool {
     let helper = bpf_func_id::BPF_FUNC_set_retval;

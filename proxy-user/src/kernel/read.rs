@@ -303,7 +303,7 @@ pub fn now() -> u32 {
 }
 
 /// How often each outcome was, over all CPUs. What the records of live flows have counted and not yet handed
-/// over, at most a second's packets of each, is not among it.
+/// over, at most four seconds' packets of each, is not among it.
 ///
 /// # Errors
 /// If there are no pinned maps under `bpffs_root`.

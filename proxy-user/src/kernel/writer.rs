@@ -11,12 +11,12 @@ use anyhow::{Context, Result};
 use aya::maps::lpm_trie::{Key, LpmTrie};
 use aya::maps::{HashMap, Map, MapData};
 use ipnet::IpNet;
-use proxy_common::tables::endpoint::Place;
 use proxy_common::tables::{
-    self, Bits, Choice, ExitData, ExitKey, Name, RangeData, ServiceKey, ServiceValue,
+    self, Choice, ExitData, ExitKey, Kind, Name, RangeData, ServiceKey, ServiceValue,
 };
 use proxy_common::{Family, Port, V4, V6};
 
+use super::interest::Interests;
 use super::mapped::Mapped;
 use super::read::{FromIp, read_actual};
 use super::sweep::Counted;
@@ -34,7 +34,7 @@ pub struct FamilyTables<F: Family> {
     pub backends: Mapped<tables::Backend<F>>,
     pub loads: Mapped<u32>,
     ways: Ways<F>,
-    endpoints: Mapped<Bits>,
+    interest: Interests,
     exits: LpmTrie<MapData, ExitData<F>, tables::Exit<F>>,
     exits_size: usize,
     exhausted: HashMap<MapData, u32, u64>,
@@ -75,10 +75,10 @@ where
         let exits = open(maps, &super::name_of::<F>("exits"))?;
         let exhausted = open(maps, &super::name_of::<F>("exhausted"))?;
         let ways = Ways::new(open_mapped(maps, &super::name_of::<F>("ways"))?);
-        let endpoints = open_mapped(maps, &super::name_of::<F>("endpoints"))?;
+        let interest = Interests::open::<F>(maps)?;
         Ok(Self {
             ways,
-            endpoints,
+            interest,
             exhausted: HashMap::try_from(Map::HashMap(exhausted))?,
             counted: std::collections::HashMap::new(),
             exits_size: exits.info()?.max_entries() as usize,
@@ -93,25 +93,18 @@ where
     /// Takes over which ways the backends have that an earlier agent has written, and whose flows are counted.
     fn adopt_rows(&mut self) -> Result<()> {
         let mut found = Vec::new();
-        // Those of endpoints of before are not set any more.
-        let mut bits = vec![Bits { words: [0; 2] }; Bits::COUNT];
         self.counted.clear();
         let both = tables::Backend::<F>::COUNTED | tables::Backend::<F>::SERVING;
         let counted = &mut self.counted;
         let note = |number, row: tables::Backend<F>| {
             if row.generation != 0 {
                 found.push(row.way);
-                let Place { element, word, mask } = Bits::place(&row.addr);
-                bits[element as usize].words[word] |= mask;
             }
             if row.flags & both == both {
                 counted.insert(number, row.generation);
             }
         };
         self.backends.read_to(u32::MAX, note)?;
-        for (element, bits) in (0..).zip(bits) {
-            self.endpoints.set(element, bits)?;
-        }
         self.ways.clear();
         found.into_iter().try_for_each(|way| self.ways.adopt(way)).context("cannot read the ways")
     }
@@ -132,10 +125,10 @@ where
         } else {
             self.counted.remove(&number);
         }
-        let Place { element, word, mask } = Bits::place(&addr);
-        let mut bits = self.endpoints.get(element)?;
-        bits.words[word] |= mask;
-        self.endpoints.set(element, bits)?;
+        self.interest.add_endpoint(&addr, Port::new(entry.address.port()))?;
+        if let Some(source) = route.and_then(|route| F::Addr::from_ip(route.source)) {
+            self.interest.add(&source, Kind::Node)?;
+        }
         let now = Instant::now();
         let way = self.ways.take(now, route)?;
         // What is behind the number must be there first.
@@ -171,7 +164,7 @@ where
 
     fn unmap(&mut self) {
         self.backends.unmap();
-        self.endpoints.unmap();
+        self.interest.unmap();
         self.loads.unmap();
     }
 
@@ -194,6 +187,7 @@ where
             .flat_map(|(link, exits)| exits.iter().filter_map(|exit| all(link, exit)))
             .collect();
         for (key, address) in &wanted {
+            self.interest.add(address, Kind::Node).context("cannot write what is of interest")?;
             self.exits
                 .insert(key, tables::Exit { address: *address }, 0)
                 .context("cannot write an exit")?;
@@ -214,6 +208,8 @@ where
         let Lead { id, cluster, local, affinity, flags } = lead;
         let mut value = ServiceValue { tag: 0, id, cluster, local, affinity, flags };
         value.tag = value.tag_of(&key);
+        // Whoever asks must pass these first.
+        self.interest.add_service(&key, flags).context("cannot write what is of interest")?;
         self.services.insert(key, value, 0).context("cannot write a Service")
     }
 

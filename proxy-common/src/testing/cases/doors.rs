@@ -213,3 +213,18 @@ pub fn own_ports(cast: &Cast) -> Vec<Step> {
         same(&Packet::tcp(Ingress, cast.outsider, at(cast.router, NODE_PORT), SYN)),
     ]
 }
+
+/// The node's address stands in for the client.
+pub fn own_hairpin(cast: &Cast) -> Vec<Step> {
+    let (node_port, frontend) = cast.node_port();
+    let (own, me) = (cast.pod, SocketAddr::new(cast.pod.ip(), 40_000));
+    let seen_as = SocketAddr::new(node_port.ip(), me.port());
+    let turned = |packet: &Packet, src, dst| Packet { side: Egress, src, dst, ..packet.clone() };
+    let there = Packet::tcp(Ingress, me, node_port, SYN);
+    let back = Packet::tcp(Ingress, own, seen_as, SYN | ACK);
+    vec![
+        Step::Services(vec![Service::new(frontend, proto::TCP, &[own])]),
+        translated(&there, Outcome::Hairpin, &turned(&there, seen_as, own)),
+        translated(&back, Outcome::Hairpin, &turned(&back, node_port, me)),
+    ]
+}

@@ -229,7 +229,7 @@ fn reply(cast: &Cast, flags: u8, outcome: Outcome) -> Step {
 
 /// All cases, of both families.
 pub fn cases() -> Vec<Case> {
-    let stories: [(&str, Story); 28] = [
+    let stories: [(&str, Story); 29] = [
         ("a connection from its SYN to its end", flows::connection),
         ("a connection that is reset", flows::reset_connection),
         ("a port is used again after its connection has ended", flows::port_reuse),
@@ -253,6 +253,7 @@ pub fn cases() -> Vec<Case> {
         ("from outside to a pod elsewhere the node masquerades", doors::masqueraded),
         ("an error about a masqueraded packet", doors::masqueraded_error),
         ("a redirect to a pod is not told to a client", doors::redirected),
+        ("a pod reaches itself by the node's own address", doors::own_hairpin),
         ("from outside to a pod of this node the client's address stays", doors::local_pod),
         ("externalTrafficPolicy asks for a local pod only from outside", doors::external_policy),
         ("internalTrafficPolicy asks for a local pod from everyone", doors::internal_policy),
