@@ -15,7 +15,7 @@ use portal::kernel::{
 use portal::testing::installed::{self, Installed, options};
 use portal::testing::namespace::Mounts;
 use portal::testing::program::{lets_pass_with_a_tail_call, stack_of};
-use proxy_common::settings::Settings;
+use proxy_common::settings::{Clock, Settings};
 use proxy_common::tables::{
     AffinityKey, AffinityValue, EmbryoValue, FlowKey, FlowValue, FragmentKey, FragmentValue,
     Origin, Side,
@@ -218,6 +218,30 @@ fn at(text: &str) -> SocketAddr {
 fn live_flows(options: &Options) -> HashMap<MapData, FlowKey<V4>, FlowValue<V4>> {
     let path = maps_folder(&options.bpffs_root).join("flows_v4");
     HashMap::try_from(Map::HashMap(MapData::from_pin(path).unwrap())).unwrap()
+}
+
+/// By the kernel's count of jiffies, which is at most one behind.
+#[test]
+fn the_programs_clock_is_the_agents() {
+    assert_ne!(clock::clock(), Clock::PRECISE);
+    on_bpffs(|options| {
+        let mut bench = Bench::new(&options);
+        let (vip, pod) = (at("10.96.0.1:80"), at("10.0.1.1:8080"));
+        bench.0.serve(&[Service::new(vip, proto::UDP, &[pod])]);
+        let client = at("10.0.0.1:4000");
+        let before = read::now();
+        for _ in 0..2 {
+            bench.see(Hook::Ingress, &Packet::udp(Side::Ingress, client, vip).frame());
+            bench.see(Hook::Egress, &Packet::udp(Side::Egress, pod, client).frame());
+        }
+        let ticks = before - 1..=read::now();
+        let records: Vec<_> = live_flows(&options).iter().map(|record| record.unwrap().1).collect();
+        assert_eq!(records.len(), 2);
+        assert!(
+            records.iter().all(|record| ticks.contains(&record.seen)),
+            "{ticks:?}: {records:?}"
+        );
+    });
 }
 
 #[test]

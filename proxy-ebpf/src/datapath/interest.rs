@@ -27,7 +27,14 @@ pub fn comes_in<F: Family, T: Tables<F>>(
     is_of_interest.then_some(to)
 }
 
-/// What a packet that goes out is of interest for.
+/// Of a packet that goes out to a pod: it comes from an endpoint.
+#[inline(always)]
+pub fn answers_pod<F: Family, T: Tables<F>>(tables: &T, key: &FlowKey<F>) -> bool {
+    let from = tables.interest(&key.src);
+    from.has(Kind::Frontend) || from.has(Kind::Endpoint) && tables.is_server(&key.src, key.sport)
+}
+
+/// What a packet that leaves the node is of interest for.
 #[derive(Clone, Copy)]
 pub struct Ends {
     /// Whom it comes from.
@@ -38,10 +45,10 @@ pub struct Ends {
     pub is_pods: bool,
 }
 
-/// Of a packet that goes out: it comes from an endpoint, or from the node at a port of a Service; or goes to an endpoint or a
-/// frontend; or is to be masqueraded, or is the node's own beside such. `None` if it is of no interest.
+/// Of a packet that leaves the node: it comes from an endpoint, or from the node at a port of a Service; or goes to an endpoint
+/// or a frontend; or is to be masqueraded, or is the node's own beside such. `None` if it is of no interest.
 #[inline(always)]
-pub fn goes_out<F: Family, P: Frame, T: Tables<F>>(
+pub fn leaves<F: Family, P: Frame, T: Tables<F>>(
     frame: &P,
     tables: &T,
     key: &FlowKey<F>,
