@@ -19,8 +19,8 @@ use aya_ebpf::programs::TcContext;
 use proxy_common::settings::{Settings, TICK_SHIFT};
 use proxy_common::tables::{
     AffinityKey, AffinityValue, Backend, Config, EmbryoRecord, EmbryoValue, Exit, ExitData,
-    ExitKey, FlowKey, FlowRecord, FlowValue, FragmentKey, FragmentValue, Interest, Kinds, Name,
-    PeerKey, PeerValue, Ports, RangeData, ServiceKey, ServiceValue, Slots, SourceRange, Spot,
+    ExitKey, FlowKey, FlowRecord, FlowValue, FragmentKey, FragmentValue, Interest, Kind, Kinds,
+    Name, PeerKey, PeerValue, Ports, RangeData, ServiceKey, ServiceValue, Slots, SourceRange, Spot,
     Traffic, Way, Work,
 };
 use proxy_common::{Family, Outcome, Port, V4, V6};
@@ -242,15 +242,22 @@ macro_rules! tables {
             #[inline(always)]
             fn is_server(&self, address: &<$family as Family>::Addr, port: Port) -> bool {
                 let Spot { element, bit } = Spot::of_server(address, port);
-                $interest.get(element).is_some_and(|spot| spot.words[3] >> bit & 1 != 0)
+                $interest
+                    .get(element)
+                    .is_some_and(|spot| spot.words[Kind::Server as usize] >> bit & 1 != 0)
             }
 
             #[inline(always)]
             fn take_port(&self, port: Port) {
                 let (element, half) = Ports::place(port);
                 if let Some(ports) = PORTS.get_ptr_mut(element) {
-                    // SAFETY: all that is ever written there is the same word.
-                    unsafe { (&raw mut (*ports).taken[half]).write_volatile(1) };
+                    // SAFETY: all that is ever written there is the same word. Other CPUs read it: it is written once.
+                    unsafe {
+                        let taken = &raw mut (*ports).taken[half];
+                        if taken.read_volatile() == 0 {
+                            taken.write_volatile(1);
+                        }
+                    }
                 }
             }
 

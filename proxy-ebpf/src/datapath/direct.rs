@@ -25,9 +25,16 @@ pub fn open<F: Family, T: Tables<F>>(
     let now = tables.now();
     *other = key.turned(Side::Egress);
     if place::is_taken(tables, key, other, &mut memory.spare, now) {
+        // From now on what comes from this port is looked at, and not the first packet only.
+        tables.take_port(key.sport);
         let (origin, backend) = (Origin::NONE, Origin::NO_BACKEND);
         return Some(Opening { origin, service: 0, backend, masquerades: false });
     }
-    place::note_both(tables, key, other, &mut memory.embryo, now);
+    if packet.proto == proto::TCP {
+        // Of its own packets no other is looked at, and its answers keep the note fresh.
+        place::note(tables, key, other, &mut memory.embryo, now);
+    } else {
+        place::note_both(tables, key, other, &mut memory.embryo, now);
+    }
     None
 }

@@ -7,12 +7,12 @@
 
 use bytemuck::Zeroable;
 use proxy_common::tables::{
-    Facts, FlowKey, FlowRecord, Kind, Kinds, Origin, ServiceKey, Side, State,
+    Facts, FlowKey, FlowRecord, Kind, Kinds, Origin, ServiceKey, ServiceValue, Side, State,
 };
 use proxy_common::{Family, Outcome, proto};
 
 use super::interest::{self, Ends};
-use super::{Client, Leg, Next, Story, Tables, is_nodes, live, rewrite};
+use super::{Client, Leg, Next, Story, Tables, live, rewrite};
 use crate::packet::{Frame, Plain, Wire, tcp};
 
 /// For how many ticks at most what a flow's record has counted stays there, and the other direction's record is missing if it
@@ -61,7 +61,7 @@ fn egress_to_pod<F: Wire, P: Frame, T: Tables<F>>(
     plain: Plain,
     key: &FlowKey<F>,
 ) -> Next {
-    if !interest::answers_pod(tables, key) {
+    if frame.has_passed() || !interest::answers_pod(tables, key) {
         return Outcome::NotService.into();
     }
     if let Some(next) = established(frame, tables, plain, key, Story::ToClient) {
@@ -144,7 +144,7 @@ fn established<F: Wire, P: Frame, T: Tables<F>>(
         return Some(Next::Story(story));
     };
     let origin = facts.plain;
-    if !is_in_the_middle(facts, plain) || is_due(facts, now, story) {
+    if !is_in_the_middle(facts, plain) || is_due(facts, plain, now, story) {
         return Some(Next::Story(story));
     }
     // What is done for flows that are not seen here is not in this program, which must be small.
@@ -175,8 +175,10 @@ fn established<F: Wire, P: Frame, T: Tables<F>>(
     if rewrite::translate_plain(frame, plain, &other, &change).is_none() {
         return Some(Outcome::NotWritable.into());
     }
-    if story == Story::ToClient || story == Story::FromPod && ends_here(tables, origin) {
+    if story == Story::ToClient {
         frame.set_done();
+    } else if story == Story::FromPod && ends_here(tables, key, origin) {
+        frame.set_passed();
     }
     match rewrite::send::<F, P>(frame, origin, leg, origin.translated()) {
         verdict if verdict.outcome == Outcome::NotWritable => Some(Next::Done(verdict)),
@@ -193,9 +195,11 @@ pub(super) fn is_in_the_middle(facts: Facts, plain: Plain) -> bool {
 /// Whether a story is to look after the flow again: once a tick where the host stack chooses its way, which may become another
 /// one; else in [`PATIENCE`] ticks. Not by two branches: LLVM would make all that follows twice.
 #[inline(always)]
-fn is_due(facts: Facts, now: u32, story: Story) -> bool {
+fn is_due(facts: Facts, plain: Plain, now: u32, story: Story) -> bool {
     let origin = facts.plain;
+    // Datagrams may have to be given up after a second.
     let is_led = story == Story::FromOutside
+        || !plain.is(proto::TCP)
         || origin.answers_outside()
         || origin.may_be_shortened()
         || facts.is_cut();
@@ -203,10 +207,17 @@ fn is_due(facts: Facts, now: u32, story: Story) -> bool {
     facts.seen >> pause != now >> pause
 }
 
-/// Whether a pod's packet that is translated where it comes in is to be left alone where it goes out.
+/// Whether a pod's packet that is translated where it comes in needs nothing where it goes out. Of TCP: two pods that send each
+/// other datagrams by VIPs, from and to one port, have one flow where they end.
 #[inline(always)]
-pub(super) fn ends_here<F: Family, T: Tables<F>>(tables: &T, origin: Origin) -> bool {
-    !origin.is(Origin::MASQUERADES | Origin::TURN) && tables.setting(|s| &s.masquerade_pods) == 0
+pub(super) fn ends_here<F: Family, T: Tables<F>>(
+    tables: &T,
+    key: &FlowKey<F>,
+    origin: Origin,
+) -> bool {
+    key.proto == proto::TCP
+        && !origin.is(Origin::MASQUERADES | Origin::TURN)
+        && tables.setting(|s| &s.masquerade_pods) == 0
 }
 
 /// How a translated packet leaves. `None` if that is to be found out.
@@ -239,8 +250,10 @@ fn is_anyones<F: Family, T: Tables<F>>(
     (key, to): (&FlowKey<F>, Kinds),
     client: Client,
 ) -> bool {
-    let is_node = to.has(Kind::Node) && is_nodes(tables, key.dst);
-    if to.has(Kind::Frontend) && !is_node {
+    let may_be_marked = to.has(Kind::Frontend) || to.has(Kind::Node);
+    let mark = if may_be_marked { tables.service(&ServiceKey::mark(key.dst)) } else { None };
+    let is_node = mark.is_some_and(|mark| mark.has(ServiceValue::NODE));
+    if mark.is_some() && !is_node {
         return true;
     }
     if !is_node && !to.has(Kind::Endpoint) {

@@ -8,7 +8,8 @@ use super::{Client, Tables};
 use crate::packet::{Frame, Plain};
 
 /// Of a packet that comes in: it goes to a frontend; or to the node itself, at a port of a Service or of a masqueraded flow; or
-/// to an endpoint by its own address and port, which is none otherwise. `None` if it is of no interest.
+/// it begins a flow to an endpoint by its own address and port, or comes from a port that such a flow has been given another one
+/// for. What it goes to is no endpoint's otherwise. `None` if it is of no interest.
 #[inline(always)]
 pub fn comes_in<F: Family, T: Tables<F>>(
     tables: &T,
@@ -17,11 +18,14 @@ pub fn comes_in<F: Family, T: Tables<F>>(
     client: Client,
 ) -> Option<Kinds> {
     let mut to = tables.interest(&key.dst);
-    if to.has(Kind::Endpoint) && !tables.is_server(&key.dst, key.dport) {
+    let asks_server = to.has(Kind::Endpoint)
+        && (plain.begins() || tables.is_port(key.sport))
+        && tables.is_server(&key.dst, key.dport);
+    if !asks_server {
         to = to.without(Kind::Endpoint);
     }
     let is_of_interest = to.has(Kind::Frontend)
-        || to.has(Kind::Endpoint)
+        || asks_server
         || to.has(Kind::Node) && tables.is_port(key.dport)
         || is_admitted(tables, plain, client);
     is_of_interest.then_some(to)
@@ -45,8 +49,9 @@ pub struct Ends {
     pub is_pods: bool,
 }
 
-/// Of a packet that leaves the node: it comes from an endpoint, or from the node at a port of a Service; or goes to an endpoint
-/// or a frontend; or is to be masqueraded, or is the node's own beside such. `None` if it is of no interest.
+/// Of a packet that leaves the node: it comes from an endpoint, or from a port that is of interest; or goes to an endpoint or a
+/// frontend; or is to be masqueraded, or is the node's own beside such. `None` if it is of no interest; or if it was translated
+/// where it came in, and is still a pod's.
 #[inline(always)]
 pub fn leaves<F: Family, P: Frame, T: Tables<F>>(
     frame: &P,
@@ -54,13 +59,17 @@ pub fn leaves<F: Family, P: Frame, T: Tables<F>>(
     key: &FlowKey<F>,
 ) -> Option<Ends> {
     let (from, to) = (tables.interest(&key.src), tables.interest(&key.dst));
+    if frame.has_passed() && !from.has(Kind::Node) {
+        return None;
+    }
     let masquerades = tables.setting(|s| &s.masquerade_pods) != 0;
     let is_pods = masquerades && tables.is_pod(&key.src);
     let is_of_interest = from.has(Kind::Frontend)
         || to.has(Kind::Frontend)
         || from.has(Kind::Endpoint) && tables.is_server(&key.src, key.sport)
         || to.has(Kind::Endpoint) && tables.is_server(&key.dst, key.dport)
-        || from.has(Kind::Node) && (masquerades || tables.is_port(key.sport))
+        || masquerades && from.has(Kind::Node)
+        || tables.is_port(key.sport)
         || is_pods
         || frame.is_led();
     is_of_interest.then_some(Ends { from, to, is_pods })

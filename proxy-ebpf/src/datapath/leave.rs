@@ -145,6 +145,8 @@ fn own_source<F: Family, T: Tables<F>>(
         return Ok(key.src);
     }
     place::note_both(tables, key, other, &mut memory.embryo, now);
+    // Its answers keep the note fresh.
+    tables.take_port(key.sport);
     Err(Failure::NotService)
 }
 

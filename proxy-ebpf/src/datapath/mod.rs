@@ -250,7 +250,8 @@ pub trait Tables<F: Family> {
     fn interest(&self, address: &F::Addr) -> Kinds;
     /// Whether an endpoint may serve at an address and port.
     fn is_server(&self, address: &F::Addr, port: Port) -> bool;
-    /// Notes that a flow has a port of the node's, to which its answers come in.
+    /// Notes that a flow has a port of the node's, to which its answers come in; or one of a client's that asks an endpoint by
+    /// its own address and is given another.
     fn take_port(&self, port: Port);
     /// Whether a port of the node's is, or has been, one to which answers come in, a `NodePort` or a host port.
     fn is_port(&self, port: Port) -> bool;

@@ -188,8 +188,11 @@ pub fn settle<F: Wire, P: Frame, T: Tables<F>>(frame: &P, tables: &T, work: &mut
         place::Answer::None => return Outcome::NoPort.into(),
     }
     if other.side == Side::Ingress as u8 {
-        // Its answers come in for the node, or for a VIP.
+        // Its answers come in for the node, or for a VIP. Its own packets are looked at though pods are no longer masqueraded.
         tables.take_port(other.dport);
+        if key.side == Side::Egress as u8 {
+            tables.take_port(key.sport);
+        }
     }
     let entered = place::enter(tables, (key, other), memory, origin, request);
     if entered == origin {
@@ -223,9 +226,10 @@ pub fn send<F: Wire, P: Frame, T: Tables<F>>(
         _ => (Part::Later, Outcome::Fragment),
     };
     let (l4, number) = (packet.l4(), packet.proto);
-    let is_pods = work.from == Story::FromPod as u32;
-    if work.key.side == Side::Egress as u8 || is_pods && fast::ends_here(tables, origin) {
+    if work.key.side == Side::Egress as u8 {
         frame.set_done();
+    } else if work.from == Story::FromPod as u32 && fast::ends_here(tables, &work.key, origin) {
+        frame.set_passed();
     }
     match rewrite::translate(frame, l4, number, part, &work.key, &work.other) {
         Some(()) if origin.is(Origin::TURN) => {

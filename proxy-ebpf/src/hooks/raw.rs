@@ -78,6 +78,14 @@ impl Frame for Raw<'_> {
     fn set_done(&mut self) {}
 
     #[inline(always)]
+    fn set_passed(&mut self) {}
+
+    #[inline(always)]
+    fn has_passed(&self) -> bool {
+        false
+    }
+
+    #[inline(always)]
     fn is_done(&self) -> bool {
         false
     }

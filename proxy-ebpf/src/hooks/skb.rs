@@ -22,6 +22,8 @@ const DONE: u32 = 0x506f;
 /// What it says that was led to a backend, and is to be masqueraded if it leaves by an uplink. Where a classifier beside
 /// ours overwrites it, that is found out by a look-up, but for packets in the middle of a connection whose record is lost.
 const LED: u32 = 0x5070;
+/// What it says that was translated where it came in from a pod.
+const PASSED: u32 = 0x5071;
 /// `BPF_F_IPV6`, which aya's bindings do not name: the address of an IPv6 packet changes, where no
 /// header checksum makes up for it in a sum that hardware took of the whole packet.
 const BPF_F_IPV6: u64 = 1 << 7;
@@ -120,6 +122,18 @@ impl<const NETWORK: usize> Frame for Skb<'_, NETWORK> {
     fn is_done(&self) -> bool {
         // SAFETY: the context is the kernel's and outlives the program.
         unsafe { (*self.ctx.skb.skb).tc_index == DONE }
+    }
+
+    #[inline(always)]
+    fn set_passed(&mut self) {
+        // SAFETY: the context is the kernel's and outlives the program.
+        unsafe { (*self.ctx.skb.skb).tc_index = PASSED };
+    }
+
+    #[inline(always)]
+    fn has_passed(&self) -> bool {
+        // SAFETY: the context is the kernel's and outlives the program.
+        unsafe { (*self.ctx.skb.skb).tc_index == PASSED }
     }
 
     #[inline(always)]

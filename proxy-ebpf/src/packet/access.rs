@@ -37,6 +37,13 @@ pub trait Frame {
     /// Whether this node has done with it.
     fn is_done(&self) -> bool;
 
+    /// Notes that it was translated where it came in from a pod, and needs nothing where it leaves, unless the host has given it
+    /// the node's address meanwhile.
+    fn set_passed(&mut self);
+
+    /// Whether it was translated where it came in from a pod.
+    fn has_passed(&self) -> bool;
+
     /// Forgets what was noted: it has just come in, and another node's notes are none of ours.
     fn forget_notes(&mut self);
 

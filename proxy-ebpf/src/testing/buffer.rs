@@ -18,6 +18,8 @@ pub enum Note {
     None,
     /// The node has done with it.
     Done,
+    /// It was translated where it came in from a pod.
+    Passed,
     /// It was led to a backend, to be masqueraded if it leaves.
     Led,
 }
@@ -90,6 +92,14 @@ impl Frame for Buffer {
 
     fn is_led(&self) -> bool {
         self.note == Note::Led
+    }
+
+    fn set_passed(&mut self) {
+        self.note = Note::Passed;
+    }
+
+    fn has_passed(&self) -> bool {
+        self.note == Note::Passed
     }
 
     fn set_done(&mut self) {

@@ -61,6 +61,8 @@ pub struct Host<F: Family> {
     /// What is of interest: addresses, and servers with their ports. It stays, as in the kernel.
     addresses: BTreeMap<Vec<u8>, Kinds>,
     servers: BTreeSet<(Vec<u8>, u16)>,
+    /// Whether all bits of what is of interest are set: then all the rest must tell.
+    pub vague: bool,
     /// Ports of the node's.
     ports: RefCell<BTreeSet<u16>>,
     slots: Vec<u32>,
@@ -142,6 +144,7 @@ impl<F: HostFamily> Host<F> {
             services: BTreeMap::new(),
             addresses: BTreeMap::new(),
             servers: BTreeSet::new(),
+            vague: false,
             ports: RefCell::default(),
             slots: Vec::new(),
             ranges: Vec::new(),
@@ -446,13 +449,17 @@ impl<F: HostFamily> Tables<F> for Host<F> {
     }
 
     fn interest(&self, address: &F::Addr) -> Kinds {
+        if self.vague {
+            let all = [Kind::Frontend, Kind::Node, Kind::Endpoint];
+            return all.into_iter().fold(Kinds::NONE, Kinds::with);
+        }
         let own = [Some(self.way.source), self.exit.and_then(F::address)];
         let kinds = self.addresses.get(&bytes(address)).copied().unwrap_or_default();
         if own.contains(&Some(*address)) { kinds.with(Kind::Node) } else { kinds }
     }
 
     fn is_server(&self, address: &F::Addr, port: Port) -> bool {
-        self.servers.contains(&(bytes(address), port.number()))
+        self.vague || self.servers.contains(&(bytes(address), port.number()))
     }
 
     fn take_port(&self, port: Port) {
@@ -460,7 +467,7 @@ impl<F: HostFamily> Tables<F> for Host<F> {
     }
 
     fn is_port(&self, port: Port) -> bool {
-        self.ports.borrow().contains(&port.number())
+        self.vague || self.ports.borrow().contains(&port.number())
     }
 
     fn load(&self, backend: u32) -> u32 {

@@ -233,6 +233,30 @@ fn answers_to_the_nodes_own_connections_are_not_taken_for_new_ones() {
     assert_eq!(host.see(Hook::Uplink, &syn).0, Outcome::Opened);
 }
 
+/// What a pod's packet was led to where it came in, the kernel's own NAT may give the node's address: then it is seen where it leaves
+/// all the same, and no flow of ours gets the same place. Otherwise nothing is looked up there.
+#[test]
+fn a_pods_flow_that_the_host_masquerades_is_noted_where_it_leaves() {
+    let mut host = Host::<V4>::new();
+    let node_port = Service { flags: 0, ..Service::new(at("0.0.0.0:30080"), proto::TCP, &[pod()]) };
+    host.serve(&[node_port, Service::new(vip(), proto::TCP, &[pod()])]);
+    let mut sent = Buffer::new(&Packet::tcp(Ingress, client(), vip(), SYN).frame());
+    assert_eq!(host.see_buffer(Hook::Ingress, &mut sent), Outcome::Opened);
+    let mut as_it_is = sent.clone();
+    let embryos = host.embryos().len();
+    assert_eq!(host.see_buffer(Hook::Egress, &mut as_it_is), Outcome::NotService);
+    assert_eq!(host.embryos().len(), embryos, "nothing is noted");
+    let own = SocketAddr::new(NODE[0], 5000);
+    sent.bytes = Packet::tcp(Ingress, own, pod(), SYN).frame();
+    assert_eq!(host.see_buffer(Hook::Egress, &mut sent), Outcome::NotService);
+    // From outside by that very port: the backend could not tell the two apart.
+    let asked = SocketAddr::new(NODE[0], 30_080);
+    let syn = Packet::tcp(Ingress, at("198.51.100.1:5000"), asked, SYN).frame();
+    let (outcome, frame) = host.pass(&syn);
+    assert_eq!(outcome, Outcome::Masqueraded);
+    assert_ne!(ends(&frame)[0], own);
+}
+
 /// By another link than the one that the node's own packets would take it is that link's address; without one it can't be
 /// masqueraded, and must not leave as it is: the pod would answer someone who has never heard of it.
 #[test]

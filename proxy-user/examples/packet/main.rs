@@ -82,7 +82,7 @@ fn measure(object: &[u8], bench: &[u8], only: &str) -> Result<Vec<Measured>> {
 }
 
 fn of_row(runs: &mut Runs, row: &Row) -> Result<Measured> {
-    row.before.iter().try_for_each(|seen| runs.walk(seen, row.flows))?;
+    runs.walk(&row.before, row.flows)?;
     let name = row.name.clone();
     runs.check(&row.seen).with_context(|| name.clone())?;
     let ns = runs.over_nothing(&row.seen, row.flows)?;

@@ -59,15 +59,18 @@ impl<'a> Runs<'a> {
         Ok(())
     }
 
-    /// Lets one packet of each of so many flows be seen.
+    /// Lets these packets of each of so many flows be seen, one after the other, some flows at a time.
     ///
     /// # Errors
     /// If a program can't be run.
-    pub fn walk(&mut self, seen: &Seen, flows: u32) -> Result<()> {
-        self.lead_to(Some(seen.program))?;
+    pub fn walk(&mut self, packets: &[Seen], flows: u32) -> Result<()> {
         for first in (0..flows).step_by(BATCH as usize) {
-            self.begin_with(seen, first, BATCH.min(flows - first), 1)?;
-            self.run(BATCH.min(flows - first))?;
+            let count = BATCH.min(flows - first);
+            for seen in packets {
+                self.lead_to(Some(seen.program))?;
+                self.begin_with(seen, first, count, 1)?;
+                self.run(count)?;
+            }
         }
         Ok(())
     }

@@ -203,11 +203,11 @@ enum ShortCuts {
 /// How much the tables hold.
 #[derive(Clone, Copy, Debug, clap::ValueEnum)]
 enum TableSize {
-    /// A thousand Service ports, 16,000 live flows of each family: 17 MB
+    /// A thousand Service ports, 16,000 live flows of each family: 20 MB
     Small,
-    /// 30,000 Service ports of ten endpoints, 130,000 live flows of each family: 174 MB
+    /// 30,000 Service ports of ten endpoints, 130,000 live flows of each family: 177 MB
     Default,
-    /// 100,000 Service ports of ten endpoints, 500,000 live flows of each family: 395 MB
+    /// 100,000 Service ports of ten endpoints, 500,000 live flows of each family: 398 MB
     Large,
 }
 

@@ -48,6 +48,7 @@ use ipnet::IpNet;
 use nix::fcntl::{Flock, FlockArg};
 use proxy_common::Outcome;
 use proxy_common::settings::Lifetimes;
+use proxy_common::tables::{Interest, Ports};
 
 use crate::exits::Exits;
 use crate::links::Role;
@@ -140,7 +141,9 @@ impl Sizes {
         let bytes = |count: u32, each: u64| u64::from(count) * each;
         let arrays = bytes(tables.slots, 4)
             + bytes(tables.backends, 24 + 40 + 2 * 8)
-            + bytes(tables.services, 8 + 16);
+            + bytes(tables.services, 8 + 16)
+            + 2 * (size_of::<Interest>() * Interest::COUNT) as u64
+            + (size_of::<Ports>() * Ports::COUNT) as u64;
         // Elements of both families, with the kernel's header of 48 bytes, and 16 for each bucket.
         let lru = bytes(embryos, 120 + 168 + 2 * 16) + bytes(others, 80 + 96 + 72 + 104 + 4 * 16);
         let buckets = bytes(flows, 2 * 16) + bytes(tables.services, 3 * 16);

@@ -12,7 +12,7 @@ use aya_obj::generated::bpf_func_id;
 use nix::sys::statfs::{FsType, fstatfs};
 
 use super::Options;
-use super::sys::{Instruction, run_classifier};
+use super::sys::{Classifier, Instruction};
 
 const BPF_FS_MAGIC: i64 = 0xcafe_4a11;
 const CGROUP2_MAGIC: i64 = 0x6367_7270;
@@ -100,7 +100,7 @@ pub fn ipv6_sums() -> bool {
         Instruction { code: 0x85, registers: 0, offset: 0, immediate: L4_CSUM_REPLACE },
         Instruction { code: 0x95, registers: 0, offset: 0, immediate: 0 },
     ];
-    run_classifier(&program).is_ok_and(|result| result == 0)
+    Classifier::load(&program).and_then(|program| program.run()).is_ok_and(|result| result == 0)
 }
 
 /// How socket hooks know the node's own sockets, which the calling thread's namespace has: by its cookie

@@ -460,17 +460,26 @@ pub fn load(kind: u32, instructions: &[Instruction]) -> io::Result<OwnedFd> {
     bpf(BPF_PROG_LOAD, &mut attributes).map(owned)
 }
 
-/// Runs a small tc program once on a packet of zeros, and returns what it returns.
-pub fn run_classifier(instructions: &[Instruction]) -> io::Result<u32> {
-    let program = load(CLASSIFIER, instructions)?;
-    let packet = [0_u8; 64];
-    let mut run = RunAttributes {
-        program: raw(&program),
-        length_in: u32::try_from(packet.len()).expect("it is short"),
-        data_in: packet.as_ptr() as u64,
-        repeat: 1,
-        ..RunAttributes::default()
-    };
-    bpf(BPF_PROG_TEST_RUN, &mut run)?;
-    Ok(run.result)
+/// A small tc program.
+pub struct Classifier(OwnedFd);
+
+impl Classifier {
+    /// Loads it.
+    pub fn load(instructions: &[Instruction]) -> io::Result<Self> {
+        load(CLASSIFIER, instructions).map(Self)
+    }
+
+    /// Runs it once on a packet of zeros, and returns what it returns.
+    pub fn run(&self) -> io::Result<u32> {
+        let packet = [0_u8; 64];
+        let mut run = RunAttributes {
+            program: raw(&self.0),
+            length_in: u32::try_from(packet.len()).expect("it is short"),
+            data_in: packet.as_ptr() as u64,
+            repeat: 1,
+            ..RunAttributes::default()
+        };
+        bpf(BPF_PROG_TEST_RUN, &mut run)?;
+        Ok(run.result)
+    }
 }

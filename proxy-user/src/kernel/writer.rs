@@ -92,19 +92,27 @@ where
 
     /// Takes over which ways the backends have that an earlier agent has written, and whose flows are counted.
     fn adopt_rows(&mut self) -> Result<()> {
-        let mut found = Vec::new();
+        let (mut found, mut servers) = (Vec::new(), Vec::new());
         self.counted.clear();
         let both = tables::Backend::<F>::COUNTED | tables::Backend::<F>::SERVING;
         let counted = &mut self.counted;
         let note = |number, row: tables::Backend<F>| {
             if row.generation != 0 {
                 found.push(row.way);
+                servers.push((row.addr, row.port));
             }
             if row.flags & both == both {
                 counted.insert(number, row.generation);
             }
         };
         self.backends.read_to(u32::MAX, note)?;
+        // What an agent that was cut off may have left without them.
+        for (address, port) in servers {
+            self.interest.add_endpoint(&address, port)?;
+        }
+        for (key, value) in self.services.iter().filter_map(Result::ok) {
+            self.interest.add_service(&key, value.flags)?;
+        }
         self.ways.clear();
         found.into_iter().try_for_each(|way| self.ways.adopt(way)).context("cannot read the ways")
     }
