@@ -107,7 +107,8 @@ impl Interest {
 map_type! {
     /// What two ports of the node's, next to each other, are of interest for: 1 if they are, else 0. First the even one.
     pub struct Ports {
-        /// Answers have come in there, of masqueraded and of hairpin flows. The datapath writes these.
+        /// A flow was given them to which answers come in (masqueraded and hairpin flows), or is known by them as its client's.
+        /// The datapath writes these.
         pub taken: [u32; 2],
         /// They have been a `NodePort`'s or a host port's. The agent writes these.
         pub served: [u32; 2],

@@ -1,7 +1,7 @@
-//! Every packet. A plain one in the middle of a live flow takes one look-up and is translated; a
-//! stranger's is left alone; all else is for the stories.
+//! Every packet. A stranger's is left alone, which mostly some bits tell; a plain one in the middle of a live flow takes one
+//! look-up and is translated; all else is for the stories.
 //!
-//! What happens once a second, or seldom, is not done here: then the story does what this would have
+//! What happens once a second or four, or seldom, is not done here: then the story does what this would have
 //! done, and the rest. That goes for counting, too: what is translated here is counted in the flow's record
 //! only, and a story hands that over.
 
@@ -15,8 +15,8 @@ use super::interest::{self, Ends};
 use super::{Client, Leg, Next, Story, Tables, live, rewrite};
 use crate::packet::{Frame, Plain, Wire, tcp};
 
-/// For how many ticks at most what a flow's record has counted stays there, and the other direction's record is missing if it
-/// was lost.
+/// For how many ticks at most a connection of a pod's that goes on is left alone by the stories: as long what its record has counted
+/// may stay there, and the other direction's record may be missing if it was lost.
 pub const PATIENCE: u32 = 4;
 
 /// A packet that comes in from a client's link.

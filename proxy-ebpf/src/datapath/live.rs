@@ -332,7 +332,7 @@ fn follow<F: Family, T: Tables<F>>(
     }
 }
 
-/// Notes that the flow goes on; once a tick hands over what was counted, and makes the other
+/// Notes that the flow goes on; once in a while hands over what was counted, and makes the other
 /// direction's record anew if it was lost.
 #[inline(always)]
 fn refresh<F: Family, T: Tables<F>>(

@@ -53,6 +53,7 @@ pub struct Row {
 }
 
 /// Addresses of one family.
+#[derive(Clone, Copy)]
 struct Addresses {
     label: &'static str,
     client: SocketAddr,
@@ -108,125 +109,100 @@ pub fn services() -> Vec<Service> {
 
 /// All that is measured.
 pub fn rows() -> Vec<Row> {
-    families().iter().flat_map(of_family).collect()
+    let of = |family: &Addresses| [by_vip(family), strangers(family), by_node_port(family)];
+    families().iter().flat_map(of).flatten().collect()
 }
 
-fn of_family(family: &Addresses) -> Vec<Row> {
-    let Addresses { label, client, vip, backend, node, stranger, .. } = family;
-    let asks = |program, to, flags, becomes| Seen {
-        program,
-        packet: Packet::tcp(Side::Ingress, *client, to, flags),
-        client: Client::Source,
-        becomes,
-    };
-    let answers = |program, from, flags, becomes| Seen {
-        program,
-        packet: Packet::tcp(Side::Egress, from, *client, flags),
-        client: Client::Destination,
-        becomes,
-    };
+impl Addresses {
+    fn asks(
+        &self,
+        program: &'static str,
+        to: SocketAddr,
+        flags: u8,
+        becomes: Option<IpAddr>,
+    ) -> Seen {
+        let packet = Packet::tcp(Side::Ingress, self.client, to, flags);
+        Seen { program, packet, client: Client::Source, becomes }
+    }
+
+    fn answers(&self, from: SocketAddr, flags: u8, becomes: Option<IpAddr>) -> Seen {
+        let packet = Packet::tcp(Side::Egress, from, self.client, flags);
+        Seen { program: "portal_egress", packet, client: Client::Destination, becomes }
+    }
+
+    /// One flow's packet.
+    fn row(&self, name: &str, before: &[Seen], seen: Seen) -> Row {
+        let name = format!("{}, {name}", self.label);
+        Row { name, before: before.to_vec(), seen, flows: 1, has_floor: false }
+    }
+}
+
+/// Of a pod by a VIP, and back.
+fn by_vip(family: &Addresses) -> Vec<Row> {
+    let Addresses { vip, backend, .. } = *family;
     let (to_pod, from_vip) = (Some(backend.ip()), Some(vip.ip()));
-    let data = asks("portal_ingress", *vip, ACK, to_pod);
-    let syn = asks("portal_ingress", *vip, SYN, to_pod);
-    let handshake =
-        vec![syn.clone(), answers("portal_egress", *backend, SYN | ACK, from_vip), data.clone()];
-    let has_floor = !vip.is_ipv6();
-    let row = |name: &str, before: &[Seen], seen: Seen, flows, has_floor| Row {
-        name: format!("{label}, {name}"),
-        before: before.to_vec(),
-        seen,
-        flows,
-        has_floor,
-    };
-    let left = |program, from, to| Seen {
-        program,
-        packet: Packet::tcp(Side::Ingress, from, to, ACK),
-        client: Client::Source,
-        becomes: None,
-    };
-    let tunnel = Packet::udp(Side::Ingress, *client, SocketAddr::new(*node, 4789));
+    let asks = |flags| family.asks("portal_ingress", vip, flags, to_pod);
+    let answers = |flags| family.answers(backend, flags, from_vip);
+    let handshake = [asks(SYN), answers(SYN | ACK), asks(ACK)];
+    // The floor has IPv4 only.
+    let has_floor = vip.is_ipv4();
+    let of = |name, flows| Row { flows, has_floor, ..family.row(name, &handshake, asks(ACK)) };
+    let begins = family.row("a new flow each", &[], asks(SYN));
     let mut rows = vec![
-        row("established, at a pod's link", &handshake, data.clone(), 1, has_floor),
-        row("its answer", &handshake, answers("portal_egress", *backend, ACK, from_vip), 1, false),
-        row("10,000 flows", &handshake, data.clone(), 10_000, has_floor),
-        row("a new flow each", &[], syn, ENDLESS, has_floor),
-        row("no Service, from a pod", &[], left("portal_ingress", *client, *stranger), 1, false),
-        row("no Service, to a pod", &[], answers("portal_egress", *stranger, ACK, None), 1, false),
-        row(
-            "no Service, out of the node",
-            &[],
-            left("portal_upegress", *client, *stranger),
-            1,
-            false,
-        ),
-        row(
-            "to the node, TCP",
-            &[],
-            left("portal_uplink", *client, SocketAddr::new(*node, 22)),
-            1,
-            false,
-        ),
-        row(
-            "to the node, UDP of a tunnel",
-            &[],
-            Seen {
-                program: "portal_uplink",
-                packet: tunnel,
-                client: Client::Source,
-                becomes: None,
-            },
-            1,
-            false,
-        ),
+        of("established, at a pod's link", 1),
+        family.row("its answer", &handshake, answers(ACK)),
+        of("10,000 flows", 10_000),
+        Row { flows: ENDLESS, has_floor, ..begins },
     ];
     if has_floor {
-        rows.push(row("1,048,576 flows", &handshake, data, MANY, true));
+        rows.push(of("1,048,576 flows", MANY));
     }
-    rows.extend(by_node_port(family));
     rows
+}
+
+/// Of no Service.
+fn strangers(family: &Addresses) -> Vec<Row> {
+    let Addresses { client, node, stranger, .. } = *family;
+    let left = |program, to| family.asks(program, to, ACK, None);
+    let to_node = |port| SocketAddr::new(node, port);
+    let tunnel = Packet::udp(Side::Ingress, client, to_node(4789));
+    let tunnel = Seen { packet: tunnel, ..left("portal_uplink", to_node(4789)) };
+    vec![
+        family.row("no Service, from a pod", &[], left("portal_ingress", stranger)),
+        family.row("no Service, to a pod", &[], family.answers(stranger, ACK, None)),
+        family.row("no Service, out of the node", &[], left("portal_upegress", stranger)),
+        family.row("to the node, TCP", &[], left("portal_uplink", to_node(22))),
+        family.row("to the node, UDP of a tunnel", &[], tunnel),
+    ]
 }
 
 /// From outside by a `NodePort` to a pod elsewhere, by the host stack: in and out.
 fn by_node_port(family: &Addresses) -> Vec<Row> {
-    let Addresses { label, outsider: from, backend, node, .. } = family;
-    let asked = SocketAddr::new(*node, NODE_PORT);
-    let seen = |program, side, (source, to), flags, client, becomes| Seen {
+    let Addresses { outsider, backend, node, .. } = *family;
+    let seen = |program, side, (from, to), flags, client, becomes| Seen {
         program,
-        packet: Packet::tcp(side, source, to, flags),
+        packet: Packet::tcp(side, from, to, flags),
         client,
         becomes: Some(becomes),
     };
+    let asked = SocketAddr::new(node, NODE_PORT);
+    // Under the node's address, where the client's port stays.
+    let own = SocketAddr::new(node, outsider.port());
     let comes = |flags| {
-        seen("portal_uplink", Side::Ingress, (*from, asked), flags, Client::Source, backend.ip())
+        let ends = (outsider, asked);
+        seen("portal_uplink", Side::Ingress, ends, flags, Client::Source, backend.ip())
     };
     let goes = |flags| {
-        seen("portal_upegress", Side::Egress, (*from, *backend), flags, Client::Source, *node)
+        let ends = (outsider, backend);
+        seen("portal_upegress", Side::Egress, ends, flags, Client::Source, node)
     };
-    // Under the node's address, where the client's port stays.
-    let own = SocketAddr::new(*node, from.port());
-    let returns = Seen {
-        packet: Packet::tcp(Side::Ingress, *backend, own, SYN | ACK),
-        client: Client::Hidden,
-        ..comes(0)
-    };
-    let back = seen(
-        "portal_upegress",
-        Side::Egress,
-        (*backend, *from),
-        SYN | ACK,
-        Client::Destination,
-        *node,
-    );
-    let handshake = vec![comes(SYN), goes(SYN), returns, back, comes(ACK), goes(ACK)];
-    let row = |name: &str, before: Vec<Seen>, seen| Row {
-        name: format!("{label}, {name}"),
-        before,
-        seen,
-        flows: 1,
-        has_floor: false,
-    };
+    let (answer, to) = (SYN | ACK, outsider.ip());
+    let returns = seen("portal_uplink", Side::Ingress, (backend, own), answer, Client::Hidden, to);
+    let ends = (backend, outsider);
+    let back = seen("portal_upegress", Side::Egress, ends, answer, Client::Destination, node);
+    let handshake = [comes(SYN), goes(SYN), returns, back, comes(ACK), goes(ACK)];
     vec![
-        row("NodePort to a pod elsewhere, in", handshake.clone(), comes(ACK)),
-        row("NodePort to a pod elsewhere, out", handshake, goes(ACK)),
+        family.row("NodePort to a pod elsewhere, in", &handshake, comes(ACK)),
+        family.row("NodePort to a pod elsewhere, out", &handshake, goes(ACK)),
     ]
 }
