@@ -20,7 +20,7 @@ use proxy_common::tables::{
     AffinityKey, AffinityValue, EmbryoValue, FlowKey, FlowValue, FragmentKey, FragmentValue,
     Origin, Side,
 };
-use proxy_common::testing::{Case, Hook, Packet, Service, Step, cases};
+use proxy_common::testing::{Case, Hook, Packet, Service, Step, cases, search};
 use proxy_common::{Family, Outcome, V4, V6, proto};
 
 const BPFFS: &str = "/mnt/bpf";
@@ -171,6 +171,45 @@ fn every_case_is_as_on_the_host() {
     on_bpffs(|options| {
         let mut bench = Bench::new(&options);
         cases().iter().for_each(|case| run(&mut bench, case));
+    });
+}
+
+impl search::Datapath for Bench {
+    type Frame = Vec<u8>;
+    // The kernel's test runs begin with a packet without any.
+    const CARRIES_NOTES: bool = false;
+
+    fn serve(&mut self, services: &[Service]) {
+        self.0.serve(services);
+    }
+
+    fn frame(&self, bytes: &[u8]) -> Vec<u8> {
+        bytes.to_vec()
+    }
+
+    fn bytes(&self, frame: &Vec<u8>) -> Vec<u8> {
+        frame.clone()
+    }
+
+    fn see(&mut self, hook: Hook, frame: &mut Vec<u8>) -> Outcome {
+        let (outcome, _, bytes) = Self::see(self, hook, frame);
+        *frame = bytes;
+        outcome
+    }
+
+    // The kernel's LRU tables are large enough.
+    fn lose(&mut self, _rng: &mut fastrand::Rng) {}
+}
+
+/// As on the host, where there are many more.
+#[test]
+fn random_packets_become_what_a_model_says() {
+    on_bpffs(|options| {
+        for is_v6 in [false, true] {
+            let mut bench = Bench::new(&options);
+            bench.forget_flows();
+            search::search(&mut bench, is_v6, 1, 2_000);
+        }
     });
 }
 

@@ -4,6 +4,7 @@ mod apt;
 mod bench;
 mod build;
 mod check;
+mod fuzz;
 mod lab;
 mod node;
 mod object;
@@ -39,6 +40,8 @@ enum Command {
     Vm(vm::Args),
     /// Measure connections, requests, datagrams and bulk through Portal and beside it (needs root)
     Bench(bench::Args),
+    /// Search for packets that do not become what a model of a NAT says
+    Fuzz(fuzz::Args),
     /// Check format and lints, for the host and for eBPF
     Check,
 }
@@ -61,6 +64,7 @@ fn run(command: Command) -> Result<()> {
         Command::Build(args) => build::run(&args),
         Command::Vm(args) => vm::run(&args),
         Command::Bench(args) => bench::run(&args),
+        Command::Fuzz(args) => fuzz::run(&args),
         Command::Check => check::run(),
     }
 }

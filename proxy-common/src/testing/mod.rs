@@ -4,6 +4,7 @@
 mod cases;
 mod packets;
 mod records;
+pub mod search;
 
 pub use cases::{Becomes, Case, Hook, LINK, MTU, NODE, Service, Step, cases};
 pub use packets::{Packet, Transport, ends, is_valid};

@@ -346,7 +346,12 @@ fn other_half<F: Family, T: Tables<F>>(
         return None;
     }
     let origin = facts.origin.inverse();
-    let state = if is_alive(facts.state) { State::Established } else { State::Opening };
+    let state = match facts.state {
+        State::Established | State::Finished => State::Established,
+        // A SYN begins another one.
+        State::Closed | State::Revived => State::Closed,
+        _ => State::Opening,
+    };
     memory.embryo.fill(other, key, origin, state, (now, 0));
     let (facts, making) =
         (memory.embryo.facts(), Making { proof: 0, opened: 0, ended: memory.embryo.ended });

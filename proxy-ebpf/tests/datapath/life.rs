@@ -477,6 +477,19 @@ fn comes_back(is_outside: bool, evicted: u8) {
     assert_eq!(host.flows(), all, "outside: {is_outside}, {evicted:b}");
 }
 
+/// What ended is made again as what ended: the client's next connection from that port begins, and is answered.
+#[test]
+fn a_port_is_used_again_though_half_of_what_ended_was_evicted() {
+    let host = connected();
+    assert_eq!(answered(&host, RST), Outcome::Replied);
+    let (asked, _) =
+        host.embryos().into_iter().find(|(key, _)| key.sport.number() == 40_000).unwrap();
+    host.evict(&asked);
+    assert_eq!(answered(&host, ACK), Outcome::Replied);
+    assert_eq!(sent(&host, SYN), Outcome::Opened);
+    assert_eq!(answered(&host, SYN | ACK), Outcome::Replied);
+}
+
 /// Either record is made from the other within [`PATIENCE`] ticks of traffic, in both tables.
 #[test]
 fn a_lost_half_is_made_anew() {

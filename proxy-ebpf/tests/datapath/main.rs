@@ -8,6 +8,7 @@ mod interleave;
 mod life;
 mod masquerade;
 mod properties;
+mod search;
 mod sockets;
 mod ways;
 
