@@ -135,18 +135,8 @@ mod programs {
     }
 }
 
+#[cfg(target_arch = "bpf")]
+mod terms;
+
 #[cfg(not(target_arch = "bpf"))]
 fn main() {}
-
-/// Never reached, as in the datapath's object.
-#[cfg(target_arch = "bpf")]
-#[panic_handler]
-fn panic(_info: &core::panic::PanicInfo) -> ! {
-    loop {}
-}
-
-/// What the kernel is told: many helpers are for GPL-compatible programs only.
-#[cfg(target_arch = "bpf")]
-#[unsafe(link_section = "license")]
-#[unsafe(no_mangle)]
-static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";

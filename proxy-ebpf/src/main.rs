@@ -18,20 +18,10 @@ mod counters;
 mod hooks;
 #[cfg(any(target_arch = "bpf", feature = "lint"))]
 mod maps;
+#[cfg(any(target_arch = "bpf", feature = "lint"))]
+mod tails;
+#[cfg(target_arch = "bpf")]
+mod terms;
 
 #[cfg(not(target_arch = "bpf"))]
 fn main() {}
-
-/// Never reached: a panic that is reachable makes the object unloadable, and `cargo xtask build`
-/// looks for one.
-#[cfg(target_arch = "bpf")]
-#[panic_handler]
-fn panic(_info: &core::panic::PanicInfo) -> ! {
-    loop {}
-}
-
-/// What the kernel is told: many helpers are for GPL-compatible programs only.
-#[cfg(target_arch = "bpf")]
-#[unsafe(link_section = "license")]
-#[unsafe(no_mangle)]
-static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";

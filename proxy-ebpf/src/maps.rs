@@ -9,13 +9,12 @@ use aya_ebpf::Global;
 use aya_ebpf::bindings::{
     BPF_ANY, BPF_EXIST, BPF_F_MMAPABLE, BPF_F_NO_PREALLOC, BPF_NOEXIST, BPF_RB_NO_WAKEUP,
 };
-use aya_ebpf::btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, ProgramArray, RingBuf};
+use aya_ebpf::btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, RingBuf};
 use aya_ebpf::helpers::{
     bpf_get_prandom_u32, bpf_get_smp_processor_id, bpf_jiffies64, bpf_ktime_get_ns,
 };
 use aya_ebpf::macros::btf_map;
 use aya_ebpf::maps::lpm_trie::Key;
-use aya_ebpf::programs::TcContext;
 use proxy_common::settings::{Settings, TICK_SHIFT};
 use proxy_common::tables::{
     AffinityKey, AffinityValue, Backend, Config, EmbryoRecord, EmbryoValue, Exit, ExitData,
@@ -24,7 +23,7 @@ use proxy_common::tables::{
     Traffic, Way, Work,
 };
 use proxy_common::{Family, Outcome, Port, V4, V6};
-use proxy_ebpf::datapath::{Refused, Service, Story, Tables};
+use proxy_ebpf::datapath::{Refused, Service, Tables};
 
 use crate::counters::{add, bump, count};
 
@@ -48,8 +47,6 @@ const PORT_TURNS: usize = 4_096;
 const EXHAUSTED: usize = 1_024;
 /// In bytes: some thousand wishes between two looks of the agent, which is a second.
 const WISHES_SIZE: usize = 1 << 17;
-/// For each story a program of either family, with Ethernet headers and without.
-const TAILS: usize = Story::COUNT * 4;
 
 /// The agent's settings, frozen at load.
 #[unsafe(no_mangle)]
@@ -75,17 +72,6 @@ static TRAFFIC: Array<Traffic, SERVICES, MAPPED> = Array::new();
 static WISHES: RingBuf<u64, WISHES_SIZE> = RingBuf::new();
 #[btf_map(name = "relays")]
 static RELAYS: HashMap<u32, u32, LINKS, ON_DEMAND> = HashMap::new();
-#[btf_map(name = "tails")]
-static TAIL: ProgramArray<TAILS> = ProgramArray::new();
-
-/// Goes on with the program of a story. Returns only if there is none.
-#[inline(always)]
-pub fn tail_call(ctx: &TcContext, story: Story, is_v6: bool, has_ethernet: bool) {
-    let index = story as u32 * 4 + u32::from(is_v6) * 2 + u32::from(!has_ethernet);
-    // SAFETY: the program called is a classifier as the caller is, and nothing here needs to be dropped.
-    unsafe { TAIL.tail_call(ctx, index) };
-}
-
 /// Whether a link takes part in sending from link to link before the host stack.
 #[inline(always)]
 pub fn relays(link: u32) -> bool {

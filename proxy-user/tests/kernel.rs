@@ -7,7 +7,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use aya::maps::{HashMap, Map, MapData};
+use aya::maps::{Array, HashMap, Map, MapData};
 use aya::programs::{Program, SchedClassifier, TestRun, TestRunOptions};
 use portal::kernel::{
     Datapath, Options, SocketLb, cleanup, clock, maps_folder, name_of, read, shapes,
@@ -18,7 +18,7 @@ use portal::testing::program::{lets_pass_with_a_tail_call, stack_of};
 use proxy_common::settings::{Clock, Settings};
 use proxy_common::tables::{
     AffinityKey, AffinityValue, EmbryoValue, FlowKey, FlowValue, FragmentKey, FragmentValue,
-    Origin, Side,
+    Interest, Origin, Side,
 };
 use proxy_common::testing::{Case, Hook, Packet, Service, Step, cases, search};
 use proxy_common::{Family, Outcome, V4, V6, proto};
@@ -93,6 +93,7 @@ impl Bench {
             Hook::Ingress => "portal_ingress",
             Hook::Uplink => "portal_uplink",
             Hook::Egress => "portal_upegress",
+            Hook::ToPod => "portal_egress",
         };
         let program: &SchedClassifier = self.0.programs.program(name).unwrap().try_into().unwrap();
         let before = self.outcomes();
@@ -410,6 +411,27 @@ fn maps_are_pinned_by_name_and_show_their_fields_to_bpftool() {
                 assert!(text.contains(&format!("\"{field}\"")), "{map} has no {field}: {text}");
             }
         }
+    });
+}
+
+/// As an agent may leave the maps that was cut off while it cleaned up.
+#[test]
+fn a_successor_sets_the_bits_of_what_it_finds() {
+    on_bpffs(|options| {
+        let (vip, pod) = (at("10.96.0.1:80"), at("10.0.1.1:8080"));
+        let syn = Packet::tcp(Side::Ingress, at("10.0.0.1:4000"), vip, 2).frame();
+        let mut bench = Bench::new(&options);
+        bench.0.serve(&[Service::new(vip, proto::TCP, &[pod])]);
+        let path = maps_folder(&options.bpffs_root).join("interest_v4");
+        let map = Map::Array(MapData::from_pin(path).unwrap());
+        let mut spots = Array::<_, Interest>::try_from(map).unwrap();
+        for element in 0..spots.len() {
+            spots.set(element, Interest { words: [0; 4] }, 0).unwrap();
+        }
+        assert_eq!(bench.see(Hook::Ingress, &syn).0, Outcome::NotService);
+        drop(bench);
+        let bench = Bench::new(&options);
+        assert_eq!(bench.see(Hook::Ingress, &syn).0, Outcome::Opened);
     });
 }
 

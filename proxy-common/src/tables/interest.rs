@@ -2,8 +2,9 @@
 //! tells. A bit stands for all addresses with the same hash: one that is set says no more than "look", one that is not set
 //! says that there is nothing. Bits are never taken back: flows outlive their Services and endpoints.
 
+use super::service::{ServiceKey, ServiceValue};
 use crate::addr::{Address, Port, mix, spread};
-use crate::map_type;
+use crate::{Family, map_type, proto};
 
 map_type! {
     /// The bits of some hashes: for each [`Kind`] a word.
@@ -30,6 +31,19 @@ pub enum Kind {
 impl Kind {
     /// How many there are.
     pub const COUNT: usize = 4;
+}
+
+impl<F: Family> ServiceKey<F> {
+    /// What a frontend, or a mark with these flags, makes its address of interest for. `None` if it is one at any address of the node's
+    /// ([`ServiceKey::node_port`]): then its port is.
+    pub fn interest(&self, flags: u32) -> Option<Kind> {
+        let nodes = ServiceValue::NODE | ServiceValue::LOOPBACK;
+        match self.proto {
+            _ if self.vip == bytemuck::Zeroable::zeroed() => None,
+            proto::ANY if flags & nodes != 0 => Some(Kind::Node),
+            _ => Some(Kind::Frontend),
+        }
+    }
 }
 
 /// What an address may be, of what there is to be.

@@ -330,7 +330,9 @@ impl<D: Datapath> Search<'_, D> {
                 self.leave(frame)
             }
         } else {
-            let (outcome, _, bytes) = self.see(Hook::Egress, &sent.frame());
+            let is_pods = ask.door != Doors::NODE_PORT;
+            let hook = if is_pods { Hook::ToPod } else { Hook::Egress };
+            let (outcome, _, bytes) = self.see(hook, &sent.frame());
             (outcome, bytes)
         };
         if !flow.is_certain && bytes != wanted.frame() {
@@ -367,7 +369,7 @@ impl<D: Datapath> Search<'_, D> {
         let stranger = self.doors.stranger;
         let (side, hook, ends) = match self.rng.u8(0..3) {
             0 => (Ingress, Hook::Ingress, (client, stranger)),
-            1 => (Egress, Hook::Egress, (stranger, client)),
+            1 => (Egress, Hook::ToPod, (stranger, client)),
             _ => (Egress, Hook::Egress, (self.doors.backends[0][0], stranger)),
         };
         let sent = self.packet(side, ends, proto::UDP, 0);
@@ -409,7 +411,7 @@ impl<D: Datapath> Search<'_, D> {
         );
         let wanted =
             Packet::icmp(Egress, frontend.ip(), ask.client.ip(), head, about(frontend, ask.client));
-        let (outcome, _, bytes) = self.see(Hook::Egress, &sent.frame());
+        let (outcome, _, bytes) = self.see(Hook::ToPod, &sent.frame());
         assert_eq!(bytes, wanted.frame(), "{place}: {outcome:?} for a report about {ask:?}");
     }
 

@@ -48,48 +48,18 @@ pub fn egress<F: Wire, P: Frame, T: Tables<F>>(frame: &mut P, tables: &T, client
     let Some((plain, key)) = F::plain(frame, Side::Egress) else {
         return Next::Story(Story::ToClient);
     };
-    match client {
-        Client::Pod => egress_to_pod(frame, tables, plain, &key),
-        Client::Outside => egress_to_outside(frame, tables, plain, &key),
-    }
-}
-
-#[inline(always)]
-fn egress_to_pod<F: Wire, P: Frame, T: Tables<F>>(
-    frame: &mut P,
-    tables: &T,
-    plain: Plain,
-    key: &FlowKey<F>,
-) -> Next {
-    if frame.has_passed() || !interest::answers_pod(tables, key) {
-        return Outcome::NotService.into();
-    }
-    if let Some(next) = established(frame, tables, plain, key, Story::ToClient) {
-        return next;
-    }
-    match pending(tables, plain, key) {
-        Known::Translated => Next::Story(Story::ToClient),
-        Known::No | Known::Foreign => Outcome::NotService.into(),
-    }
-}
-
-#[inline(always)]
-fn egress_to_outside<F: Wire, P: Frame, T: Tables<F>>(
-    frame: &mut P,
-    tables: &T,
-    plain: Plain,
-    key: &FlowKey<F>,
-) -> Next {
-    let Some(ends) = interest::leaves(frame, tables, key) else {
+    let Some(ends) = interest::goes_out(frame, tables, &key, client) else {
         return Outcome::NotService.into();
     };
-    if let Some(next) = established(frame, tables, plain, key, Story::ToClient) {
+    if let Some(next) = established(frame, tables, plain, &key, Story::ToClient) {
         return next;
     }
-    match pending(tables, plain, key) {
+    match pending(tables, plain, &key) {
         Known::Translated => Next::Story(Story::ToClient),
         // In the middle of a connection that nobody knows of nothing begins.
-        Known::No if leaves(frame, tables, plain, (key, ends)) => Next::Story(Story::ToClient),
+        Known::No if client == Client::Outside && leaves(frame, tables, plain, (&key, ends)) => {
+            Next::Story(Story::ToClient)
+        }
         Known::No | Known::Foreign => Outcome::NotService.into(),
     }
 }

@@ -31,42 +31,41 @@ pub fn comes_in<F: Family, T: Tables<F>>(
     is_of_interest.then_some(to)
 }
 
-/// Of a packet that goes out to a pod: it comes from an endpoint.
-#[inline(always)]
-pub fn answers_pod<F: Family, T: Tables<F>>(tables: &T, key: &FlowKey<F>) -> bool {
-    let from = tables.interest(&key.src);
-    from.has(Kind::Frontend) || from.has(Kind::Endpoint) && tables.is_server(&key.src, key.sport)
-}
-
-/// What a packet that leaves the node is of interest for.
+/// What a packet that goes out is of interest for.
 #[derive(Clone, Copy)]
 pub struct Ends {
     /// Whom it comes from.
     pub from: Kinds,
-    /// Whom it goes to.
+    /// Whom it goes to; not asked of one that goes to a pod.
     pub to: Kinds,
     /// Whether it comes from a pod, where pods are masqueraded.
     pub is_pods: bool,
 }
 
-/// Of a packet that leaves the node: it comes from an endpoint, or from a port that is of interest; or goes to an endpoint or a
-/// frontend; or is to be masqueraded, or is the node's own beside such. `None` if it is of no interest; or if it was translated
-/// where it came in, and is still a pod's.
+/// Of a packet that goes out: it comes from an endpoint. If it leaves the node, also that it comes from a port that is of interest,
+/// goes to an endpoint or a frontend, is to be masqueraded, or is the node's own beside such. `None` if it is of no interest, or was
+/// translated where it came in and is still a pod's.
 #[inline(always)]
-pub fn leaves<F: Family, P: Frame, T: Tables<F>>(
+pub fn goes_out<F: Family, P: Frame, T: Tables<F>>(
     frame: &P,
     tables: &T,
     key: &FlowKey<F>,
+    client: Client,
 ) -> Option<Ends> {
-    let (from, to) = (tables.interest(&key.src), tables.interest(&key.dst));
-    if frame.has_passed() && !from.has(Kind::Node) {
+    let from = tables.interest(&key.src);
+    if frame.has_passed() && (client == Client::Pod || !from.has(Kind::Node)) {
         return None;
     }
+    let answers = from.has(Kind::Frontend)
+        || from.has(Kind::Endpoint) && tables.is_server(&key.src, key.sport);
+    if client == Client::Pod {
+        return answers.then_some(Ends { from, to: Kinds::NONE, is_pods: false });
+    }
+    let to = tables.interest(&key.dst);
     let masquerades = tables.setting(|s| &s.masquerade_pods) != 0;
     let is_pods = masquerades && tables.is_pod(&key.src);
-    let is_of_interest = from.has(Kind::Frontend)
+    let is_of_interest = answers
         || to.has(Kind::Frontend)
-        || from.has(Kind::Endpoint) && tables.is_server(&key.src, key.sport)
         || to.has(Kind::Endpoint) && tables.is_server(&key.dst, key.dport)
         || masquerades && from.has(Kind::Node)
         || tables.is_port(key.sport)

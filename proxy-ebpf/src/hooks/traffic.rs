@@ -14,8 +14,8 @@ use proxy_ebpf::datapath::{Client, Next, Story, Tables, Verdict, fast, tell};
 use super::host::{AF_INET, AF_INET6};
 use super::skb::Skb;
 use super::trace;
-use crate::counters;
-use crate::maps::{self, Tables4, Tables6};
+use crate::maps::{Tables4, Tables6};
+use crate::{counters, tails};
 
 /// The length of an Ethernet header.
 const ETHERNET: usize = 14;
@@ -147,7 +147,7 @@ fn go_on<const NETWORK: usize>(ctx: &TcContext, next: Next, is_v6: bool) -> i32 
             done
         }
         Next::Story(story) => {
-            maps::tail_call(ctx, story, is_v6, NETWORK != 0);
+            tails::tail_call(ctx, story, is_v6, NETWORK != 0);
             return TC_ACT_UNSPEC;
         }
     };

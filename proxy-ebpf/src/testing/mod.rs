@@ -3,9 +3,10 @@
 
 mod buffer;
 mod call;
+mod interests;
 
 use std::cell::{Cell, RefCell};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 
 use bytemuck::{Pod, Zeroable};
@@ -16,13 +17,14 @@ use proxy_common::tables::{
     Range, ServiceKey, ServiceValue, ShortCut, SourceRange, Way, Work,
 };
 use proxy_common::testing::{Hook, LINK, MTU, NODE, Records, Service as ServiceSpec};
-use proxy_common::{Family, Outcome, Port, V4, V6, proto};
+use proxy_common::{Family, Outcome, Port, V4, V6};
 
 use crate::datapath::relay::relay;
 use crate::datapath::{Client, Next, Refused, Service, Tables, Verdict, fast, tell};
 use crate::packet::{Frame, Wire};
 pub use buffer::{Buffer, Note};
 pub use call::Call;
+pub use interests::Interests;
 
 /// The bytes of a key: map types have no order of their own.
 fn bytes<T: Pod>(key: &T) -> Vec<u8> {
@@ -58,13 +60,8 @@ pub struct Host<F: Family> {
     /// How many records the table of answered flows holds.
     pub capacity: usize,
     services: BTreeMap<Vec<u8>, Service>,
-    /// What is of interest: addresses, and servers with their ports. It stays, as in the kernel.
-    addresses: BTreeMap<Vec<u8>, Kinds>,
-    servers: BTreeSet<(Vec<u8>, u16)>,
-    /// Whether all bits of what is of interest are set: then all the rest must tell.
-    pub vague: bool,
-    /// Ports of the node's.
-    ports: RefCell<BTreeSet<u16>>,
+    /// What is of interest.
+    pub interests: Interests,
     slots: Vec<u32>,
     /// Source ranges: Service port, range and its bits.
     pub ranges: Vec<(u32, IpAddr, u8)>,
@@ -142,10 +139,7 @@ impl<F: HostFamily> Host<F> {
             exit: None,
             capacity: usize::MAX,
             services: BTreeMap::new(),
-            addresses: BTreeMap::new(),
-            servers: BTreeSet::new(),
-            vague: false,
-            ports: RefCell::default(),
+            interests: Interests::default(),
             slots: Vec::new(),
             ranges: Vec::new(),
             affinity: RefCell::default(),
@@ -170,14 +164,9 @@ impl<F: HostFamily> Host<F> {
 
     /// Puts a frontend or a mark.
     pub fn put(&mut self, key: &ServiceKey<F>, service: Service) {
-        if key.vip == F::Addr::zeroed() {
-            self.take_port(key.port);
-        } else if key.proto == proto::ANY
-            && service.has(ServiceValue::NODE | ServiceValue::LOOPBACK)
-        {
-            self.note(&key.vip, Kind::Node);
-        } else {
-            self.note(&key.vip, Kind::Frontend);
+        match key.interest(service.flags) {
+            Some(kind) => self.interests.add(&key.vip, kind),
+            None => self.interests.take_port(key.port),
         }
         self.services.insert(bytes(key), service);
     }
@@ -191,7 +180,7 @@ impl<F: HostFamily> Host<F> {
 
     /// Puts a backend in its place.
     pub fn set_backend(&mut self, number: u32, backend: Backend<F>) {
-        self.note_endpoint(&backend);
+        self.interests.add_server(&backend.addr, backend.port);
         let number = number as usize;
         self.backends.resize(self.backends.len().max(number + 1), Backend::zeroed());
         self.backends[number] = backend;
@@ -226,16 +215,6 @@ impl<F: HostFamily> Host<F> {
         self.put(&ServiceKey::mark(address), value);
     }
 
-    fn note(&mut self, address: &F::Addr, kind: Kind) {
-        let kinds = self.addresses.entry(bytes(address)).or_default();
-        *kinds = kinds.with(kind);
-    }
-
-    fn note_endpoint(&mut self, backend: &Backend<F>) {
-        self.note(&backend.addr, Kind::Endpoint);
-        self.servers.insert((bytes(&backend.addr), backend.port.number()));
-    }
-
     /// A run of slots with these backends.
     fn slots_of(&mut self, id: u32, service: &ServiceSpec, backends: &[SocketAddr]) -> Choice {
         let members = index(self.slots.len());
@@ -261,7 +240,7 @@ impl<F: HostFamily> Host<F> {
                 weight: 1,
                 pad: 0,
             };
-            self.note_endpoint(&backend);
+            self.interests.add_server(&backend.addr, backend.port);
             match known {
                 Some(known) => self.backends[known] = backend,
                 None => self.backends.push(backend),
@@ -375,6 +354,7 @@ pub fn see<F: Wire, P: Frame, T: Tables<F>>(
         Hook::Ingress => fast::ingress(frame, tables, Client::Pod),
         Hook::Uplink => fast::ingress(frame, tables, Client::Outside),
         Hook::Egress => fast::egress(frame, tables, Client::Outside),
+        Hook::ToPod => fast::egress(frame, tables, Client::Pod),
     };
     loop {
         match next {
@@ -449,25 +429,21 @@ impl<F: HostFamily> Tables<F> for Host<F> {
     }
 
     fn interest(&self, address: &F::Addr) -> Kinds {
-        if self.vague {
-            let all = [Kind::Frontend, Kind::Node, Kind::Endpoint];
-            return all.into_iter().fold(Kinds::NONE, Kinds::with);
-        }
         let own = [Some(self.way.source), self.exit.and_then(F::address)];
-        let kinds = self.addresses.get(&bytes(address)).copied().unwrap_or_default();
+        let kinds = self.interests.of(address);
         if own.contains(&Some(*address)) { kinds.with(Kind::Node) } else { kinds }
     }
 
     fn is_server(&self, address: &F::Addr, port: Port) -> bool {
-        self.vague || self.servers.contains(&(bytes(address), port.number()))
+        self.interests.has_server(address, port)
     }
 
     fn take_port(&self, port: Port) {
-        self.ports.borrow_mut().insert(port.number());
+        self.interests.take_port(port);
     }
 
     fn is_port(&self, port: Port) -> bool {
-        self.vague || self.ports.borrow().contains(&port.number())
+        self.interests.has_port(port)
     }
 
     fn load(&self, backend: u32) -> u32 {

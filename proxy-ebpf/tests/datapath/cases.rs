@@ -13,7 +13,7 @@ fn is_v4(case: &Case) -> bool {
 /// Once with the bits of what is of interest as they are, and once with all of them set: they decide nothing.
 fn run<F: HostFamily>(case: &Case) -> BTreeSet<Outcome> {
     let mut vague = Host::<F>::new();
-    vague.vague = true;
+    vague.interests.all = true;
     run_on(case, vague);
     run_on(case, Host::<F>::new())
 }

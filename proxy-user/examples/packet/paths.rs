@@ -9,7 +9,7 @@ use proxy_common::testing::{NODE, Packet, Service};
 /// Flows that are so many that no cache holds them.
 const MANY: u32 = 1 << 20;
 /// Of new flows there are as many as there are runs.
-const ENDLESS: u32 = 1 << 28;
+pub const ENDLESS: u32 = 1 << 28;
 const SYN: u8 = 2;
 const ACK: u8 = 16;
 const NODE_PORT: u16 = 30_080;

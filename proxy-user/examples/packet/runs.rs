@@ -8,7 +8,7 @@ use aya::maps::{Array, HashMap, MapData, ProgramArray};
 use aya::programs::{SchedClassifier, TestRun, TestRunOptions};
 use proxy_common::bench::{FloorKey, FloorValue, Template};
 
-use crate::paths::{self, Client, Seen};
+use crate::paths::{self, Client, ENDLESS, Seen};
 
 /// How many runs a figure is of, and how many figures there are of each.
 const RUNS: u32 = 400_000;
@@ -113,7 +113,7 @@ impl<'a> Runs<'a> {
     /// # Errors
     /// If the program can't be run.
     pub fn of_floor(&mut self, seen: &Seen, flows: u32) -> Result<f64> {
-        if flows <= RUNS * 4 {
+        if flows != ENDLESS {
             self.lead_to(None)?;
             self.begin_with(seen, 0, flows, 1)?;
             self.run(flows)?;
@@ -122,7 +122,7 @@ impl<'a> Runs<'a> {
     }
 
     fn measure(&mut self, seen: &Seen, flows: u32, program: Option<&str>) -> Result<f64> {
-        let step = if flows > RUNS * 4 { 1 } else { STEP };
+        let step = if flows == ENDLESS { 1 } else { STEP };
         self.begin_with(seen, 0, flows, step)?;
         let mut rounds = Vec::new();
         for _ in 0..ROUNDS {

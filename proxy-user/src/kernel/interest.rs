@@ -5,9 +5,8 @@ use std::io;
 use std::path::Path;
 
 use anyhow::Result;
-use bytemuck::Zeroable;
-use proxy_common::tables::{Interest, Kind, Ports, ServiceKey, ServiceValue, Spot};
-use proxy_common::{Address, Family, Port, proto};
+use proxy_common::tables::{Interest, Kind, Ports, ServiceKey, Spot};
+use proxy_common::{Address, Family, Port};
 
 use super::mapped::Mapped;
 use super::writer::open_mapped;
@@ -56,16 +55,12 @@ impl Interests {
     /// # Errors
     /// If the map can't be written.
     pub fn add_service<F: Family>(&self, key: &ServiceKey<F>, flags: u32) -> io::Result<()> {
-        let nodes = ServiceValue::NODE | ServiceValue::LOOPBACK;
-        if key.vip == F::Addr::zeroed() {
+        let Some(kind) = key.interest(flags) else {
             let (element, half) = Ports::place(key.port);
             // The datapath may write the other words meanwhile.
-            self.ports.set_word(element, Ports::SERVED + half, 1)
-        } else if key.proto == proto::ANY && flags & nodes != 0 {
-            self.add(&key.vip, Kind::Node)
-        } else {
-            self.add(&key.vip, Kind::Frontend)
-        }
+            return self.ports.set_word(element, Ports::SERVED + half, 1);
+        };
+        self.add(&key.vip, kind)
     }
 
     fn set(&self, Spot { element, bit }: Spot, kind: Kind) -> io::Result<()> {

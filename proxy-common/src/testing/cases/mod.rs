@@ -58,8 +58,10 @@ pub enum Hook {
     Ingress,
     /// Ingress of an uplink.
     Uplink,
-    /// Egress of either.
+    /// Egress of an uplink; in most cases it stands for a pod's link too.
     Egress,
+    /// Egress of a pod's link.
+    ToPod,
 }
 
 /// The link that packets of the cases are seen on, and that leads from the node to other nodes: the
