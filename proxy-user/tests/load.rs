@@ -1,5 +1,6 @@
 //! Load: what holds under floods, at sizes at which it would not if something of them stayed.
 
+use std::cell::RefCell;
 use std::io::{Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
 use std::path::Path;
@@ -15,6 +16,7 @@ use portal::testing::namespace::Namespace;
 use portal::testing::neighbour::{Conduct, Neighbour, Order};
 use portal::testing::objects::{self, NODE_PORT, Port, node_ports};
 use portal::testing::stage::beside;
+use portal::testing::steady::Steady;
 use portal::testing::world::{BPFFS, Cni, Node, Pod};
 use portal::testing::worlds::bits;
 use portal::testing::{eventually, within};
@@ -452,8 +454,8 @@ fn more_doors(stage: &Stage) -> [SocketAddr; 3] {
     doors
 }
 
-/// What happens to nodes while a thousand connections echo, by each door: from a pod through a VIP, and from outside by four to a pod
-/// elsewhere and one here. (The node's own are led when they connect, and are not translated then.)
+/// What happens to nodes while 1,200 connections echo, by each door: from a pod and from the node itself through a VIP, and from
+/// outside by four to a pod elsewhere and one here.
 #[test]
 fn a_thousand_connections_outlive_what_happens_to_links_routes_and_the_agent() {
     [false, true].into_iter().for_each(a_thousand_connections_outlive_what_happens);
@@ -468,7 +470,13 @@ fn a_thousand_connections_outlive_what_happens(v6: bool) {
     eventually("the short cut is taken", || {
         (stage.cluster.outcomes(0, "short_cut") > 1000).then_some(())
     });
-    let another_round = || held.iter().for_each(Held::another_round);
+    let to = stage.vip(81).to_string();
+    let own = RefCell::new(Steady::new(&stage.cluster, 0, &["held-tcp", &to, "200"]));
+    let another_round = || {
+        held.iter().for_each(Held::another_round);
+        assert_eq!(own.borrow_mut().ask().as_deref(), Some("200"), "the node's own");
+    };
+    another_round();
     let node = stage.node().clone();
     // Each with another agent in the middle of it.
     for _ in 0..2 {

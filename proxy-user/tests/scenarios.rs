@@ -3,10 +3,8 @@
 //! endpoints come and go, Services that change their type and their policies.
 
 use std::collections::BTreeSet;
-use std::io::{BufRead, BufReader, Write};
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::path::Path;
-use std::process::{Child, ChildStdin, ChildStdout, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
@@ -16,6 +14,7 @@ use portal::testing::cluster::{Cluster, TARGET, VIPS, at};
 use portal::testing::namespace::Namespace;
 use portal::testing::objects::{self, NODE_PORT, Port, node_ports};
 use portal::testing::server::{self, parse_greeting};
+use portal::testing::steady::Steady;
 use portal::testing::world::{CNIS, Cni, OUTSIDER4, OUTSIDER6, Pod};
 use portal::testing::{agent, eventually};
 use proxy_common::tables::Side;
@@ -220,38 +219,6 @@ fn answer(socket: &UdpSocket, to: SocketAddr) -> Option<String> {
     }
 }
 
-/// A process of a node that sends datagram by datagram from one socket, or from a connected one as long as it can.
-struct Steady {
-    child: Child,
-    questions: ChildStdin,
-    answers: BufReader<ChildStdout>,
-}
-
-impl Steady {
-    fn new(cluster: &Cluster, node: usize, mode: &str, to: SocketAddr) -> Self {
-        let program = Path::new(env!("CARGO_BIN_EXE_portal-probe"));
-        let mut command = agent::command(&cluster.world.nodes[node], program, true);
-        command.args([mode, &to.to_string()]).stdin(Stdio::piped()).stdout(Stdio::piped());
-        let mut child = command.spawn().unwrap();
-        let (questions, answers) = (child.stdin.take().unwrap(), child.stdout.take().unwrap());
-        Self { child, questions, answers: BufReader::new(answers) }
-    }
-
-    fn ask(&mut self) -> Option<String> {
-        writeln!(self.questions, "?").unwrap();
-        let mut line = String::new();
-        self.answers.read_line(&mut line).unwrap();
-        Some(line.trim().to_owned()).filter(|name| name != "-")
-    }
-}
-
-impl Drop for Steady {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
 /// A door, and how to ask there: who answers now, if anybody does.
 type Sender<'a> = (&'a str, Box<dyn FnMut() -> Option<String> + 'a>);
 
@@ -274,8 +241,8 @@ fn datagrams_of_one_port_follow_the_endpoints() {
             let balancer = SocketAddr::new(BALANCER[usize::from(v6)].parse().unwrap(), 80);
             let socket = udp_socket(&client.namespace, v6, 12_345).unwrap();
             let outside = udp_socket(&outsider, v6, 12_345).unwrap();
-            let mut steady = Steady::new(&cluster, 0, "steady-udp", at(vip));
-            let mut renewed = Steady::new(&cluster, 0, "renewed-udp", at(vip));
+            let mut steady = Steady::new(&cluster, 0, &["steady-udp", &at(vip).to_string()]);
+            let mut renewed = Steady::new(&cluster, 0, &["renewed-udp", &at(vip).to_string()]);
             let mut senders: Vec<Sender<'_>> = vec![
                 ("ClusterIP", Box::new(|| answer(&socket, at(vip)))),
                 ("NodePort", Box::new(|| answer(&socket, cluster.node_port(1, v6)))),
@@ -296,7 +263,7 @@ fn datagrams_of_one_port_follow_the_endpoints() {
             set(&cluster, &[ready(&one)]);
             reach("one");
             // Connected to a backend; the one of before is to the VIP, as nobody served then.
-            let mut led = Steady::new(&cluster, 0, "renewed-udp", at(vip));
+            let mut led = Steady::new(&cluster, 0, &["renewed-udp", &at(vip).to_string()]);
             let mut is_led = |name: &str| {
                 let what = format!("a connected socket is led to {name}");
                 eventually(&what, || (led.ask().as_deref() == Some(name)).then_some(()));

@@ -38,7 +38,7 @@ pub struct Cluster {
     pub world: World,
     /// What agents are started with.
     pub arguments: Vec<String>,
-    portal: PathBuf,
+    pub(super) portal: PathBuf,
 }
 
 impl Cluster {

@@ -19,6 +19,7 @@ mod offload;
 pub mod program;
 pub mod server;
 pub mod stage;
+pub mod steady;
 pub mod tunnel;
 pub mod world;
 pub mod worlds;

@@ -1,20 +1,22 @@
 //! Requests of a node's own process:
-//! `portal-probe tcp|udp|connected-udp|only-connected-udp|steady-udp|renewed-udp ADDRESS [TIMES]`.
+//! `portal-probe tcp|udp|connected-udp|only-connected-udp|steady-udp|renewed-udp|held-tcp ADDRESS [TIMES]`.
 //!
 //! With only-connected-udp it asks nothing, and prints the peer. With steady-udp it sends a datagram for each line that it reads, all from one socket, and prints the
 //! server's name, or `-` if nobody answers in a moment. With renewed-udp that socket is connected, and another one takes its place
-//! when a call fails, but not when nothing comes. Otherwise:
+//! when a call fails, but not when nothing comes. With held-tcp it opens so many connections to a server that echoes, asks by each for each line, and
+//! prints how many are answered. Otherwise:
 //!
 //! Prints a line for each: the server's name, the client as the server sees it, and the peer as the
 //! socket does. At the first failure it prints its kind on standard error and ends.
 
 use std::env::args;
-use std::io;
-use std::net::SocketAddr;
+use std::io::{self, Read, Write};
+use std::net::{SocketAddr, TcpStream};
 use std::process::ExitCode;
 use std::time::Duration;
 
 use portal::testing::client::{exchange, tcp_here, udp_here, udp_socket_here};
+use portal::testing::patience;
 use portal::testing::server::parse_greeting;
 
 /// How long an answer may take that may not come.
@@ -28,13 +30,16 @@ fn main() -> ExitCode {
         _ => return usage(),
     };
     let (Ok(to), Ok(times)) = (to.parse(), times.parse::<u32>()) else { return usage() };
-    if let "steady-udp" | "renewed-udp" = protocol.as_str() {
-        let result = if protocol == "steady-udp" { steady(to) } else { renewed(to) };
-        return match result {
-            Ok(()) => ExitCode::SUCCESS,
-            Err(error) => fail(&error),
-        };
-    }
+    let result = match protocol.as_str() {
+        "steady-udp" => steady(to),
+        "renewed-udp" => renewed(to),
+        "held-tcp" => held(to, times),
+        _ => return probe_often(protocol, to, times),
+    };
+    result.map_or_else(|error| fail(&error), |()| ExitCode::SUCCESS)
+}
+
+fn probe_often(protocol: &str, to: SocketAddr, times: u32) -> ExitCode {
     for _ in 0..times {
         match probe(protocol, to) {
             Ok(line) => println!("{line}"),
@@ -90,9 +95,25 @@ fn renewed(to: SocketAddr) -> io::Result<()> {
     Ok(())
 }
 
+fn held(to: SocketAddr, count: u32) -> io::Result<()> {
+    let connect = |_| {
+        let stream = TcpStream::connect(to)?;
+        stream.set_read_timeout(Some(patience())).map(|()| stream)
+    };
+    let mut streams = (0..count).map(connect).collect::<io::Result<Vec<_>>>()?;
+    for _ in io::stdin().lines() {
+        let echoes = |stream: &mut TcpStream| {
+            let mut answer = [0];
+            stream.write_all(b"?").and_then(|()| stream.read_exact(&mut answer)).is_ok()
+        };
+        println!("{}", streams.iter_mut().filter_map(|s| echoes(s).then_some(())).count());
+    }
+    Ok(())
+}
+
 fn usage() -> ExitCode {
     eprintln!(
-        "usage: portal-probe tcp|udp|connected-udp|only-connected-udp|steady-udp|renewed-udp ADDRESS [TIMES]"
+        "usage: portal-probe tcp|udp|connected-udp|only-connected-udp|steady-udp|renewed-udp|held-tcp ADDRESS [TIMES]"
     );
     ExitCode::from(2)
 }
