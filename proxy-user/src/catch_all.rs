@@ -1,8 +1,8 @@
 //! The catch-all link: by it comes in again what went to a VIP and was translated where it left the node (docs/decisions/0025).
 //!
-//! It is a pair of links of which only the first is of use. `ClusterIPs` are routed to it, in a table of their own, so that they are
-//! caught whatever other routes there are; what goes to other VIPs leaves by an uplink and is caught there. Link and routes stay when the
-//! agent ends, as the programs do.
+//! It is a pair of links of which only the first is of use. `ClusterIPs` are routed to it, in the table `local`, which is asked before all
+//! others, so that they are caught whatever other routes there are; what goes to other VIPs leaves by an uplink and is caught there. Link
+//! and routes stay when the agent ends, as the programs do.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -15,7 +15,6 @@ use futures::TryStreamExt;
 use proxy_common::abi::CATCH_ALL_MAC;
 use rtnetlink::packet_route::link::{LinkAttribute, LinkMessage};
 use rtnetlink::packet_route::route::{RouteMessage, RouteProtocol, RouteScope};
-use rtnetlink::packet_route::rule::{RuleAction, RuleMessage};
 use rtnetlink::{Error, Handle, LinkUnspec, LinkVeth, RouteMessageBuilder, new_connection};
 use tokio::sync::watch;
 
@@ -28,10 +27,11 @@ pub const PEER: &str = "portal1";
 /// By which our routes are known.
 pub const PROTOCOL: RouteProtocol = RouteProtocol::Other(112);
 
-/// The table of our routes.
-const TABLE: u32 = 112;
-/// The rule for it comes before the one for the table `main`, where a default route would lead elsewhere.
-const RULE_PRIORITY: u32 = 32_765;
+/// The table of our routes: `local`. A table of our own would need a rule, and with one rule more than it has by itself the kernel
+/// takes longer for each way that it looks up, whosever it is (docs/decisions/0029).
+const TABLE: u32 = 255;
+/// The metric of our routes: an address of the node's own comes before one.
+const METRIC: u32 = 1024;
 /// What is on its way is as long as the links take that it comes from and goes to.
 const MTU: u32 = 65_535;
 /// How often it is looked whether all is still there.
@@ -84,9 +84,6 @@ pub async fn remove(bpffs_root: &Path) -> Result<()> {
         && link.attributes.contains(&LinkAttribute::IfAlias(owner(bpffs_root)))
     {
         handle.link().del(link.header.index).execute().await.context("cannot remove portal0")?;
-        for rule in [rule(&handle, false), rule(&handle, true)] {
-            let _ = handle.rule().del(rule).execute().await;
-        }
     }
     Ok(())
 }
@@ -103,7 +100,7 @@ pub async fn follow(
     let (connection, handle, _) = new_connection()?;
     tokio::spawn(connection);
     let owner = owner(&bpffs_root);
-    let mut routes = Routes { handle, index, owner, known: None, has_rule: [false; 2] };
+    let mut routes = Routes { handle, index, owner, known: None };
     let mut is_refused = false;
     loop {
         let addresses = wanted.borrow_and_update().clone();
@@ -132,8 +129,6 @@ struct Routes {
     owner: String,
     /// `None` if it is to be asked.
     known: Option<BTreeSet<IpAddr>>,
-    /// Of IPv4 and of IPv6.
-    has_rule: [bool; 2],
 }
 
 impl Routes {
@@ -149,7 +144,7 @@ impl Routes {
                 addresses.iter().copied().filter(|address| address.is_ipv6() == v6).collect()
             };
             let (wanted, before) = (of_family(wanted), of_family(&known));
-            let synced = self.sync_family(v6, &wanted, &before, &mut known).await;
+            let synced = self.sync_family(&wanted, &before, &mut known).await;
             result = result.and(synced);
         }
         self.known = Some(known);
@@ -157,8 +152,7 @@ impl Routes {
     }
 
     async fn sync_family(
-        &mut self,
-        v6: bool,
+        &self,
         wanted: &BTreeSet<IpAddr>,
         before: &BTreeSet<IpAddr>,
         known: &mut BTreeSet<IpAddr>,
@@ -169,9 +163,6 @@ impl Routes {
             gone.or_else(|error| if is(&error, libc::ESRCH) { Ok(()) } else { Err(error) })?;
             known.remove(address);
         }
-        if !wanted.is_empty() {
-            self.add_rule(v6).await?;
-        }
         for address in wanted.difference(before) {
             let added = self.handle.route().add(route(*address, self.index)).replace();
             added.execute().await.with_context(|| format!("no route to {address}"))?;
@@ -181,13 +172,12 @@ impl Routes {
     }
 
     /// The routes that are there, of an agent before too.
-    async fn list(&mut self) -> Result<BTreeSet<IpAddr>> {
+    async fn list(&self) -> Result<BTreeSet<IpAddr>> {
         let index = ensure(&self.handle, Some(self.index), &self.owner).await?;
         anyhow::ensure!(
             index == self.index,
             "another link has the name {NAME}; started anew, the agent takes it"
         );
-        self.has_rule = [false; 2];
         let mut known = BTreeSet::new();
         let v4 = RouteMessageBuilder::<Ipv4Addr>::new().build();
         let v6 = RouteMessageBuilder::<Ipv6Addr>::new().build();
@@ -201,29 +191,6 @@ impl Routes {
         }
         Ok(known)
     }
-
-    async fn add_rule(&mut self, v6: bool) -> Result<()> {
-        let has_rule = &mut self.has_rule[usize::from(v6)];
-        if *has_rule {
-            return Ok(());
-        }
-        let mut request = self.handle.rule().add();
-        *request.message_mut() = rule(&self.handle, v6);
-        match request.execute().await {
-            Err(error) if !is(&error, libc::EEXIST) => {
-                return Err(error).context("no rule for the table of ClusterIPs");
-            }
-            _ => *has_rule = true,
-        }
-        Ok(())
-    }
-}
-
-/// That our table is asked.
-fn rule(handle: &Handle, v6: bool) -> RuleMessage {
-    let rule = handle.rule().add().table_id(TABLE).priority(RULE_PRIORITY);
-    let rule = rule.action(RuleAction::ToTable);
-    if v6 { rule.v6().message_mut().clone() } else { rule.v4().message_mut().clone() }
 }
 
 /// Makes the link, with that index if it had one, unless it is there.
@@ -291,12 +258,14 @@ fn route(to: IpAddr, index: u32) -> RouteMessage {
             .output_interface(index)
             .scope(RouteScope::Link)
             .table_id(TABLE)
+            .priority(METRIC)
             .protocol(PROTOCOL)
             .build(),
         IpAddr::V6(to) => RouteMessageBuilder::<Ipv6Addr>::new()
             .destination_prefix(to, 128)
             .output_interface(index)
             .table_id(TABLE)
+            .priority(METRIC)
             .protocol(PROTOCOL)
             .build(),
     }

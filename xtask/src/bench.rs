@@ -32,6 +32,10 @@ pub struct Args {
     #[arg(long, value_name = "TEXT")]
     only: Option<String>,
 
+    /// Only columns whose names hold one of these, as in `--columns "Portal tc,nftables"`; the straight one is always there
+    #[arg(long, value_name = "TEXT,…", value_delimiter = ',')]
+    columns: Vec<String>,
+
     /// How many other Services there are
     #[arg(long, default_value_t = 100)]
     services: u16,
@@ -97,6 +101,9 @@ fn worlds(args: &Args) -> Result<()> {
     }
     if let Some(only) = &args.only {
         bench.args(["--only", only]);
+    }
+    if !args.columns.is_empty() {
+        bench.args(["--columns", &args.columns.join(",")]);
     }
     if let Some(other) = &args.other {
         bench.arg("--other").arg(other);

@@ -7,7 +7,7 @@
 
 use bytemuck::Zeroable;
 use proxy_common::tables::{
-    Facts, FlowKey, FlowRecord, Kind, Kinds, Origin, ServiceKey, ServiceValue, Side, State,
+    Facts, FlowKey, FlowRecord, Kind, Kinds, Origin, ServiceKey, ServiceValue, Side, State, Work,
 };
 use proxy_common::{Family, Outcome, proto};
 
@@ -21,7 +21,12 @@ pub const PATIENCE: u32 = 4;
 
 /// A packet that comes in from a client's link.
 #[inline(always)]
-pub fn ingress<F: Wire, P: Frame, T: Tables<F>>(frame: &mut P, tables: &T, client: Client) -> Next {
+pub fn ingress<'w, F: Wire, P: Frame, T: Tables<F>>(
+    frame: &mut P,
+    tables: &T,
+    client: Client,
+    work: impl FnOnce() -> Option<&'w mut Work<F>>,
+) -> Next {
     frame.forget_notes();
     let Some((plain, key)) = F::plain(frame, Side::Ingress) else {
         return Next::Story(client.story());
@@ -33,7 +38,7 @@ pub fn ingress<F: Wire, P: Frame, T: Tables<F>>(frame: &mut P, tables: &T, clien
         return next;
     }
     if is_anyones(tables, plain, (&key, to), client) {
-        Next::Story(client.story())
+        hand_over::<F, P>(plain, &key, client.story(), work)
     } else {
         Outcome::NotService.into()
     }
@@ -41,7 +46,12 @@ pub fn ingress<F: Wire, P: Frame, T: Tables<F>>(frame: &mut P, tables: &T, clien
 
 /// A packet that goes out to a client's link.
 #[inline(always)]
-pub fn egress<F: Wire, P: Frame, T: Tables<F>>(frame: &mut P, tables: &T, client: Client) -> Next {
+pub fn egress<'w, F: Wire, P: Frame, T: Tables<F>>(
+    frame: &mut P,
+    tables: &T,
+    client: Client,
+    work: impl FnOnce() -> Option<&'w mut Work<F>>,
+) -> Next {
     if frame.is_done() {
         return Outcome::NotService.into();
     }
@@ -54,14 +64,32 @@ pub fn egress<F: Wire, P: Frame, T: Tables<F>>(frame: &mut P, tables: &T, client
     if let Some(next) = established(frame, tables, plain, &key, Story::ToClient) {
         return next;
     }
-    match pending(tables, plain, &key) {
-        Known::Translated => Next::Story(Story::ToClient),
+    let is_anyones = match pending(tables, plain, &key) {
+        Known::Translated => true,
         // In the middle of a connection that nobody knows of nothing begins.
-        Known::No if client == Client::Outside && leaves(frame, tables, plain, (&key, ends)) => {
-            Next::Story(Story::ToClient)
-        }
-        Known::No | Known::Foreign => Outcome::NotService.into(),
+        Known::No => client == Client::Outside && leaves(frame, tables, plain, (&key, ends)),
+        Known::Foreign => false,
+    };
+    if is_anyones {
+        hand_over::<F, P>(plain, &key, Story::ToClient, work)
+    } else {
+        Outcome::NotService.into()
     }
+}
+
+/// A packet of no live flow is a story's. What was read of it is handed over: there is nothing to be parsed and looked up again.
+#[inline(always)]
+fn hand_over<'w, F: Wire, P: Frame>(
+    plain: Plain,
+    key: &FlowKey<F>,
+    from: Story,
+    work: impl FnOnce() -> Option<&'w mut Work<F>>,
+) -> Next {
+    let Some(work) = work() else { return Outcome::NotService.into() };
+    work.key = *key;
+    work.packet = plain.packet::<F, P>();
+    work.from = from as u32;
+    Next::Story(Story::Pending)
 }
 
 /// Whether a packet of an unknown flow that leaves by an uplink may be one to be masqueraded, a Service's or a pod's; or goes

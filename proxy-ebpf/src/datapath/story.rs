@@ -1,4 +1,5 @@
-//! The story of a packet that [`super::fast`] does not deal with, step by step:
+//! The story of a packet that [`super::fast`] does not deal with, step by step. A plain packet of no live flow begins in the second
+//! line: what the first would find out, [`super::fast`] has.
 //!
 //! ```text
 //! ingress, egress ──▶ send                     of a live flow

@@ -42,11 +42,13 @@ macro_rules! hooks {
             }
             match skb.ethertype() {
                 V4::ETHERTYPE => {
-                    let next = fast::$fast(&mut skb, &Tables4, Client::$client);
+                    let next =
+                        fast::$fast(&mut skb, &Tables4, Client::$client, || Tables4.work());
                     go_on::<$network>(&ctx, next, false)
                 }
                 V6::ETHERTYPE => {
-                    let next = fast::$fast(&mut skb, &Tables6, Client::$client);
+                    let next =
+                        fast::$fast(&mut skb, &Tables6, Client::$client, || Tables6.work());
                     go_on::<$network>(&ctx, next, true)
                 }
                 _ => leave_alone(&ctx, Outcome::NotIp),

@@ -99,6 +99,19 @@ impl Plain {
     pub fn begins(self) -> bool {
         !self.is(proto::TCP) || tcp::opens(self.flags as u8)
     }
+
+    /// As [`parse`] says it. What is no fragment needs no number.
+    #[inline(always)]
+    pub fn packet<F: Wire, P: Frame>(self) -> Packet {
+        Packet {
+            l4: (P::NETWORK + F::HEADER) as u32,
+            id: 0,
+            proto: self.proto as u8,
+            flags: self.flags as u8,
+            part: Part::Whole as u8,
+            pad: 0,
+        }
+    }
 }
 
 /// Reads the start of a transport header behind an IP header of fixed length: its ports, too.

@@ -351,10 +351,10 @@ pub fn see<F: Wire, P: Frame, T: Tables<F>>(
     work: &mut Work<F>,
 ) -> Verdict {
     let mut next = match hook {
-        Hook::Ingress => fast::ingress(frame, tables, Client::Pod),
-        Hook::Uplink => fast::ingress(frame, tables, Client::Outside),
-        Hook::Egress => fast::egress(frame, tables, Client::Outside),
-        Hook::ToPod => fast::egress(frame, tables, Client::Pod),
+        Hook::Ingress => fast::ingress(frame, tables, Client::Pod, || Some(&mut *work)),
+        Hook::Uplink => fast::ingress(frame, tables, Client::Outside, || Some(&mut *work)),
+        Hook::Egress => fast::egress(frame, tables, Client::Outside, || Some(&mut *work)),
+        Hook::ToPod => fast::egress(frame, tables, Client::Pod, || Some(&mut *work)),
     };
     loop {
         match next {

@@ -4,7 +4,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::Path;
 use std::process::Command;
 
-use portal::testing::agent::{command, command_in};
+use portal::testing::agent::{command, command_in, command_in_pod};
 use portal::testing::cluster::Cluster;
 use portal::testing::namespace::Namespace;
 use portal::testing::neighbour::Neighbour;
@@ -72,6 +72,8 @@ impl By {
 enum Plan<'a> {
     /// By their own addresses.
     Straight,
+    /// The same, with programs that do nothing wherever Portal has some.
+    Idle,
     /// By the kernel's NAT.
     Rules,
     /// By a build of Portal, with these arguments.
@@ -90,24 +92,31 @@ pub struct Column {
     /// The remote pod and the local one.
     servers: [Pod; 2],
     outsider: Namespace,
-    _ends: Vec<Neighbour>,
+    _others: Vec<Neighbour>,
 }
 
 impl Column {
-    /// All of them.
-    pub fn all(programs: &Path, other: Option<&Path>, services: u16) -> Vec<Self> {
+    /// The straight one, and those of the others that are `wanted` by their names.
+    pub fn all(
+        programs: &Path,
+        other: Option<&Path>,
+        services: u16,
+        wanted: impl Fn(&str) -> bool,
+    ) -> Vec<Self> {
         let portal = &programs.join("portal");
-        let mut columns = vec![
-            Self::new("straight", services, &Plan::Straight),
-            Self::new("Portal tc", services, &Plan::Portal(portal, &[])),
-            Self::new("Portal sockets", services, &Plan::Portal(portal, &["--socket-lb=all"])),
-            Self::new("Portal XDP", services, &Plan::Portal(portal, &[XDP])),
-            Self::new("nftables", services, &Plan::Rules),
+        let mut plans = vec![
+            ("straight", Plan::Straight),
+            ("idle programs", Plan::Idle),
+            ("Portal tc", Plan::Portal(portal, &[])),
+            ("Portal sockets", Plan::Portal(portal, &["--socket-lb=all"])),
+            ("Portal XDP", Plan::Portal(portal, &[XDP])),
+            ("nftables", Plan::Rules),
         ];
         if let Some(other) = other {
-            columns.push(Self::new("other Portal", services, &Plan::Portal(other, &[])));
+            plans.push(("other Portal", Plan::Portal(other, &[])));
         }
-        columns
+        plans.retain(|(name, plan)| matches!(plan, Plan::Straight) || wanted(name));
+        plans.iter().map(|(name, plan)| Self::new(name, services, plan)).collect()
     }
 
     fn new(name: &'static str, services: u16, plan: &Plan<'_>) -> Self {
@@ -120,13 +129,13 @@ impl Column {
         let outsider = world.outsider();
         let is_xdp = matches!(plan, Plan::Portal(_, arguments) if arguments.contains(&XDP));
         // As on a wire, where XDP needs that; and a program at the other end, without which a veth link takes nothing from it.
-        let ends = if is_xdp {
+        let mut others = if is_xdp {
             world.nodes.iter().map(|node| Neighbour::at_xdp(&world.wire, &node.name)).collect()
         } else {
             Vec::new()
         };
         let by = match plan {
-            Plan::Straight => By::Nobody(world),
+            Plan::Straight | Plan::Idle => By::Nobody(world),
             Plan::Rules => By::Rules(world),
             Plan::Portal(portal, arguments) => {
                 By::Portal(Cluster::start_in(world, portal, arguments))
@@ -143,7 +152,16 @@ impl Column {
             outsider.offload("eth0", false);
             servers[0].namespace.offload("eth0", false);
         }
-        let column = Self { name, by, client, servers, outsider, _ends: ends };
+        if matches!(plan, Plan::Idle) {
+            let [remote, local] = &servers;
+            let links =
+                [(1, &*remote.link), (0, &local.link), (0, &client.link), (0, "eth0"), (1, "eth0")];
+            let idle = |(node, link): (usize, &str)| {
+                Neighbour::idle(&by.world().nodes[node].namespace, link)
+            };
+            others.extend(links.into_iter().flat_map(idle));
+        }
+        let column = Self { name, by, client, servers, outsider, _others: others };
         column.lead(services);
         column
     }
@@ -199,7 +217,9 @@ impl Column {
         match door {
             Door::NodeToRemote => command(&self.world().nodes[0], program, true),
             Door::OutsideToRemote => command_in(&self.outsider, program),
-            Door::PodToRemote | Door::PodToLocal => command_in(&self.client.namespace, program),
+            Door::PodToRemote | Door::PodToLocal => {
+                command_in_pod(&self.world().nodes[0], &self.client, program)
+            }
         }
     }
 }

@@ -90,10 +90,13 @@ impl Tools {
 
     /// Waits until every door of a column is served.
     pub fn wait(&self, column: &Column) {
+        let short = Self { folder: self.folder.clone(), length: Duration::from_secs(1) };
         for door in Door::ALL {
             let what = format!("{}: {}", column.name, door.label());
             let serves = |figure: &Figure| figure.rate > 0.0;
-            eventually(&what, || self.measure(column, door, Load::Connections).ok().filter(serves));
+            eventually(&what, || {
+                short.measure(column, door, Load::Connections).ok().filter(serves)
+            });
         }
     }
 

@@ -12,6 +12,7 @@ mod web;
 
 use std::fs;
 use std::path::PathBuf;
+use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -36,6 +37,10 @@ struct Args {
     /// Only doors and loads whose names hold this
     #[arg(long, default_value = "")]
     only: String,
+
+    /// Only columns whose names hold one of these
+    #[arg(long, value_delimiter = ',')]
+    columns: Vec<String>,
 
     /// How many other Services there are
     #[arg(long, default_value_t = 100)]
@@ -62,17 +67,24 @@ struct Args {
     results: PathBuf,
 }
 
-/// Above this many processes that want to run the machine is busy.
-const BUSY: f64 = 0.7;
+/// Above this share of the processors' time the machine is busy.
+const BUSY: f64 = 0.1;
+/// For how long the machine is watched.
+const WATCHED: Duration = Duration::from_secs(2);
+/// How often it is, before it is given up.
+const LOOKS: u32 = 5;
 
 fn main() -> Result<()> {
     let args = Args::parse();
     ensure!(
-        args.busy || is_idle()?,
+        args.busy || becomes_idle()?,
         "something else keeps this machine busy, and what is measured would not tell much: wait, or measure \
          all the same with --busy"
     );
-    let columns = Column::all(&args.programs, args.other.as_deref(), args.services);
+    let is_wanted = |name: &str| {
+        args.columns.is_empty() || args.columns.iter().any(|text| name.contains(text.as_str()))
+    };
+    let columns = Column::all(&args.programs, args.other.as_deref(), args.services, is_wanted);
     let tools = Tools::new(args.tools, Duration::from_secs(args.seconds));
     columns.iter().for_each(|column| tools.wait(column));
     let rows = Door::ALL.iter().flat_map(|door| Load::ALL.map(|load| (*door, load)));
@@ -104,9 +116,26 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-/// Whether nothing else has wanted to run for the last minute.
-fn is_idle() -> Result<bool> {
-    let text = fs::read_to_string("/proc/loadavg")?;
-    let load: f64 = text.split(' ').next().context("no load average")?.parse()?;
-    Ok(load < BUSY)
+/// Whether nothing else takes the processors' time, now or in some seconds: what was built before this has to be written.
+fn becomes_idle() -> Result<bool> {
+    for _ in 0..LOOKS {
+        let [idle, all] = processor_time()?;
+        thread::sleep(WATCHED);
+        let [idle_then, all_then] = processor_time()?;
+        if 1.0 - (idle_then - idle) / (all_then - all) < BUSY {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+/// How long all processors have had nothing to do since the machine started, and how long that is ago times their number.
+fn processor_time() -> Result<[f64; 2]> {
+    // user nice system idle iowait irq softirq steal
+    let text = fs::read_to_string("/proc/stat")?;
+    let line = text.lines().next().context("/proc/stat is empty")?;
+    let times: Vec<f64> =
+        line.split_whitespace().skip(1).take(8).map(str::parse).collect::<Result<_, _>>()?;
+    let idle = times.get(3).context("/proc/stat has no idle time")? + times.get(4).unwrap_or(&0.0);
+    Ok([idle, times.iter().sum()])
 }

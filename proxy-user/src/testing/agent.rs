@@ -15,8 +15,8 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use super::apiserver::ApiServer;
-use super::namespace::Namespace;
-use super::world::{BPFFS, Node};
+use super::namespace::{Mounts, Namespace};
+use super::world::{BPFFS, Node, Pod};
 use super::{patience, within};
 
 /// Where the API server stand-in listens on each node.
@@ -38,34 +38,42 @@ pub fn provide_api(node: &Node, server: &ApiServer) {
 /// A command that runs on a node: in its namespaces and, if it is one of the node's own processes, in
 /// its cgroup. It dies with the thread that starts it.
 pub fn command(node: &Node, program: &Path, in_cgroup: bool) -> Command {
+    let cgroup = in_cgroup.then_some(&*node.cgroup);
+    entering(program, &node.namespace, Some(&node.mounts), cgroup)
+}
+
+/// A command that runs in a network namespace. It dies with the thread that starts it.
+pub fn command_in(namespace: &Namespace, program: &Path) -> Command {
+    entering(program, namespace, None, None)
+}
+
+/// A command that runs in a pod: in its network namespace, and in a cgroup below its node's. It dies with the thread that starts it.
+pub fn command_in_pod(node: &Node, pod: &Pod, program: &Path) -> Command {
+    entering(program, &pod.namespace, None, Some(&node.cgroup))
+}
+
+fn entering(
+    program: &Path,
+    net: &Namespace,
+    mounts: Option<&Mounts>,
+    cgroup: Option<&Path>,
+) -> Command {
     let mut command = Command::new(program);
-    let (net, mounts) = (node.namespace.clone(), node.mounts.clone());
-    let procs = in_cgroup.then(|| node.cgroup.join("cgroup.procs"));
+    let (net, mounts) = (net.clone(), mounts.cloned());
+    let procs = cgroup.map(|cgroup| cgroup.join("cgroup.procs"));
     let enter = move || {
         if let Some(procs) = &procs {
             std::fs::write(procs, "0")?;
         }
         nix::sys::prctl::set_pdeathsig(Signal::SIGKILL)?;
         setns(net.fd().as_fd(), CloneFlags::CLONE_NEWNET)?;
-        setns(mounts.fd().as_fd(), CloneFlags::CLONE_NEWNS)?;
+        if let Some(mounts) = &mounts {
+            setns(mounts.fd().as_fd(), CloneFlags::CLONE_NEWNS)?;
+        }
         Ok(())
     };
     // SAFETY: between fork and exec only system calls are made, and one allocation-free write to a
     // path prepared before.
-    unsafe { command.pre_exec(enter) };
-    command
-}
-
-/// A command that runs in a network namespace. It dies with the thread that starts it.
-pub fn command_in(namespace: &Namespace, program: &Path) -> Command {
-    let mut command = Command::new(program);
-    let net = namespace.clone();
-    let enter = move || {
-        nix::sys::prctl::set_pdeathsig(Signal::SIGKILL)?;
-        setns(net.fd().as_fd(), CloneFlags::CLONE_NEWNET)?;
-        Ok(())
-    };
-    // SAFETY: between fork and exec only system calls are made.
     unsafe { command.pre_exec(enter) };
     command
 }

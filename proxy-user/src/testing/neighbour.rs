@@ -35,6 +35,18 @@ impl Neighbour {
         })
     }
 
+    /// Attaches programs that leave everything to the next one, to both hooks of a link.
+    ///
+    /// # Panics
+    /// If the kernel refuses.
+    pub fn idle(namespace: &Namespace, link: &str) -> [Self; 2] {
+        [sys::TCX_INGRESS, sys::TCX_EGRESS].map(|attach_type| {
+            Self::attach(namespace, link, (sys::CLASSIFIER, &[verdict(NEXT), EXIT]), |ifindex| {
+                AttachPoint::Tcx { ifindex, attach_type, order: Order::Last }
+            })
+        })
+    }
+
     /// Attaches a program to XDP of a link that lets everything pass.
     ///
     /// # Panics
