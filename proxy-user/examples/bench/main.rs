@@ -72,7 +72,7 @@ const BUSY: f64 = 0.1;
 /// For how long the machine is watched.
 const WATCHED: Duration = Duration::from_secs(2);
 /// How often it is, before it is given up.
-const LOOKS: u32 = 5;
+const LOOKS: u32 = 15;
 
 fn main() -> Result<()> {
     let args = Args::parse();

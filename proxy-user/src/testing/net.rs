@@ -3,14 +3,15 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::AsRawFd;
 
+use futures::TryStreamExt;
 use rtnetlink::packet_route::address::AddressHeaderFlags;
 use rtnetlink::packet_route::link::{LinkAttribute, MacVlanMode};
 use rtnetlink::packet_route::neighbour::NeighbourFlags;
 use rtnetlink::packet_route::route::{RouteAttribute, RouteMessage};
 use rtnetlink::packet_route::rule::{RuleAction, RuleAttribute};
 use rtnetlink::{
-    Handle, LinkBridge, LinkMacVlan, LinkMessageBuilder, LinkUnspec, LinkVeth, LinkVxlan,
-    RouteMessageBuilder,
+    Handle, IpVersion, LinkBridge, LinkMacVlan, LinkMessageBuilder, LinkUnspec, LinkVeth,
+    LinkVxlan, RouteMessageBuilder,
 };
 
 use super::namespace::Namespace;
@@ -216,6 +217,17 @@ impl Net {
             IpAddr::V6(source) => rule.v6().source_prefix(source, prefix).execute().await,
         };
         added.unwrap_or_else(|error| panic!("a rule for {source}: {error}"));
+    }
+
+    /// How many rules there are, of both families, by which ways are looked up.
+    pub async fn rules(&self) -> usize {
+        let mut count = 0;
+        for version in [IpVersion::V4, IpVersion::V6] {
+            let rules: Vec<_> =
+                self.handle.rule().get(version).execute().try_collect().await.expect("rules");
+            count += rules.len();
+        }
+        count
     }
 
     /// Adds a rule that leads what goes to a range to the main table, before other rules.
