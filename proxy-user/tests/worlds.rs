@@ -315,6 +315,23 @@ fn reaches_services(pod: &Pod, agent: &str) -> Vec<Connection> {
     connections
 }
 
+/// Rules of a CNI lead what pods of node 0 send to others than pods and nodes to a gateway that does not answer.
+fn leads_pods_to_a_dead_gateway(world: &World) {
+    const TABLE: u32 = 100;
+    let [node, other] = &world.nodes[..] else { panic!("two nodes") };
+    node.namespace.netlink(async |net| {
+        for v6 in [false, true] {
+            let (own, theirs) = (node.pods(v6), other.pods(v6));
+            let node_bits = if v6 { 128 } else { 32 };
+            net.route_in(TABLE, any(v6), 0, beside(node.address(v6), 200)).await;
+            net.route_in(TABLE, theirs, bits(v6), other.address(v6)).await;
+            net.rule_from(own, bits(v6), TABLE).await;
+            net.rule_to(own, bits(v6)).await;
+            net.rule_to(other.address(v6), node_bits).await;
+        }
+    });
+}
+
 /// Case 3: whatever the CNI is, and however hardened the node. What they have begun goes on when an agent is there again.
 #[test]
 fn pods_that_start_while_no_agent_runs_have_services() {
@@ -338,6 +355,9 @@ fn pods_that_start_while_no_agent_runs_have_services() {
                 }
             ",
             );
+        }
+        if cni == Cni::Routed {
+            leads_pods_to_a_dead_gateway(&world);
         }
         let rules = |world: &World| world.nodes[0].namespace.netlink(async |net| net.rules().await);
         let before = rules(&world);

@@ -1,5 +1,5 @@
-//! The story of a packet that [`super::fast`] does not deal with, step by step. A plain packet of no live flow begins in the second
-//! line: what the first would find out, [`super::fast`] has.
+//! The story of a packet that [`super::fast`] does not deal with, step by step. A plain packet of no live flow begins with
+//! `pending`: [`super::fast`] has read it, and looked for its flow.
 //!
 //! ```text
 //! ingress, egress ──▶ send                     of a live flow

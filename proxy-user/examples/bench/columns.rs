@@ -9,7 +9,7 @@ use portal::testing::cluster::Cluster;
 use portal::testing::namespace::Namespace;
 use portal::testing::neighbour::Neighbour;
 use portal::testing::objects::{self, merge};
-use portal::testing::world::{Cni, Pod, World};
+use portal::testing::world::{Cni, Node, Pod, World};
 use serde_json::json;
 
 use crate::load::{IPERF, WEB};
@@ -92,7 +92,7 @@ pub struct Column {
     /// The remote pod and the local one.
     servers: [Pod; 2],
     outsider: Namespace,
-    _others: Vec<Neighbour>,
+    _neighbours: Vec<Neighbour>,
 }
 
 impl Column {
@@ -128,12 +128,7 @@ impl Column {
         }
         let outsider = world.outsider();
         let is_xdp = matches!(plan, Plan::Portal(_, arguments) if arguments.contains(&XDP));
-        // As on a wire, where XDP needs that; and a program at the other end, without which a veth link takes nothing from it.
-        let mut others = if is_xdp {
-            world.nodes.iter().map(|node| Neighbour::at_xdp(&world.wire, &node.name)).collect()
-        } else {
-            Vec::new()
-        };
+        let mut neighbours = if is_xdp { wire_ends(&world) } else { Vec::new() };
         let by = match plan {
             Plan::Straight | Plan::Idle => By::Nobody(world),
             Plan::Rules => By::Rules(world),
@@ -153,15 +148,9 @@ impl Column {
             servers[0].namespace.offload("eth0", false);
         }
         if matches!(plan, Plan::Idle) {
-            let [remote, local] = &servers;
-            let links =
-                [(1, &*remote.link), (0, &local.link), (0, &client.link), (0, "eth0"), (1, "eth0")];
-            let idle = |(node, link): (usize, &str)| {
-                Neighbour::idle(&by.world().nodes[node].namespace, link)
-            };
-            others.extend(links.into_iter().flat_map(idle));
+            neighbours = idle_programs(by.world(), &[&client, &servers[0], &servers[1]]);
         }
-        let column = Self { name, by, client, servers, outsider, _others: others };
+        let column = Self { name, by, client, servers, outsider, _neighbours: neighbours };
         column.lead(services);
         column
     }
@@ -222,6 +211,21 @@ impl Column {
             }
         }
     }
+}
+
+/// As on a wire, where XDP needs that: a program at the other end, without which a veth link takes nothing from it.
+fn wire_ends(world: &World) -> Vec<Neighbour> {
+    world.nodes.iter().map(|node| Neighbour::at_xdp(&world.wire, &node.name)).collect()
+}
+
+/// Programs that do nothing, at both hooks of all links that Portal has some at.
+fn idle_programs(world: &World, pods: &[&Pod]) -> Vec<Neighbour> {
+    let of_node = |node: &Node| {
+        let own = pods.iter().filter(|pod| pod.node == node.name);
+        let links = own.map(|pod| &*pod.link).chain(["eth0"]);
+        links.flat_map(|link| Neighbour::idle(&node.namespace, link)).collect::<Vec<_>>()
+    };
+    world.nodes.iter().flat_map(of_node).collect()
 }
 
 fn expose(cluster: &Cluster, name: &str, vip: Ipv4Addr, pod: &Pod, has_node_port: bool) {

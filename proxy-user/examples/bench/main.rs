@@ -85,6 +85,7 @@ fn main() -> Result<()> {
         args.columns.is_empty() || args.columns.iter().any(|text| name.contains(text.as_str()))
     };
     let columns = Column::all(&args.programs, args.other.as_deref(), args.services, is_wanted);
+    ensure!(columns.len() > 1, "no column has a name with {}", args.columns.join(" or "));
     let tools = Tools::new(args.tools, Duration::from_secs(args.seconds));
     columns.iter().for_each(|column| tools.wait(column));
     let rows = Door::ALL.iter().flat_map(|door| Load::ALL.map(|load| (*door, load)));
@@ -129,7 +130,7 @@ fn becomes_idle() -> Result<bool> {
     Ok(false)
 }
 
-/// How long all processors have had nothing to do since the machine started, and how long that is ago times their number.
+/// The time of all processors since the machine started, in the kernel's ticks: what they were idle, and all of it.
 fn processor_time() -> Result<[f64; 2]> {
     // user nice system idle iowait irq softirq steal
     let text = fs::read_to_string("/proc/stat")?;

@@ -17,7 +17,7 @@ pub enum Conduct {
     Ends,
 }
 
-/// A program at a link's egress, as long as this lives.
+/// A program at a hook of a link, as long as this lives.
 pub struct Neighbour(OwnedFd);
 
 impl Neighbour {
