@@ -287,8 +287,9 @@ impl<D: Datapath> Search<'_, D> {
             assert!(is_free, "{place}: {ask:?} and {other:?} are one to {backend}");
             flow.is_certain = false;
         }
-        let is_open = flags == SYN;
-        let flow = Flow { backend, seen_as, finished: [false; 2], is_open, is_certain: true };
+        // A SYN may begin another one once the backend is withdrawn and all is silent for a while.
+        let (is_open, is_certain) = (flags == SYN, may);
+        let flow = Flow { backend, seen_as, finished: [false; 2], is_open, is_certain };
         self.flows.insert(ask, flow);
     }
 

@@ -95,8 +95,10 @@ fn asked<F: Wire, P: Frame, T: Tables<F>>(
 ) -> Option<Outcome> {
     let Pending { record, facts, .. } = flow;
     if tcp::opens(packet.flags) {
-        let ended = facts.is_in(State::Closed) || facts.is_in(State::Finished);
-        if ended || is_idle(tables, keys.0, facts, now) || is_stale(facts.origin, tables) {
+        if facts.state >= State::Finished
+            || is_idle(tables, keys.0, facts, now)
+            || is_stale(facts.origin, tables)
+        {
             return None;
         }
         if facts.is_in(State::Opening) {
@@ -289,7 +291,7 @@ pub fn is_current<F: Family, T: Tables<F>>(
     spare: &mut FlowKey<F>,
     now: u32,
 ) -> bool {
-    !matches!(facts.state, State::Closed | State::Finished | State::Foreign)
+    facts.state < State::Finished
         && !is_idle(tables, key, facts, now)
         && !is_stale(facts.origin, tables)
         && half(tables, (key, other), spare).is_some()

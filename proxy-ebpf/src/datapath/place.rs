@@ -276,7 +276,8 @@ fn pending_holder<F: Family, T: Tables<F>>(
         let is_left = idle(facts)
             && pending::half(tables, (place, spare), &mut embryo.other)
                 .is_none_or(|(client, _)| idle(client));
-        is_left || is_own && idle(facts)
+        // Its own that one side goes on with only: the client begins anew.
+        is_left || is_own && (idle(facts) || facts.is_in(State::Revived))
     };
     let stamp = Stamp { seen: facts.seen, ended: making.ended };
     let holder = match facts.state {

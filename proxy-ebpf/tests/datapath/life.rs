@@ -490,6 +490,24 @@ fn a_port_is_used_again_though_half_of_what_ended_was_evicted() {
     assert_eq!(answered(&host, SYN | ACK), Outcome::Replied);
 }
 
+/// Segments of one side only, long after the end, are no connection that goes on: the client's next one from that port begins anew, and is
+/// answered.
+#[test]
+fn a_port_is_used_again_though_one_side_went_on_after_the_end() {
+    for is_clients in [true, false] {
+        let host = connected();
+        assert_eq!(answered(&host, RST), Outcome::Replied);
+        host.now.set(host.now.get() + 3);
+        if is_clients {
+            assert_eq!(sent(&host, ACK), Outcome::Forwarded);
+        } else {
+            assert_eq!(answered(&host, ACK), Outcome::Replied);
+        }
+        assert_eq!(sent(&host, SYN), Outcome::Opened, "of the client: {is_clients}");
+        assert_eq!(answered(&host, SYN | ACK), Outcome::Replied, "of the client: {is_clients}");
+    }
+}
+
 /// Either record is made from the other within [`PATIENCE`] ticks of traffic, in both tables.
 #[test]
 fn a_lost_half_is_made_anew() {

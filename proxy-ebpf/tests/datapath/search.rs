@@ -1,5 +1,6 @@
 //! The datapath on the host beside a model of a NAT, over random packets. `cargo xtask fuzz` lets it see ten million.
 
+use proxy_common::settings::Lifetimes;
 use proxy_common::testing::search::{Datapath, search};
 use proxy_common::testing::{Hook, Service};
 use proxy_common::{Outcome, V4, V6};
@@ -8,14 +9,20 @@ use proxy_ebpf::testing::{Buffer, Host, HostFamily};
 /// How many packets are seen of each family if nothing else is asked for.
 const PACKETS: u64 = 60_000;
 
-struct OnHost<F: HostFamily>(Host<F>);
+/// So many packets are seen in a tick: what is done or held for some ticks is met, too.
+const PER_TICK: u64 = 20;
+
+struct OnHost<F: HostFamily> {
+    host: Host<F>,
+    seen: u64,
+}
 
 impl<F: HostFamily> Datapath for OnHost<F> {
     type Frame = Buffer;
     const CARRIES_NOTES: bool = true;
 
     fn serve(&mut self, services: &[Service]) {
-        self.0.serve(services);
+        self.host.serve(services);
     }
 
     fn frame(&self, bytes: &[u8]) -> Buffer {
@@ -27,13 +34,17 @@ impl<F: HostFamily> Datapath for OnHost<F> {
     }
 
     fn see(&mut self, hook: Hook, frame: &mut Buffer) -> Outcome {
-        self.0.see_buffer(hook, frame)
+        self.seen += 1;
+        if self.seen.is_multiple_of(PER_TICK) {
+            self.host.now.set(self.host.now.get().wrapping_add(1));
+        }
+        self.host.see_buffer(hook, frame)
     }
 
     fn lose(&mut self, rng: &mut fastrand::Rng) {
-        for (key, _) in self.0.embryos() {
+        for (key, _) in self.host.embryos() {
             if rng.u8(0..4) == 0 {
-                self.0.evict(&key);
+                self.host.evict(&key);
             }
         }
     }
@@ -49,9 +60,12 @@ fn of_family<F: HostFamily>(is_v6: bool) {
     let packets = number("PORTAL_FUZZ_PACKETS", PACKETS);
     let seed = number("PORTAL_FUZZ_SEED", 1);
     for (seed, capacity) in (seed..).zip([usize::MAX, 4]) {
-        let mut host = OnHost(Host::<F>::new());
-        host.0.capacity = capacity;
-        search(&mut host, is_v6, seed, packets / 2);
+        let mut host = Host::<F>::new();
+        host.capacity = capacity;
+        // No flow of the model is too old.
+        let [syn, tcp, half_closed, hold, udp, udp_stream] = [Lifetimes::DEFAULT.tcp; 6];
+        host.settings.lifetimes = Lifetimes { syn, tcp, half_closed, hold, udp, udp_stream };
+        search(&mut OnHost { host, seen: 0 }, is_v6, seed, packets / 2);
     }
 }
 

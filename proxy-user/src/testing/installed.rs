@@ -8,7 +8,7 @@ use aya::maps::{MapData, ProgramArray};
 use aya::programs::{Program, SchedClassifier};
 use aya::{Ebpf, EbpfLoader};
 use ipnet::IpNet;
-use proxy_common::settings::{Lifetimes, Settings};
+use proxy_common::settings::{Clock, Lifetimes, Settings};
 use proxy_common::tables::ServiceValue;
 use proxy_common::testing::{LINK, MTU, NODE, Service};
 
@@ -109,9 +109,16 @@ impl Installed {
     /// # Panics
     /// If the kernel refuses it.
     pub fn new(options: &Options, object: &[u8]) -> Self {
+        Self::with_clock(options, object, clock::clock())
+    }
+
+    /// As [`Self::new`], with programs that tell the time by another clock.
+    ///
+    /// # Panics
+    /// If the kernel refuses it.
+    pub fn with_clock(options: &Options, object: &[u8], clock: Clock) -> Self {
         let (datapath, planner) = Datapath::install(options).unwrap();
-        let programs =
-            load(options, &Settings { clock: clock::clock(), ..Settings::DEFAULT }, object);
+        let programs = load(options, &Settings { clock, ..Settings::DEFAULT }, object);
         Self { datapath, planner, programs, root: options.bpffs_root.clone() }
     }
 
