@@ -15,6 +15,8 @@ pub trait Address: Pod + Eq + Ord + Hash + Debug + Display + Into<IpAddr> {
     fn delta(self, new: Self) -> Delta;
     /// Folds the address into a hash.
     fn mix(self, hash: u32) -> u32;
+    /// Two numbers that tell it from all others of its family.
+    fn halves(self) -> [u64; 2];
 }
 
 /// An IPv4 address. Aligned to 4 so that it is copied and compared as one word.
@@ -65,6 +67,11 @@ impl Address for Addr4 {
     fn mix(self, hash: u32) -> u32 {
         mix(hash, self.word())
     }
+
+    #[inline(always)]
+    fn halves(self) -> [u64; 2] {
+        [self.word().into(), 0]
+    }
 }
 
 impl Address for Addr6 {
@@ -82,6 +89,12 @@ impl Address for Addr6 {
     fn mix(self, hash: u32) -> u32 {
         let words = self.words();
         mix(mix(mix(mix(hash, words[0]), words[1]), words[2]), words[3])
+    }
+
+    #[inline(always)]
+    fn halves(self) -> [u64; 2] {
+        let [a, b, c, d] = self.words().map(u64::from);
+        [a | b << 32, c | d << 32]
     }
 }
 

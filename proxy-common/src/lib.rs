@@ -18,6 +18,7 @@ pub mod layout;
 pub mod outcome;
 pub mod proto;
 pub mod settings;
+pub mod siphash;
 pub mod tables;
 #[cfg(feature = "testing")]
 pub mod testing;

@@ -63,6 +63,11 @@ outcomes! {
     NoLocal = "no_local",
     /// A packet from outside a Service's source ranges: dropped (KP-91).
     NotAllowed = "not_allowed",
+    /// In a flood of new connections, a SYN of a client who has yet to show that his address is his own: answered by a
+    /// challenge.
+    Challenged = "challenged",
+    /// The answer to a challenge: the client's next SYN is let in. Dropped.
+    Verified = "verified",
     /// No address of the node is known on the link by which a packet leaves that is to be masqueraded: dropped.
     NoSource = "no_source",
     /// Every source port that was tried belongs to a flow that is alive: dropped.
@@ -90,7 +95,12 @@ impl Outcome {
     pub const fn turns_back(self) -> bool {
         matches!(
             self,
-            Self::Hairpin | Self::Caught | Self::Reset | Self::Unreachable | Self::EchoReply
+            Self::Hairpin
+                | Self::Caught
+                | Self::Reset
+                | Self::Unreachable
+                | Self::EchoReply
+                | Self::Challenged
         )
     }
 }

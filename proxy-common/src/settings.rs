@@ -15,6 +15,13 @@ pub const fn ticks(seconds: u64) -> u32 {
     if ticks > u32::MAX as u64 { u32::MAX } else { ticks as u32 }
 }
 
+/// What is `rate` in a second, in a tick.
+#[expect(clippy::cast_possible_truncation, reason = "saturates before it could truncate")]
+pub const fn per_tick(rate: u32) -> u32 {
+    let count = ((rate as u64) << TICK_SHIFT) / 1_000_000_000;
+    if count > u32::MAX as u64 { u32::MAX } else { count as u32 }
+}
+
 /// Seconds in `ticks`, rounded down.
 pub const fn seconds(ticks: u32) -> u64 {
     ((ticks as u64) << TICK_SHIFT) / 1_000_000_000
@@ -119,6 +126,17 @@ impl Clock {
 }
 
 map_type! {
+    /// Against floods of new connections, at XDP.
+    pub struct Guard {
+        /// How many TCP flows may begin in a tick, as one CPU sees them come in, before clients are asked to show that their
+        /// address is their own; 0: they never are.
+        pub limit: u32,
+        /// What challenges are made with; fresh with each agent.
+        pub key: [u32; 4],
+    }
+}
+
+map_type! {
     /// What the agent tells its programs when it loads them.
     pub struct Settings {
         /// Seed of the flow hash; random per node, kept over restarts.
@@ -156,6 +174,8 @@ map_type! {
         pub short_cut: u32,
         /// Index of the catch-all link, by which packets come in again that are led to backends where they leave; 0: none are.
         pub catch_all: u32,
+        /// Against floods of new connections.
+        pub guard: Guard,
         /// The pods' IPv4 range (`--cluster-cidr`), by which pods of other nodes are known; its mask is
         /// zero if it is not given.
         pub pods4: Range4,
@@ -191,6 +211,7 @@ impl Settings {
         masquerade_pods: 0,
         short_cut: 0,
         catch_all: 0,
+        guard: Guard { limit: 0, key: [0; 4] },
         pods4: Range4 { address: [0; 4], mask: [0; 4] },
         pods6: Range6 { address: [0; 16], mask: [0; 16] },
     };

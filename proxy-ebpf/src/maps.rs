@@ -17,10 +17,10 @@ use aya_ebpf::macros::btf_map;
 use aya_ebpf::maps::lpm_trie::Key;
 use proxy_common::settings::{Settings, TICK_SHIFT};
 use proxy_common::tables::{
-    AffinityKey, AffinityValue, Backend, Config, EmbryoRecord, EmbryoValue, Exit, ExitData,
-    ExitKey, FlowKey, FlowRecord, FlowValue, FragmentKey, FragmentValue, Interest, Kind, Kinds,
-    Name, PeerKey, PeerValue, Ports, RangeData, ServiceKey, ServiceValue, Slots, SourceRange, Spot,
-    Traffic, Way, Work,
+    AffinityKey, AffinityValue, Arrivals, Backend, Config, EmbryoRecord, EmbryoValue, Exit,
+    ExitData, ExitKey, FlowKey, FlowRecord, FlowValue, FragmentKey, FragmentValue, Interest, Kind,
+    Kinds, Name, PeerKey, PeerValue, Ports, RangeData, ServiceKey, ServiceValue, Slots,
+    SourceRange, Spot, Traffic, Verified, Way, Work,
 };
 use proxy_common::{Family, Outcome, Port, V4, V6};
 use proxy_ebpf::datapath::{Refused, Service, Tables};
@@ -43,6 +43,7 @@ const RANGES: usize = 65_536;
 const EXITS: usize = 4_096;
 /// Uplinks with XDP.
 const LINKS: usize = 256;
+const CLIENTS: usize = 65_536;
 const PORT_TURNS: usize = 4_096;
 const EXHAUSTED: usize = 1_024;
 /// In bytes: some thousand wishes between two looks of the agent, which is a second.
@@ -72,6 +73,9 @@ static TRAFFIC: Array<Traffic, SERVICES, MAPPED> = Array::new();
 static WISHES: RingBuf<u64, WISHES_SIZE> = RingBuf::new();
 #[btf_map(name = "relays")]
 static RELAYS: HashMap<u32, u32, LINKS, ON_DEMAND> = HashMap::new();
+#[btf_map(name = "arrivals")]
+static ARRIVALS: PerCpuArray<Arrivals, 1> = PerCpuArray::new();
+
 /// Whether a link takes part in sending from link to link before the host stack.
 #[inline(always)]
 pub fn relays(link: u32) -> bool {
@@ -88,6 +92,7 @@ macro_rules! tables {
         $flows:ident = $flows_name:literal, $embryos:ident = $embryos_name:literal,
         $fragments:ident = $fragments_name:literal, $peers:ident = $peers_name:literal,
         $affinity:ident = $affinity_name:literal, $ranges:ident = $ranges_name:literal,
+        $verified:ident = $verified_name:literal,
         $scratch:ident = $scratch_name:literal, $exhausted:ident = $exhausted_name:literal,
         $pods:ident
     ) => {
@@ -120,6 +125,9 @@ macro_rules! tables {
             LruHashMap::new();
         #[btf_map(name = $ranges_name)]
         static $ranges: LpmTrie<RangeData<$family>, u32, RANGES> = LpmTrie::new();
+        #[btf_map(name = $verified_name)]
+        static $verified: LruHashMap<<$family as Family>::Addr, Verified, CLIENTS> =
+            LruHashMap::new();
         #[btf_map(name = $exhausted_name)]
         static $exhausted: HashMap<u32, u64, EXHAUSTED, ON_DEMAND> = HashMap::new();
         #[btf_map(name = $scratch_name)]
@@ -300,6 +308,27 @@ macro_rules! tables {
             }
 
             #[inline(always)]
+            fn arrivals(&self, now: u32) -> u32 {
+                let Some(arrivals) = ARRIVALS.get_ptr_mut(0) else { return 0 };
+                // SAFETY: the element is this CPU's own, where programs at XDP run one after the other.
+                unsafe {
+                    *arrivals = (*arrivals).one_more(now);
+                    (*arrivals).count
+                }
+            }
+
+            #[inline(always)]
+            fn verified(&self, client: &<$family as Family>::Addr) -> Option<u32> {
+                // SAFETY: copied at once; an element that is reused meanwhile is of one who has shown the same.
+                unsafe { $verified.get(client) }.map(|verified| verified.since)
+            }
+
+            #[inline(always)]
+            fn verify(&self, client: &<$family as Family>::Addr, now: u32) {
+                let _ = $verified.insert(client, &Verified { since: now }, u64::from(BPF_ANY));
+            }
+
+            #[inline(always)]
             fn exit(&self, key: &ExitKey<$family>) -> Option<<$family as Family>::Addr> {
                 let key = core::ptr::from_ref(key).cast::<Key<ExitData<$family>>>();
                 // SAFETY: as for ranges.
@@ -446,6 +475,7 @@ tables!(
     PEERS_V4 = "peers_v4",
     AFFINITY_V4 = "affinity_v4",
     RANGES_V4 = "ranges_v4",
+    VERIFIED_V4 = "verified_v4",
     SCRATCH_V4 = "scratch_v4",
     EXHAUSTED_V4 = "exhausted_v4",
     pods4
@@ -465,6 +495,7 @@ tables!(
     PEERS_V6 = "peers_v6",
     AFFINITY_V6 = "affinity_v6",
     RANGES_V6 = "ranges_v6",
+    VERIFIED_V6 = "verified_v6",
     SCRATCH_V6 = "scratch_v6",
     EXHAUSTED_V6 = "exhausted_v6",
     pods6

@@ -8,6 +8,7 @@ use portal::testing::agent::http;
 use portal::testing::capture::{Capture, Seen};
 use portal::testing::client::{Connection, exchange, is_refused, ping, tcp, udp, udp_socket};
 use portal::testing::cluster::{VIPS, at};
+use portal::testing::forged;
 use portal::testing::namespace::Namespace;
 use portal::testing::neighbour::Neighbour;
 use portal::testing::objects::{self, NODE_PORT};
@@ -514,6 +515,64 @@ fn xdp_sends_on_what_takes_a_short_cut() {
         let count = if two_lans { 2 } else { 1 };
         assert!(metrics.contains(&format!("portal_xdp_links {count}\n")), "{metrics}");
     }
+}
+
+/// What a Service's policies drop is dropped before the host stack, which sees nothing of it.
+#[test]
+fn policies_drop_at_xdp() {
+    let stage = on_wires(&["--xdp=native"], false);
+    stage.assert_served();
+    let node = &stage.cluster.world.nodes[0].namespace;
+    let capture = Capture::start(node, "eth0");
+    // Node 0 has no pod of the second Service.
+    let spec = json!({"spec": {"externalTrafficPolicy": "Local"}});
+    let mut ports = objects::node_ports();
+    ports["spec"]["ports"]
+        .as_array_mut()
+        .unwrap()
+        .iter_mut()
+        .for_each(|port| port["nodePort"] = (NODE_PORT + 1).into());
+    objects::merge(&mut ports, &spec);
+    let vips = VIPS.map(|vip| beside(vip, 1));
+    stage.cluster.expose_with("s1", &vips, &[&stage.pods[1]], &ports);
+    for door in &stage.doors[2..] {
+        eventually("the policy is there", || {
+            udp(&stage.outsider, *door, b"x").is_err().then_some(())
+        });
+        let before = capture.seen().len();
+        stage.cluster.assert_dropped(0, "no_local", &stage.outsider, *door);
+        let seen = capture.seen();
+        let theirs = |seen: &&Seen| seen.dport == door.port() && seen.dst == door.ip();
+        assert_eq!(seen[before..].iter().find(theirs), None);
+    }
+}
+
+/// In a flood of new connections from addresses that are not theirs, clients who are there are served, and nothing is kept of the others.
+#[test]
+fn in_a_flood_clients_show_that_they_are_there() {
+    let stage = on_wires(&["--xdp=native", "--syn-guard=1"], false);
+    stage.assert_served();
+    let count = |outcome| stage.cluster.outcomes(0, outcome);
+    let [v4, v6] = [stage.doors[2], stage.doors[3]];
+    let SocketAddr::V4(to) = v4 else { panic!("IPv4 first") };
+    for (asked, door) in (1..).zip([v4, v6]) {
+        eventually("he is asked, and served", || {
+            forged::flood(&stage.outsider, to, 100);
+            let mut connection = tcp(&stage.outsider, door).unwrap();
+            assert_eq!(connection.echo(b"x").unwrap(), b"x");
+            (count("verified") >= asked).then_some(())
+        });
+    }
+    let [opened, challenged] = ["opened", "challenged"].map(count);
+    forged::flood(&stage.outsider, to, 2_000);
+    eventually("they are asked", || (count("challenged") > challenged + 1_900).then_some(()));
+    assert!(count("opened") < opened + 100, "one a second on each CPU");
+    // Of the others nobody was there to answer, and he is known by now.
+    let challenged = count("challenged");
+    for door in [v4, v6] {
+        assert!(tcp(&stage.outsider, door).is_ok());
+    }
+    assert_eq!([count("challenged"), count("verified")], [challenged, 2]);
 }
 
 /// A link that has an XDP program already, or is none of a NIC, is served by tc, and the agent says so by name.

@@ -20,6 +20,8 @@
 //! | `exhausted_v4/6` | hash | backend number → flows that got no source port (`u64`) | datapath | agent |
 //! | `traffic` | array | service id → [`Traffic`] | datapath, agent | agent, command line |
 //! | `relays` | hash | index of a link with `portal_relay` that sends to others and takes from them → 1 (`u32`) | agent | datapath |
+//! | `verified_v4/6` | LRU hash | client's address → [`Verified`] | `portal_relay` | `portal_relay` |
+//! | `arrivals` | per-CPU array | 0 → [`Arrivals`] | `portal_relay` | `portal_relay` |
 //! | `tails` | program array | story → program | agent | datapath |
 //! | `fragments_v4/6` | LRU hash | [`FragmentKey`] → [`FragmentValue`] | datapath | datapath |
 //! | `peers_v4/6` | LRU hash | [`PeerKey`] → [`PeerValue`] | socket hooks | socket hooks |
@@ -33,6 +35,7 @@ pub mod config;
 pub mod exit;
 pub mod flow;
 pub mod fragment;
+pub mod guard;
 pub mod interest;
 pub mod peer;
 pub mod record;
@@ -45,6 +48,7 @@ pub use config::{Config, Name, Traffic};
 pub use exit::{Exit, ExitData, ExitKey};
 pub use flow::{EmbryoValue, Facts, FlowKey, FlowValue, Making, Origin, Side, expired, tag};
 pub use fragment::{FragmentKey, FragmentValue};
+pub use guard::{Arrivals, Verified};
 pub use interest::{Interest, Kind, Kinds, Ports, Spot};
 pub use peer::{PeerKey, PeerValue};
 pub use record::{EmbryoRecord, FlowRecord};

@@ -114,6 +114,16 @@ impl Packet {
         Self { transport: Transport::Icmp { kind, code, rest: bytes }, ..self }
     }
 
+    /// The same TCP segment with another sequence and acknowledgement number.
+    ///
+    /// # Panics
+    /// If it is none.
+    #[must_use]
+    pub fn with_numbers(self, [sequence, acknowledgement]: [u32; 2]) -> Self {
+        let Transport::Tcp { flags, window, .. } = self.transport else { panic!("not TCP") };
+        Self { transport: Transport::Tcp { flags, sequence, acknowledgement, window }, ..self }
+    }
+
     /// The frame as it is seen at the hook.
     pub fn frame(&self) -> Vec<u8> {
         let transport = self.transport_bytes();

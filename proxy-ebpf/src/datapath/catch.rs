@@ -51,8 +51,8 @@ pub fn open<F: Family, P: Frame, T: Tables<F>>(
     memory.affinity = AffinityKey { client: key.src, service: service.id, netns: [0; 2] };
     let draw = || open::draw(tables, &service, key);
     // It is one of the cluster: source ranges and policies for those outside are not for it (KP-57, KP-93).
-    let asker =
-        Asker { outside: false, allowed: open::is_allowed(tables, memory, &service, key.src) };
+    let allowed = open::is_allowed(tables, &mut memory.range, &service, key.src);
+    let asker = Asker { outside: false, allowed };
     let (number, backend) = choose::backend(tables, &service, asker, &memory.affinity, draw)?;
     if key.proto == proto::TCP && is_nodes(tables, key.src) {
         learn(tables, key, &mut memory.embryo);

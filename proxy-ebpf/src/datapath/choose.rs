@@ -77,6 +77,28 @@ pub fn backend<F: Family, T: Tables<F>>(
     client: &AffinityKey<F>,
     draw: impl FnOnce() -> u32,
 ) -> Result<(u32, Backend<F>), Failure> {
+    let (choice, flag) = eligible::<F>(service, asker)?;
+    let now = if service.affinity == 0 { 0 } else { tables.now() };
+    let known =
+        if service.affinity == 0 { None } else { sticky(tables, service, client, flag, now) };
+    let found = match known {
+        Some(known) => known,
+        None => pick(tables, service, choice, draw()).ok_or(Failure::Refused)?,
+    };
+    if service.affinity != 0 {
+        let value =
+            AffinityValue { backend: found.0, seen: now, generation: found.1.generation, pad: 0 };
+        tables.remember_affinity(client, &value);
+    }
+    Ok(found)
+}
+
+/// The backends that an asker's is chosen from, of which there are some, and the flag that tells them.
+///
+/// # Errors
+/// Says why there are none.
+#[inline(always)]
+pub fn eligible<F: Family>(service: &Service, asker: Asker) -> Result<(Choice, u32), Failure> {
     // KP-94: before there is a word about endpoints.
     if service.has(ServiceValue::SOURCE_RANGES) && !asker.allowed {
         return Err(Failure::Dropped(Outcome::NotAllowed));
@@ -92,19 +114,7 @@ pub fn backend<F: Family, T: Tables<F>>(
         let elsewhere = service.cluster.count != 0;
         return Err(if elsewhere { Failure::Dropped(Outcome::NoLocal) } else { Failure::Refused });
     }
-    let now = if service.affinity == 0 { 0 } else { tables.now() };
-    let known =
-        if service.affinity == 0 { None } else { sticky(tables, service, client, flag, now) };
-    let found = match known {
-        Some(known) => known,
-        None => pick(tables, service, choice, draw()).ok_or(Failure::Refused)?,
-    };
-    if service.affinity != 0 {
-        let value =
-            AffinityValue { backend: found.0, seen: now, generation: found.1.generation, pad: 0 };
-        tables.remember_affinity(client, &value);
-    }
-    Ok(found)
+    Ok((choice, flag))
 }
 
 /// The backend that the client stays with, if it still takes such flows (KP-97).

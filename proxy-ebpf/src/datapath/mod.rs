@@ -7,7 +7,7 @@
 //! - [`story::egress`]: from a backend back to a client. parse → flow → rewrite. And what is to be masqueraded where it
 //!   leaves: [`leave`].
 //! - [`catch`]: what goes to a VIP and leaves untranslated.
-//! - [`relay`]: before the host stack, what takes a short cut.
+//! - [`relay`]: before the host stack, what takes a short cut; and [`guard`], what is not let in.
 //! - [`direct`]: who asks an endpoint by its own address.
 //! - [`icmp`] (errors about flows, and pings) and [`refuse`] (answers to what no backend serves).
 //! - [`socket`]: the same decision at connect and sendmsg, before there is a packet.
@@ -19,6 +19,7 @@ pub mod catch;
 pub mod choose;
 pub mod direct;
 pub mod fast;
+pub mod guard;
 pub mod icmp;
 pub mod interest;
 pub mod leave;
@@ -273,6 +274,12 @@ pub trait Tables<F: Family> {
     fn is_in_range(&self, key: &SourceRange<F>) -> bool;
     /// Whether an address is in the pods' range.
     fn is_pod(&self, address: &F::Addr) -> bool;
+    /// How many TCP flows have begun in this tick, this one among them, as this CPU has seen them.
+    fn arrivals(&self, now: u32) -> u32;
+    /// Since when a client's address is known to be its own.
+    fn verified(&self, client: &F::Addr) -> Option<u32>;
+    /// Notes that a client's address is its own.
+    fn verify(&self, client: &F::Addr, now: u32);
     /// The node's address that takes the place of another one's which leaves by a link.
     fn exit(&self, key: &ExitKey<F>) -> Option<F::Addr>;
 

@@ -5,6 +5,7 @@
 use proxy_common::addr::spread;
 use proxy_common::tables::{
     AffinityKey, Algorithm, Backend, FlowKey, Memory, Origin, Packet, ServiceValue, Side,
+    SourceRange,
 };
 use proxy_common::{Address, Family, proto};
 
@@ -137,7 +138,7 @@ fn asker<F: Family, T: Tables<F>>(
     service: &Service,
     (key, client): (&FlowKey<F>, Client),
 ) -> Asker {
-    let allowed = is_allowed(tables, memory, service, key.src);
+    let allowed = is_allowed(tables, &mut memory.range, service, key.src);
     Asker { outside: client == Client::Outside, allowed }
 }
 
@@ -145,13 +146,13 @@ fn asker<F: Family, T: Tables<F>>(
 #[inline(always)]
 pub fn is_allowed<F: Family, T: Tables<F>>(
     tables: &T,
-    memory: &mut Memory<F>,
+    range: &mut SourceRange<F>,
     service: &Service,
     client: F::Addr,
 ) -> bool {
     if !service.has(ServiceValue::SOURCE_RANGES) {
         return true;
     }
-    memory.range = choose::source_range(service.id, client);
-    tables.is_in_range(&memory.range)
+    *range = choose::source_range(service.id, client);
+    tables.is_in_range(range)
 }

@@ -5,7 +5,7 @@
 //! (docs/conformance.md, KP-72).
 
 use proxy_common::checksum::Delta;
-use proxy_common::tables::{Part, Work};
+use proxy_common::tables::{FlowKey, Part, Work};
 use proxy_common::{Address, Family, Outcome, proto};
 
 use super::rewrite;
@@ -36,8 +36,6 @@ pub fn refuse<F: Wire, P: Frame>(frame: &mut P, work: &Work<F>) -> Outcome {
 #[inline(always)]
 fn reset<F: Wire, P: Frame>(frame: &mut P, work: &Work<F>) -> Option<()> {
     let segment: tcp::Header = frame.load(work.packet.l4())?;
-    let length = size_of::<tcp::Header>();
-    let l4 = P::NETWORK + F::HEADER;
     let mut answer = tcp::Header {
         sport: segment.dport,
         dport: segment.sport,
@@ -56,10 +54,21 @@ fn reset<F: Wire, P: Frame>(frame: &mut P, work: &Work<F>) -> Option<()> {
         answer.acknowledgement = end.to_be_bytes();
         answer.flags = tcp::RST | tcp::ACK;
     }
+    self::answer(frame, &work.key, answer)
+}
+
+/// Puts a segment without data, whose checksum is yet to be made, in the place of the packet that it answers.
+#[inline(always)]
+pub fn answer<F: Wire, P: Frame>(
+    frame: &mut P,
+    key: &FlowKey<F>,
+    mut answer: tcp::Header,
+) -> Option<()> {
     let words: [u16; 10] = bytemuck::cast(answer);
-    answer.checksum = !(pseudo_header(work, proto::TCP, 20) + sum(words)).fold();
-    frame.resize(l4 + length)?;
-    write_header(frame, work, proto::TCP, 20)?;
+    answer.checksum = !(pseudo_header(key, proto::TCP, 20) + sum(words)).fold();
+    let l4 = P::NETWORK + F::HEADER;
+    frame.resize(l4 + size_of::<tcp::Header>())?;
+    write_header(frame, key, proto::TCP, 20)?;
     frame.store(l4, answer)
 }
 
@@ -79,12 +88,12 @@ fn explain<F: Wire, P: Frame>(
     let icmp = P::NETWORK + F::HEADER;
     frame.resize(icmp + length)?;
     let quoted = move_quote::<F, P>(frame, quote)?;
-    write_header(frame, work, F::ICMP, length as u16)?;
+    write_header(frame, &work.key, F::ICMP, length as u16)?;
     let [high, low] = halves(detail);
     let header = [u16::from_ne_bytes([kind, code]), 0, high, low];
     let mut total = quoted.half(0xffff, header[0]).half(0xffff, high).half(0xffff, low);
     if F::ICMP != proto::ICMP {
-        total = total + pseudo_header(work, F::ICMP, length as u16);
+        total = total + pseudo_header(&work.key, F::ICMP, length as u16);
     }
     frame.store(icmp, [header[0], !total.fold(), high, low])
 }
@@ -118,19 +127,19 @@ fn move_quote<F: Wire, P: Frame>(frame: &mut P, quote: usize) -> Option<Delta> {
 #[inline(always)]
 fn write_header<F: Wire, P: Frame>(
     frame: &mut P,
-    work: &Work<F>,
+    key: &FlowKey<F>,
     number: u8,
     length: u16,
 ) -> Option<()> {
-    F::write_header(frame, P::NETWORK, (&work.key.dst, &work.key.src), number, length)
+    F::write_header(frame, P::NETWORK, (&key.dst, &key.src), number, length)
 }
 
 /// The sum of the pseudo header (RFC 9293, RFC 8200 section 8.1) of an answer to the packet.
 #[inline(always)]
-fn pseudo_header<F: Family>(work: &Work<F>, number: u8, length: u16) -> Delta {
+fn pseudo_header<F: Family>(key: &FlowKey<F>, number: u8, length: u16) -> Delta {
     let zero: F::Addr = bytemuck::Zeroable::zeroed();
     // A delta from zero counts one's complement zeros, which are nothing: 0xffff for each word.
-    let addresses = zero.delta(work.key.src) + zero.delta(work.key.dst);
+    let addresses = zero.delta(key.src) + zero.delta(key.dst);
     addresses.half(0xffff, length.to_be()).half(0xffff, u16::from(number).to_be())
 }
 

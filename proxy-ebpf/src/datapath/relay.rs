@@ -1,17 +1,17 @@
 //! What comes in by an uplink, before the host stack knows of it (XDP): plain packets of flows that take a short cut are sent on at
-//! once. All else passes untouched, and tc does with it what it does without.
+//! once, and what is not to be let in is rejected ([`guard`]). All else passes untouched, and tc does with it what it does without.
 
 use bytemuck::Zeroable;
 use proxy_common::tables::{FlowKey, Origin, Side};
 use proxy_common::{Outcome, proto};
 
-use super::{Client, Leg, Story, Tables, Verdict, fast, interest, live, rewrite};
+use super::{Client, Leg, Story, Tables, Verdict, fast, guard, interest, live, rewrite};
 use crate::packet::{Frame, Wire};
 
 /// The addresses of an Ethernet header: to whom, and from whom.
 pub type Neighbours = [[u8; 6]; 2];
 
-/// Translates and addresses a packet, if it is to be sent on; `None` if it passes, untouched. `lead` says by which addresses a
+/// Translates and addresses a packet, if it is to be sent on, or says why it is not let in; `None` if it passes, untouched. `lead` says by which addresses a
 /// leg leads from one address to another; `None` if it does not lead there by itself.
 #[inline(always)]
 pub fn relay<F: Wire, P: Frame, T: Tables<F>>(
@@ -22,7 +22,9 @@ pub fn relay<F: Wire, P: Frame, T: Tables<F>>(
     let (plain, key) = F::plain(frame, Side::Ingress)?;
     interest::comes_in(tables, plain, &key, Client::Outside)?;
     let now = tables.now();
-    let record = tables.flow(&key)?;
+    let Some(record) = tables.flow(&key) else {
+        return guard::reject(frame, tables, plain, &key);
+    };
     let mut other = FlowKey::zeroed();
     let facts = record.read_plain(&key, &mut other)?;
     let origin = facts.plain;

@@ -1,5 +1,6 @@
 //! A packet at XDP as a [`Frame`]: bytes as they came from the wire, in one piece.
 
+use aya_ebpf::helpers::bpf_xdp_adjust_tail;
 use aya_ebpf::programs::XdpContext;
 use bytemuck::Pod;
 use core::ffi::c_void;
@@ -137,8 +138,10 @@ impl Frame for Raw<'_> {
     }
 
     #[inline(always)]
-    fn resize(&mut self, _: usize) -> Option<()> {
-        None
+    fn resize(&mut self, length: usize) -> Option<()> {
+        let more = (length as u32).wrapping_sub(self.length()).cast_signed();
+        // SAFETY: the helper checks all; pointers into the packet are made anew after it.
+        (unsafe { bpf_xdp_adjust_tail(self.ctx.ctx, more) } == 0).then_some(())
     }
 
     /// Nobody else has a sum of the packet, and none is left to be finished.

@@ -16,8 +16,9 @@ use super::traffic::gateway;
 use crate::counters;
 use crate::maps::{self, Tables4, Tables6};
 
-/// Packets of flows that take a short cut, on their way from uplink to uplink.
+/// Packets of flows that take a short cut, on their way from uplink to uplink, and those that are not let in.
 #[xdp]
+#[inline(always)] // not a function of its own, with a frame of its own
 #[allow(clippy::needless_pass_by_value, reason = "the attribute hands it over")]
 pub fn portal_relay(ctx: XdpContext) -> u32 {
     let mut frame = Raw::new(&ctx);
@@ -39,7 +40,7 @@ pub fn portal_relay(ctx: XdpContext) -> u32 {
         },
         Some(Verdict { outcome, .. }) => {
             counters::count(outcome, 1);
-            XDP_DROP
+            if outcome.turns_back() { XDP_TX } else { XDP_DROP }
         }
     }
 }

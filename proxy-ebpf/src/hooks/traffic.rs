@@ -202,6 +202,9 @@ fn action<const NETWORK: usize>(ctx: &TcContext, outcome: Outcome) -> i32 {
         // Not without a link to leave or to come in by.
         | Outcome::ShortCut
         | Outcome::Caught
+        // Not at tc.
+        | Outcome::Challenged
+        | Outcome::Verified
         // Not what becomes of a packet.
         | Outcome::TableFull
         | Outcome::SocketTranslated

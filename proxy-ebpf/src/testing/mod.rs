@@ -13,8 +13,8 @@ use std::net::{IpAddr, SocketAddr};
 use bytemuck::{Pod, Zeroable};
 use proxy_common::settings::Settings;
 use proxy_common::tables::{
-    AffinityValue, Algorithm, Backend, Choice, EmbryoValue, FlowKey, FlowValue, FragmentValue,
-    PeerValue, Range, ServiceKey, ServiceValue, ShortCut, Way, Work,
+    AffinityValue, Algorithm, Arrivals, Backend, Choice, EmbryoValue, FlowKey, FlowValue,
+    FragmentValue, PeerValue, Range, ServiceKey, ServiceValue, ShortCut, Way, Work,
 };
 use proxy_common::testing::{Hook, LINK, MTU, NODE, Records, Service as ServiceSpec};
 use proxy_common::{Family, Outcome, Port, V4, V6};
@@ -55,6 +55,10 @@ pub struct Host<F: Family> {
     pub way: Way<F>,
     /// The pods' range.
     pub pods: Option<(IpAddr, u8)>,
+    /// How many TCP flows have begun, and in which tick.
+    pub arrivals: Cell<Arrivals>,
+    /// Clients who have answered a challenge, and when.
+    pub verified: RefCell<BTreeMap<F::Addr, u32>>,
     /// The node's address on its link, for what is masqueraded there.
     pub exit: Option<IpAddr>,
     /// How many records the table of answered flows holds.
@@ -136,6 +140,8 @@ impl<F: HostFamily> Host<F> {
             relayed: Cell::new(0),
             way: Way { source: node::<F>(), link: LINK, mtu: MTU, pad: 0, hop: F::Addr::zeroed() },
             pods: None,
+            arrivals: Cell::new(Arrivals { tick: 0, count: 0 }),
+            verified: RefCell::default(),
             exit: None,
             capacity: usize::MAX,
             services: BTreeMap::new(),
@@ -275,6 +281,14 @@ impl<F: HostFamily> Host<F> {
             self.relayed.set(self.relayed.get() + 1);
         }
         verdict
+    }
+
+    /// What becomes of a packet at XDP, if it does not pass, and what it is then.
+    pub fn at_xdp(&self, frame: &[u8]) -> Option<(Outcome, Vec<u8>)> {
+        let mut buffer = Buffer::new(frame);
+        buffer.want(usize::MAX);
+        let verdict = relay(&mut buffer, self, |frame, _, _| frame.load(0))?;
+        Some((verdict.outcome, buffer.bytes))
     }
 
     /// What becomes of a packet before the host stack, if something does; without a trace in the tables.

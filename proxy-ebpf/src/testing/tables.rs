@@ -132,6 +132,19 @@ impl<F: HostFamily> Tables<F> for Host<F> {
         self.pods.is_some_and(|(range, bits)| is_within((*address).into(), range, bits))
     }
 
+    fn arrivals(&self, now: u32) -> u32 {
+        self.arrivals.set(self.arrivals.get().one_more(now));
+        self.arrivals.get().count
+    }
+
+    fn verified(&self, client: &F::Addr) -> Option<u32> {
+        self.verified.borrow().get(client).copied()
+    }
+
+    fn verify(&self, client: &F::Addr, now: u32) {
+        self.verified.borrow_mut().insert(*client, now);
+    }
+
     fn exit(&self, key: &ExitKey<F>) -> Option<F::Addr> {
         assert_eq!(key.data.link, LINK.to_be_bytes());
         self.exit.and_then(F::address)

@@ -48,6 +48,9 @@ fn every_case_and_between_them_every_outcome() {
         Outcome::Caught,
         // ways.rs
         Outcome::ShortCut,
+        // guard.rs
+        Outcome::Challenged,
+        Outcome::Verified,
         // life.rs
         Outcome::NoSource,
         Outcome::NoPort,

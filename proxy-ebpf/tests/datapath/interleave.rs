@@ -143,6 +143,9 @@ impl Tables<V4> for Cpu<'_> {
         count_traffic(service: u32, packets: u32, bytes: u32);
         next_port(destination: u32) -> u32;
         exhausted(backend: u32);
+        arrivals(now: u32) -> u32;
+        verified(client: &Addr4) -> Option<u32>;
+        verify(client: &Addr4, now: u32);
         fragment(key: &FragmentKey<V4>) -> Option<FragmentValue>;
         remember_fragment(key: &FragmentKey<V4>, value: FragmentValue);
         peer(key: &PeerKey<V4>) -> Option<PeerValue<V4>>;

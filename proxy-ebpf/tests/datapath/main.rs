@@ -4,6 +4,7 @@ mod algorithms;
 mod cases;
 mod catch;
 mod direct;
+mod guard;
 mod interleave;
 mod life;
 mod masquerade;

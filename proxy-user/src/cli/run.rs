@@ -107,6 +107,11 @@ pub struct Args {
     #[arg(long, value_enum, default_value = "auto")]
     xdp: XdpMode,
 
+    /// Against floods of new connections, on uplinks with XDP: above how many of them a second, as one CPU sees them, clients are
+    /// asked to show that their address is their own before anything is kept of them; 0: never
+    #[arg(long, value_name = "NUMBER", default_value_t = 100_000)]
+    syn_guard: u32,
+
     /// Whether flows from outside to pods elsewhere may take a short cut past the host stack, where that would do nothing but
     /// forward them. The host's firewall then sees their beginning and end, and one packet a second of each direction
     #[arg(long, value_enum, default_value = "auto")]
@@ -290,6 +295,7 @@ impl Args {
                 short_cut: self.short_cut == ShortCuts::Auto,
                 // It is made when all else is known to be right.
                 catch_all: 0,
+                syn_guard: self.syn_guard,
                 vip_ping: self.vip_ping,
                 cluster_cidrs: self.cluster_cidr,
             },
@@ -350,6 +356,7 @@ impl Args {
                 "lbAlgorithm": self.lb_algorithm.label(),
                 "socketLB": name(&|| self.socket_lb.to_possible_value()),
                 "tc": name(&|| self.tc.to_possible_value()),
+                "synGuard": self.syn_guard,
                 "catchAll": self.catch_all,
                 "shortCut": name(&|| self.short_cut.to_possible_value()),
                 "hostPorts": self.host_ports,

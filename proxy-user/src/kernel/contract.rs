@@ -1,9 +1,9 @@
 //! The pinned maps, by name and shape, as `proxy_common::tables` lays them out.
 
 use proxy_common::tables::{
-    AffinityKey, AffinityValue, Backend, Config, EmbryoValue, Exit, ExitKey, FlowKey, FlowValue,
-    FragmentKey, FragmentValue, Interest, Name, PeerKey, PeerValue, Ports, ServiceKey,
-    ServiceValue, Slots, SourceRange, Traffic, Way, Work,
+    AffinityKey, AffinityValue, Arrivals, Backend, Config, EmbryoValue, Exit, ExitKey, FlowKey,
+    FlowValue, FragmentKey, FragmentValue, Interest, Name, PeerKey, PeerValue, Ports, ServiceKey,
+    ServiceValue, Slots, SourceRange, Traffic, Verified, Way, Work,
 };
 use proxy_common::{Family, V4, V6};
 
@@ -39,11 +39,12 @@ macro_rules! family {
             shape::<u32, u32>(concat!("loads_", $suffix)),
             shape::<ExitKey<$family>, Exit<$family>>(concat!("exits_", $suffix)),
             shape::<u32, u64>(concat!("exhausted_", $suffix)),
+            shape::<<$family as Family>::Addr, Verified>(concat!("verified_", $suffix)),
         ]
     };
 }
 
-const COMMON: [Shape; 11] = [
+const COMMON: [Shape; 12] = [
     shape::<u32, Config>("config"),
     shape::<u32, Name>("names"),
     shape::<u32, u64>("outcomes"),
@@ -54,6 +55,7 @@ const COMMON: [Shape; 11] = [
     shape::<u32, Ports>("ports"),
     shape::<u32, Traffic>("traffic"),
     shape::<u32, u32>("relays"),
+    shape::<u32, Arrivals>("arrivals"),
     // A ring buffer has neither.
     shape::<(), ()>("wishes"),
 ];

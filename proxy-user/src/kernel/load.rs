@@ -9,7 +9,7 @@ use aya::programs::Program;
 use aya::{Ebpf, EbpfLoader};
 use ipnet::IpNet;
 use proxy_common::abi::ABI;
-use proxy_common::settings::{PORT_STRIDE, Range4, Range6, Settings, seconds};
+use proxy_common::settings::{Guard, PORT_STRIDE, Range4, Range6, Settings, per_tick, seconds};
 use proxy_common::tables::Config;
 
 use super::clock;
@@ -38,9 +38,11 @@ pub fn load(options: &Options, maps: &Path) -> Result<Ebpf> {
          sees to the eBPF toolchain"
     );
     let before = check_pinned(maps)?;
-    let seed = before.map_or_else(fresh_seed, |config| config.seed);
+    let [fresh_seed, key @ ..] = secrets::<5>()?;
+    let seed = before.map_or(fresh_seed, |config| config.seed);
     let takeover_until = before.map_or_else(|| takeover_until(options), |c| c.takeover_until);
-    let settings = settings(options, seed, takeover_until);
+    let guard = Guard { limit: per_tick(options.syn_guard), key };
+    let settings = Settings { guard, ..settings(options, seed, takeover_until) };
     let paths: Vec<_> = shapes().map(|shape| (shape.name, maps.join(shape.name))).collect();
     let mut loader = EbpfLoader::new();
     loader.override_global("SETTINGS", &settings, true);
@@ -179,6 +181,7 @@ fn size_of(name: &str, options: &Options) -> Option<u32> {
         "ranges" => Some(tables.ranges),
         "flows" => Some(flows),
         "embryos" => Some(embryos.max(cpus * PER_CPU)),
+        "verified" => Some((others / 4).max(cpus * PER_CPU)),
         "fragments" => Some((others / 8).max(cpus * PER_CPU)),
         "peers" | "affinity" => Some(others.max(cpus * PER_CPU)),
         _ => None,
@@ -189,15 +192,15 @@ fn possible_cpus() -> u32 {
     aya::util::nr_cpus().ok().and_then(|count| u32::try_from(count).ok()).unwrap_or(1)
 }
 
-/// A seed that clients can't guess, so that they can't choose their backend.
-fn fresh_seed() -> u32 {
-    let mut bytes = [0; 4];
-    match fs::File::open("/dev/urandom")
-        .and_then(|mut file| std::io::Read::read_exact(&mut file, &mut bytes))
-    {
-        Ok(()) => u32::from_ne_bytes(bytes),
-        Err(_) => std::process::id(),
-    }
+/// Words that clients can't guess: by the seed they would choose their backend, by the guard's key they would pass for others.
+fn secrets<const N: usize>() -> Result<[u32; N]> {
+    let mut words = [0; N];
+    fs::File::open("/dev/urandom")
+        .and_then(|mut file| {
+            std::io::Read::read_exact(&mut file, bytemuck::cast_slice_mut(&mut words))
+        })
+        .context("cannot read random numbers from /dev/urandom")?;
+    Ok(words)
 }
 
 fn settings(options: &Options, seed: u32, takeover_until: u32) -> Settings {
@@ -236,6 +239,7 @@ fn settings(options: &Options, seed: u32, takeover_until: u32) -> Settings {
         masquerade_pods: options.masquerade_pods.into(),
         short_cut: options.short_cut.into(),
         catch_all: options.catch_all,
+        guard: Settings::DEFAULT.guard,
         pods4: options.cluster_cidrs.iter().find_map(range4).unwrap_or(Settings::DEFAULT.pods4),
         pods6: options.cluster_cidrs.iter().find_map(range6).unwrap_or(Settings::DEFAULT.pods6),
     }

@@ -104,6 +104,9 @@ pub struct Options {
     pub short_cut: bool,
     /// Index of the link by which comes in again what is translated where it leaves; 0 if there is none.
     pub catch_all: u32,
+    /// How many TCP flows may begin in a second, as one CPU sees them come in at XDP, before clients are challenged; 0: they
+    /// never are.
+    pub syn_guard: u32,
     /// Whether VIPs answer ICMP echo.
     pub vip_ping: bool,
     /// The pods' ranges, by which pods of other nodes are known; the first of each family counts.
@@ -145,7 +148,9 @@ impl Sizes {
             + 2 * (size_of::<Interest>() * Interest::COUNT) as u64
             + (size_of::<Ports>() * Ports::COUNT) as u64;
         // Elements of both families, with the kernel's header of 48 bytes, and 16 for each bucket.
-        let lru = bytes(embryos, 120 + 168 + 2 * 16) + bytes(others, 80 + 96 + 72 + 104 + 4 * 16);
+        let lru = bytes(embryos, 120 + 168 + 2 * 16)
+            + bytes(others, 80 + 96 + 72 + 104 + 4 * 16)
+            + bytes(others / 4, 64 + 72 + 2 * 16);
         let buckets = bytes(flows, 2 * 16) + bytes(tables.services, 3 * 16);
         (arrays + lru + buckets) / 1_000_000
     }

@@ -10,6 +10,7 @@ pub mod apiserver;
 pub mod capture;
 pub mod client;
 pub mod cluster;
+pub mod forged;
 pub mod installed;
 pub mod namespace;
 pub mod neighbour;
