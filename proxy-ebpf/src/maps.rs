@@ -9,15 +9,16 @@ use aya_ebpf::Global;
 use aya_ebpf::bindings::{
     BPF_ANY, BPF_EXIST, BPF_F_MMAPABLE, BPF_F_NO_PREALLOC, BPF_NOEXIST, BPF_RB_NO_WAKEUP,
 };
-use aya_ebpf::btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, RingBuf};
+use aya_ebpf::btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, RingBuf, SkStorage};
 use aya_ebpf::helpers::{
     bpf_get_prandom_u32, bpf_get_smp_processor_id, bpf_jiffies64, bpf_ktime_get_ns,
 };
 use aya_ebpf::macros::btf_map;
 use aya_ebpf::maps::lpm_trie::Key;
+use aya_ebpf::programs::SockAddrContext;
 use proxy_common::settings::{Settings, TICK_SHIFT};
 use proxy_common::tables::{
-    AffinityKey, AffinityValue, Arrivals, Backend, Config, EmbryoRecord, EmbryoValue, Exit,
+    AffinityKey, AffinityValue, Arrivals, Asked, Backend, Config, EmbryoRecord, EmbryoValue, Exit,
     ExitData, ExitKey, FlowKey, FlowRecord, FlowValue, FragmentKey, FragmentValue, Interest, Kind,
     Kinds, Name, PeerKey, PeerValue, Ports, RangeData, ServiceKey, ServiceValue, Slots,
     SourceRange, Spot, Traffic, Verified, Way, Work,
@@ -92,7 +93,7 @@ macro_rules! tables {
         $flows:ident = $flows_name:literal, $embryos:ident = $embryos_name:literal,
         $fragments:ident = $fragments_name:literal, $peers:ident = $peers_name:literal,
         $affinity:ident = $affinity_name:literal, $ranges:ident = $ranges_name:literal,
-        $verified:ident = $verified_name:literal,
+        $asked:ident = $asked_name:literal, $verified:ident = $verified_name:literal,
         $scratch:ident = $scratch_name:literal, $exhausted:ident = $exhausted_name:literal,
         $pods:ident
     ) => {
@@ -125,6 +126,8 @@ macro_rules! tables {
             LruHashMap::new();
         #[btf_map(name = $ranges_name)]
         static $ranges: LpmTrie<RangeData<$family>, u32, RANGES> = LpmTrie::new();
+        #[btf_map(name = $asked_name)]
+        static $asked: SkStorage<Asked<$family>> = SkStorage::new();
         #[btf_map(name = $verified_name)]
         static $verified: LruHashMap<<$family as Family>::Addr, Verified, CLIENTS> =
             LruHashMap::new();
@@ -144,6 +147,27 @@ macro_rules! tables {
                 // SAFETY: the element is this CPU's own, and the hook that asks is the only program
                 // that runs on this CPU until it ends.
                 $scratch.get_ptr_mut(0).map(|work| unsafe { &mut *work })
+            }
+
+            /// What is kept with a socket.
+            #[inline(always)]
+            pub fn asked(&self, ctx: &SockAddrContext) -> Option<Asked<$family>> {
+                // SAFETY: the context has a socket, of which the helper gives what is kept, or null. It is written by the same
+                // socket's calls only; what two of them at once mix up is of no backend, and is not taken.
+                unsafe { $asked.get_ptr_mut(ctx).as_ref() }.copied()
+            }
+
+            /// Keeps it. False if there is no memory for it.
+            #[inline(always)]
+            pub fn keep(&self, ctx: &SockAddrContext, asked: &Asked<$family>) -> bool {
+                // SAFETY: as above.
+                match unsafe { $asked.get_or_insert_ptr_mut(ctx, None).as_mut() } {
+                    Some(kept) => {
+                        *kept = *asked;
+                        true
+                    }
+                    None => false,
+                }
             }
         }
 
@@ -475,6 +499,7 @@ tables!(
     PEERS_V4 = "peers_v4",
     AFFINITY_V4 = "affinity_v4",
     RANGES_V4 = "ranges_v4",
+    ASKED_V4 = "asked_v4",
     VERIFIED_V4 = "verified_v4",
     SCRATCH_V4 = "scratch_v4",
     EXHAUSTED_V4 = "exhausted_v4",
@@ -495,6 +520,7 @@ tables!(
     PEERS_V6 = "peers_v6",
     AFFINITY_V6 = "affinity_v6",
     RANGES_V6 = "ranges_v6",
+    ASKED_V6 = "asked_v6",
     VERIFIED_V6 = "verified_v6",
     SCRATCH_V6 = "scratch_v6",
     EXHAUSTED_V6 = "exhausted_v6",

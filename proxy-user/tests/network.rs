@@ -315,6 +315,21 @@ impl Drop for Stopper<'_> {
     }
 }
 
+/// What a socket connected to goes with it, and is not forgotten for others: here there are more of them than the table has room for.
+#[test]
+fn sockets_know_what_they_connected_to_whatever_others_send() {
+    const SENDERS: u32 = 20_000;
+    let portal = Path::new(env!("CARGO_BIN_EXE_portal"));
+    let cluster = Cluster::start(Cni::Bridge, portal, &["--table-size=small"]);
+    let pod = cluster.server(1, "web");
+    cluster.expose("web", &VIPS, &[&pod]);
+    for vip in VIPS {
+        cluster.wait_backends(vip, 1);
+        let peers = cluster.probe_often(0, "crowded", at(vip), SENDERS).unwrap();
+        assert_eq!(peers, format!("{0} {0}", at(vip)));
+    }
+}
+
 #[test]
 fn killing_the_agent_loses_no_connection_and_its_successor_catches_up() {
     let mut cluster = start(Cni::Bridge);

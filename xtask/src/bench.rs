@@ -9,8 +9,12 @@ use crate::apt::Suite;
 use crate::build::{self, OBJECT_VARIABLE};
 use crate::steps::{cargo, openly, quietly, target};
 
-/// Who makes the load.
-const TOOLS: [&str; 2] = ["wrk", "iperf3"];
+/// Who makes the load, and who writes one kind of rules: packages and their programs.
+const TOOLS: [(&str, &str); 3] = [
+    ("wrk", "usr/bin/wrk"),
+    ("iperf3", "usr/bin/iperf3"),
+    ("iptables", "usr/sbin/xtables-nft-multi"),
+];
 /// What every system has of its own, which must fit its loader.
 const SYSTEM: [&str; 3] = ["libc6", "libgcc-s1", "gcc-12-base"];
 
@@ -51,6 +55,13 @@ pub struct Args {
 
 #[derive(clap::Subcommand)]
 enum What {
+    /// What the size of a cluster costs: an agent that starts, its memory, first connections, changes until they are served
+    Sizes {
+        /// How many Services of ten endpoints there are
+        #[arg(long, value_name = "N,…", value_delimiter = ',', default_values_t = [10, 1_000, 10_000, 30_000])]
+        services: Vec<u32>,
+    },
+
     /// What a packet costs in each program, in nanoseconds, beside the least that it has to
     Packet {
         /// Only paths whose names hold this, as in `--only IPv4`
@@ -62,6 +73,7 @@ enum What {
 pub fn run(args: &Args) -> Result<()> {
     match &args.what {
         Some(What::Packet { only }) => packets(only),
+        Some(What::Sizes { services }) => sizes(services),
         None => worlds(args),
     }
 }
@@ -76,6 +88,21 @@ fn packets(only: &str) -> Result<()> {
     quietly("building the bench", "3 min at the first time", &mut build)?;
     let mut bench = Command::new(target().join("release/examples/packet"));
     bench.arg("--object").arg(object).arg("--bench").arg(own).args(["--only", only]);
+    bench.arg("--results").arg(target().join("bench"));
+    openly(&mut bench)
+}
+
+/// Runs proxy-user's example `sizes`.
+fn sizes(services: &[u32]) -> Result<()> {
+    let mut build = cargo();
+    build.args(["build", "--quiet", "--release", "--package", "proxy-user"]);
+    build.args(["--features", "testing", "--bin", "portal", "--example", "sizes"]);
+    build.env(OBJECT_VARIABLE, build::ebpf_object()?);
+    quietly("building portal and the bench", "4 min at the first time", &mut build)?;
+    let folder = target().join("release");
+    let services: Vec<String> = services.iter().map(u32::to_string).collect();
+    let mut bench = Command::new(folder.join("examples/sizes"));
+    bench.args(["--services", &services.join(",")]).arg("--portal").arg(folder.join("portal"));
     bench.arg("--results").arg(target().join("bench"));
     openly(&mut bench)
 }
@@ -111,16 +138,16 @@ fn worlds(args: &Args) -> Result<()> {
     openly(&mut bench)
 }
 
-/// Debian's wrk and iperf3, unpacked beside the system.
+/// Debian's packages, unpacked beside the system.
 fn tools() -> Result<PathBuf> {
     let folder = target().join("tools/bench");
-    if TOOLS.iter().all(|tool| folder.join("usr/bin").join(tool).exists()) {
+    if TOOLS.iter().all(|(_, program)| folder.join(program).exists()) {
         return Ok(folder);
     }
-    let suite = Suite::open("bookworm", &target().join("tools"))
-        .context("no wrk and iperf3, which make the load")?;
-    let mut packages = suite.closure(&TOOLS)?;
+    let suite =
+        Suite::open("bookworm", &target().join("tools")).context("no wrk, iperf3 and iptables")?;
+    let mut packages = suite.closure(&TOOLS.map(|(package, _)| package))?;
     packages.retain(|package| !SYSTEM.contains(&package.as_str()));
-    suite.unpack("wrk and iperf3", &packages, &folder)?;
+    suite.unpack("wrk, iperf3 and iptables", &packages, &folder)?;
     Ok(folder)
 }

@@ -24,7 +24,8 @@
 //! | `arrivals` | per-CPU array | 0 → [`Arrivals`] | `portal_relay` | `portal_relay` |
 //! | `tails` | program array | story → program | agent | datapath |
 //! | `fragments_v4/6` | LRU hash | [`FragmentKey`] → [`FragmentValue`] | datapath | datapath |
-//! | `peers_v4/6` | LRU hash | [`PeerKey`] → [`PeerValue`] | socket hooks | socket hooks |
+//! | `peers_v4/6` | LRU hash | [`PeerKey`] → [`PeerValue`] | socket hooks | socket hooks, agent |
+//! | `asked_v4/6` | socket storage | [`Asked`] | socket hooks | socket hooks |
 //! | `names` | hash | service id → [`Name`] | agent | command line |
 //! | `outcomes` | per-CPU array | `Outcome` → count (`u64`) | datapath | agent, command line |
 //! | `outcomes_swept` | array | `Outcome` → what records had counted that the sweep removed (`u64`) | agent | agent, command line |
@@ -50,7 +51,7 @@ pub use flow::{EmbryoValue, Facts, FlowKey, FlowValue, Making, Origin, Side, exp
 pub use fragment::{FragmentKey, FragmentValue};
 pub use guard::{Arrivals, Verified};
 pub use interest::{Interest, Kind, Kinds, Ports, Spot};
-pub use peer::{PeerKey, PeerValue};
+pub use peer::{Asked, PeerKey, PeerValue};
 pub use record::{EmbryoRecord, FlowRecord};
 pub use service::{
     AffinityKey, AffinityValue, Algorithm, Backend, Choice, Range, RangeData, ServiceKey,

@@ -1,13 +1,13 @@
 //! The node's own sockets: translated when they connect or send, before there is a packet.
 //!
 //! The kernel never sees the VIP, so established traffic costs nothing. What the socket asked for is
-//! kept under its cookie, so that getpeername and recvmsg show the VIP.
+//! kept with it, or under its cookie, so that getpeername and recvmsg show the VIP.
 
 use bytemuck::Zeroable;
 use proxy_common::addr::{mix, spread};
 use proxy_common::settings::Settings;
 use proxy_common::tables::{
-    AffinityKey, Algorithm, Kinds, PeerKey, PeerValue, ServiceKey, ServiceValue,
+    AffinityKey, Algorithm, Asked, Kinds, PeerKey, PeerValue, ServiceKey, ServiceValue,
 };
 use proxy_common::{Address, Family, Outcome, Port, proto};
 
@@ -28,6 +28,10 @@ pub trait Socket<F: Family> {
     fn netns_cookie(&self) -> u64;
     /// The cookie of the machine's first network namespace.
     fn initial_cookie(&self) -> u64;
+    /// What it connected to when it last was led to a backend.
+    fn asked(&self) -> Option<Asked<F>>;
+    /// Keeps that with the socket. False if there is no memory for it.
+    fn keep(&mut self, asked: &Asked<F>) -> bool;
     /// Whether a socket of the same network namespace is bound to the very address and port.
     fn is_bound(&self) -> bool;
 }
@@ -94,7 +98,7 @@ pub fn send<F: Family, S: Socket<F>, T: Tables<F>>(
     if is_node && service.may_be_nodes(&mark) && socket.is_bound() {
         return Outcome::NotService;
     }
-    match lead(socket, tables, &service, netns) {
+    match lead(socket, tables, &service, netns, act) {
         Ok(()) => Outcome::SocketTranslated,
         Err(Failure::NotService) => Outcome::NotService,
         Err(_) => failed,
@@ -103,8 +107,11 @@ pub fn send<F: Family, S: Socket<F>, T: Tables<F>>(
 
 /// The socket connects to an endpoint by its own address: what comes from there is not the answer to what it asked by a VIP before.
 #[inline(always)]
-fn forget<F: Family, S: Socket<F>, T: Tables<F>>(socket: &S, tables: &T) {
+fn forget<F: Family, S: Socket<F>, T: Tables<F>>(socket: &mut S, tables: &T) {
     let (backend, port) = socket.address();
+    if socket.asked().is_some() {
+        socket.keep(&Asked::zeroed());
+    }
     let key = PeerKey { cookie: halves(socket.cookie()), backend, port, pad: [0; 2] };
     if tables.peer(&key).is_some() {
         tables.forget_peer(&key);
@@ -118,6 +125,7 @@ fn lead<F: Family, S: Socket<F>, T: Tables<F>>(
     tables: &T,
     service: &Service,
     netns: [u32; 2],
+    act: Act,
 ) -> Result<(), Failure> {
     let (vip, port) = socket.address();
     let is_tcp = socket.protocol() == proto::TCP;
@@ -139,11 +147,24 @@ fn lead<F: Family, S: Socket<F>, T: Tables<F>>(
         spread(mix(mix(mix(vip.mix(seed), low), high), u32::from(port.word())))
     };
     let (_, backend) = choose::backend(tables, service, asker, &client, draw)?;
-    let key =
-        PeerKey { cookie: [low, high], backend: backend.addr, port: backend.port, pad: [0; 2] };
-    tables.remember_peer(&key, &PeerValue { vip, port, pad: [0; 2] });
+    let led = Asked { backend: backend.addr, vip, backend_port: backend.port, port };
+    let is_kept = act == Act::Connect && socket.keep(&led);
+    if !(is_kept && is_tcp) {
+        remember(tables, [low, high], &led);
+    }
     socket.set_address(backend.addr, backend.port);
     Ok(())
+}
+
+/// Notes what a socket asked for, unless that is known: most that send, send again.
+#[inline(always)]
+fn remember<F: Family, T: Tables<F>>(tables: &T, cookie: [u32; 2], asked: &Asked<F>) {
+    let Asked { backend, vip, backend_port, port } = *asked;
+    let key = PeerKey { cookie, backend, port: backend_port, pad: [0; 2] };
+    let value = PeerValue { vip, port, pad: [0; 2] };
+    if tables.peer(&key) != Some(value) {
+        tables.remember_peer(&key, &value);
+    }
 }
 
 /// recvmsg or getpeername: shows the VIP where the socket asked for one.
@@ -152,6 +173,12 @@ pub fn restore<F: Family, S: Socket<F>, T: Tables<F>>(socket: &mut S, tables: &T
     let (backend, port) = socket.address();
     if !tables.is_server(&backend, port) {
         return Outcome::NotService;
+    }
+    if let Some(asked) = socket.asked()
+        && (asked.backend, asked.backend_port) == (backend, port)
+    {
+        socket.set_address(asked.vip, asked.port);
+        return Outcome::SocketRestored;
     }
     let key = PeerKey { cookie: halves(socket.cookie()), backend, port, pad: [0; 2] };
     match tables.peer(&key) {

@@ -8,7 +8,7 @@ use aya_ebpf::helpers::{bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_set_ret
 use aya_ebpf::macros::cgroup_sock_addr;
 use aya_ebpf::programs::SockAddrContext;
 use bytemuck::Zeroable;
-use proxy_common::tables::{FlowKey, Side};
+use proxy_common::tables::{Asked, FlowKey, Side};
 use proxy_common::{Addr4, Addr6, Family, Outcome, Port, V4, V6, proto};
 use proxy_ebpf::datapath::Tables;
 use proxy_ebpf::datapath::socket::{Act, Socket, restore, send};
@@ -239,7 +239,7 @@ impl Ipv6 {
 }
 
 macro_rules! socket {
-    ($view:ident, $family:ty) => {
+    ($view:ident, $family:ty, $tables:ident) => {
         impl Socket<$family> for $view {
             #[inline(always)]
             fn address(&self) -> (<$family as Family>::Addr, Port) {
@@ -280,6 +280,16 @@ macro_rules! socket {
             }
 
             #[inline(always)]
+            fn asked(&self) -> Option<Asked<$family>> {
+                $tables.asked(&SockAddrContext::new(self.ctx))
+            }
+
+            #[inline(always)]
+            fn keep(&mut self, asked: &Asked<$family>) -> bool {
+                $tables.keep(&SockAddrContext::new(self.ctx), asked)
+            }
+
+            #[inline(always)]
             fn is_bound(&self) -> bool {
                 let nobody = (<$family as Family>::Addr::zeroed(), Port::new(0));
                 let key =
@@ -290,6 +300,6 @@ macro_rules! socket {
     };
 }
 
-socket!(Ipv4, V4);
-socket!(Mapped, V4);
-socket!(Ipv6, V6);
+socket!(Ipv4, V4, Tables4);
+socket!(Mapped, V4, Tables4);
+socket!(Ipv6, V6, Tables6);

@@ -2,6 +2,7 @@
 
 use std::net::SocketAddr;
 
+use proxy_common::tables::Asked;
 use proxy_common::{Family, Port, proto};
 
 use super::HostFamily;
@@ -20,6 +21,8 @@ pub struct Call<F: Family> {
     pub netns: u64,
     /// The cookie of the machine's first one.
     pub initial: u64,
+    /// What is kept with it.
+    pub asked: Option<Asked<F>>,
     /// Whether another socket is bound where this one's call goes to.
     pub is_bound: bool,
 }
@@ -38,6 +41,7 @@ impl<F: HostFamily> Call<F> {
             cookie,
             netns: 1 << 40 | 7,
             initial: 1,
+            asked: None,
             is_bound: false,
         }
     }
@@ -71,6 +75,15 @@ impl<F: Family> Socket<F> for Call<F> {
 
     fn initial_cookie(&self) -> u64 {
         self.initial
+    }
+
+    fn asked(&self) -> Option<Asked<F>> {
+        self.asked
+    }
+
+    fn keep(&mut self, asked: &Asked<F>) -> bool {
+        self.asked = Some(*asked);
+        true
     }
 
     fn is_bound(&self) -> bool {

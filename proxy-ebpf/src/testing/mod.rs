@@ -92,6 +92,8 @@ pub struct Host<F: Family> {
     pub routes: Vec<(IpAddr, u32)>,
     fragments: RefCell<BTreeMap<Vec<u8>, FragmentValue>>,
     peers: RefCell<BTreeMap<Vec<u8>, PeerValue<F>>>,
+    /// How often it was noted what a socket asked for.
+    pub noted: Cell<u32>,
     /// How many packets were sent on before the host stack.
     pub relayed: Cell<u32>,
     /// How often there was each outcome.
@@ -163,6 +165,7 @@ impl<F: HostFamily> Host<F> {
             routes: Vec::new(),
             fragments: RefCell::default(),
             peers: RefCell::default(),
+            noted: Cell::new(0),
             counted: RefCell::default(),
             work: RefCell::new(Work::zeroed()),
         }

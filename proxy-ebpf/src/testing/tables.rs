@@ -224,6 +224,7 @@ impl<F: HostFamily> Tables<F> for Host<F> {
     }
 
     fn remember_peer(&self, key: &PeerKey<F>, value: &PeerValue<F>) {
+        self.noted.set(self.noted.get() + 1);
         self.peers.borrow_mut().insert(bytes(key), *value);
     }
 }

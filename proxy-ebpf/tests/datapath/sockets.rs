@@ -51,6 +51,29 @@ fn a_socket_is_led_to_a_backend_and_shown_the_vip<F: HostFamily>(
     assert_eq!(direct.to(), other);
 }
 
+/// A connection's socket has that with it; a table has what others asked for, each once.
+fn what_a_socket_asked_for_is_noted_once<F: HostFamily>([vip, one, ..]: [SocketAddr; 4]) {
+    let mut host = Host::<F>::new();
+    host.serve(&[proto::TCP, proto::UDP].map(|number| Service::new(vip, number, &[one])));
+    for (protocol, act, noted) in
+        [(proto::TCP, Act::Connect, 0), (proto::UDP, Act::Connect, 1), (proto::UDP, Act::Send, 1)]
+    {
+        host.noted.set(0);
+        let mut call = Call { protocol, ..Call::<F>::new(vip, u64::from(protocol) << 8 | noted) };
+        for _ in 0..3 {
+            call.address = Call::<F>::new(vip, 0).address;
+            assert_eq!(send(&mut call, &host, act), Outcome::SocketTranslated);
+        }
+        assert_eq!(u64::from(host.noted.get()), noted, "{protocol}, {act:?}");
+        assert_eq!(call.asked.is_some(), act == Act::Connect);
+        assert_eq!((restore(&mut call, &host), call.to()), (Outcome::SocketRestored, vip));
+        // It connects to the endpoint itself.
+        call.address = Call::<F>::new(one, 0).address;
+        assert_eq!(send(&mut call, &host, Act::Connect), Outcome::NotService);
+        assert_eq!((restore(&mut call, &host), call.to()), (Outcome::NotService, one));
+    }
+}
+
 fn what_nobody_serves_is_refused<F: HostFamily>([vip, one, ..]: [SocketAddr; 4]) {
     let mut host = Host::<F>::new();
     host.serve(&[Service::new(vip, proto::UDP, &[one])]);
@@ -147,6 +170,8 @@ fn a_host_port_is_at_all_addresses_of_the_node_and_at_its_loopback<F: HostFamily
 fn both_families() {
     a_socket_is_led_to_a_backend_and_shown_the_vip::<V4>(ends(false));
     a_socket_is_led_to_a_backend_and_shown_the_vip::<V6>(ends(true));
+    what_a_socket_asked_for_is_noted_once::<V4>(ends(false));
+    what_a_socket_asked_for_is_noted_once::<V6>(ends(true));
     what_nobody_serves_is_refused::<V4>(ends(false));
     what_nobody_serves_is_refused::<V6>(ends(true));
     only_sockets_of_the_wanted_namespace_are_led::<V4>(ends(false));

@@ -1,8 +1,9 @@
 //! What is compared: worlds with the same pods, and who leads from a VIP to them.
 
+use std::io::Write;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
-use std::path::Path;
-use std::process::Command;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 
 use portal::testing::agent::{command, command_in, command_in_pod};
 use portal::testing::cluster::Cluster;
@@ -56,13 +57,21 @@ enum By {
     /// Agents, which live as long as the column.
     Portal(Cluster),
     /// The kernel's NAT.
-    Rules(World),
+    Rules(World, Rules),
+}
+
+/// Which of the kernel's two tools writes the rules.
+enum Rules {
+    /// `nft`.
+    Nftables,
+    /// `iptables-restore`, unpacked into this folder.
+    Iptables(PathBuf),
 }
 
 impl By {
     const fn world(&self) -> &World {
         match self {
-            Self::Nobody(world) | Self::Rules(world) => world,
+            Self::Nobody(world) | Self::Rules(world, _) => world,
             Self::Portal(cluster) => &cluster.world,
         }
     }
@@ -75,7 +84,9 @@ enum Plan<'a> {
     /// The same, with programs that do nothing wherever Portal has some.
     Idle,
     /// By the kernel's NAT.
-    Rules,
+    Nftables,
+    /// By the kernel's NAT, and the tools in this folder.
+    Iptables(&'a Path),
     /// By a build of Portal, with these arguments.
     Portal(&'a Path, &'a [&'a str]),
 }
@@ -99,6 +110,7 @@ impl Column {
     /// The straight one, and those of the others that are `wanted` by their names.
     pub fn all(
         programs: &Path,
+        tools: &Path,
         other: Option<&Path>,
         services: u16,
         wanted: impl Fn(&str) -> bool,
@@ -110,7 +122,8 @@ impl Column {
             ("Portal tc", Plan::Portal(portal, &[])),
             ("Portal sockets", Plan::Portal(portal, &["--socket-lb=all"])),
             ("Portal XDP", Plan::Portal(portal, &[XDP])),
-            ("nftables", Plan::Rules),
+            ("nftables", Plan::Nftables),
+            ("iptables", Plan::Iptables(tools)),
         ];
         if let Some(other) = other {
             plans.push(("other Portal", Plan::Portal(other, &[])));
@@ -131,7 +144,8 @@ impl Column {
         let mut neighbours = if is_xdp { wire_ends(&world) } else { Vec::new() };
         let by = match plan {
             Plan::Straight | Plan::Idle => By::Nobody(world),
-            Plan::Rules => By::Rules(world),
+            Plan::Nftables => By::Rules(world, Rules::Nftables),
+            Plan::Iptables(tools) => By::Rules(world, Rules::Iptables(tools.to_path_buf())),
             Plan::Portal(portal, arguments) => {
                 By::Portal(Cluster::start_in(world, portal, arguments))
             }
@@ -163,10 +177,15 @@ impl Column {
     fn lead(&self, others: u16) {
         match &self.by {
             By::Nobody(_) => {}
-            By::Rules(_) => {
+            By::Rules(_, by) => {
                 let pods = [0, 1].map(|number: usize| self.servers[number].v4);
                 for node in &self.world().nodes {
-                    node.namespace.firewall(&rules::of(pods, others));
+                    match by {
+                        Rules::Nftables => node.namespace.firewall(&rules::nftables(pods, others)),
+                        Rules::Iptables(tools) => {
+                            restore(tools, &node.namespace, &rules::iptables(pods, others));
+                        }
+                    }
                 }
             }
             By::Portal(cluster) => {
@@ -211,6 +230,17 @@ impl Column {
             }
         }
     }
+}
+
+/// Has Debian's iptables take rules.
+fn restore(tools: &Path, namespace: &Namespace, rules: &str) {
+    let libraries = tools.join("usr/lib/x86_64-linux-gnu");
+    let mut restore = command_in(namespace, &tools.join("usr/sbin/xtables-nft-multi"));
+    restore.arg("iptables-restore").env("XTABLES_LIBDIR", libraries.join("xtables"));
+    let child = restore.env("LD_LIBRARY_PATH", libraries).stdin(Stdio::piped()).spawn();
+    let mut child = child.expect("iptables is unpacked");
+    child.stdin.take().expect("a pipe").write_all(rules.as_bytes()).expect("it reads");
+    assert!(child.wait().expect("it ends").success(), "iptables refuses:\n{rules}");
 }
 
 /// As on a wire, where XDP needs that: a program at the other end, without which a veth link takes nothing from it.

@@ -23,7 +23,7 @@ use columns::{Column, Door};
 use load::{Load, Tools};
 use report::Report;
 
-/// Measures new connections, requests, datagrams and bulk by each door, beside the straight way and nftables rules.
+/// Measures new connections, requests, datagrams and bulk by each door, beside the straight way and rules of the kernel's NAT.
 #[derive(Parser)]
 struct Args {
     /// How many rounds there are
@@ -58,7 +58,7 @@ struct Args {
     #[arg(long)]
     programs: PathBuf,
 
-    /// The folder that Debian's wrk and iperf3 were unpacked into
+    /// The folder that Debian's wrk, iperf3 and iptables were unpacked into
     #[arg(long)]
     tools: PathBuf,
 
@@ -84,7 +84,8 @@ fn main() -> Result<()> {
     let is_wanted = |name: &str| {
         args.columns.is_empty() || args.columns.iter().any(|text| name.contains(text.as_str()))
     };
-    let columns = Column::all(&args.programs, args.other.as_deref(), args.services, is_wanted);
+    let columns =
+        Column::all(&args.programs, &args.tools, args.other.as_deref(), args.services, is_wanted);
     ensure!(columns.len() > 1, "no column has a name with {}", args.columns.join(" or "));
     let tools = Tools::new(args.tools, Duration::from_secs(args.seconds));
     columns.iter().for_each(|column| tools.wait(column));

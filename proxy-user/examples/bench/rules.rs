@@ -1,4 +1,5 @@
-//! Rules of the shape that kube-proxy writes for nftables: one look-up for all Services, a chain for each, one for each endpoint.
+//! Rules of the shape that kube-proxy writes. For nftables: one look-up for all Services, a chain for each, one for each endpoint. For iptables: the same
+//! chains, and a rule for each Service that is looked at one after the other.
 
 use std::fmt::Write;
 use std::net::Ipv4Addr;
@@ -8,13 +9,29 @@ use crate::load::{IPERF, WEB};
 
 /// A Service port as it is led on: protocol, port, and the chain's name.
 fn ports() -> [(&'static str, u16, &'static str); 3] {
-    [("tcp", WEB, "web"), ("tcp", IPERF, "bulk"), ("udp", IPERF, "datagrams")]
+    [("tcp", WEB, "web"), ("tcp", IPERF, "bulk"), ("udp", IPERF, "udp")]
 }
 
-/// For the Services of the pods, and some others.
-pub fn of(pods: [Ipv4Addr; 2], others: u16) -> String {
+/// The Services of the pods, and some others: names, VIPs and pods.
+fn services(pods: [Ipv4Addr; 2], others: u16) -> Vec<(String, Ipv4Addr, Ipv4Addr)> {
+    let own = [("s0", VIPS[0], pods[0]), ("s1", VIPS[1], pods[1])];
+    let own = own.map(|(name, vip, pod)| (name.to_owned(), vip, pod));
+    let others = (0..others).map(|number| {
+        let [high, low] = number.to_be_bytes();
+        (format!("o{number}"), Ipv4Addr::new(10, 97, high, low), pods[0])
+    });
+    own.into_iter().chain(others).collect()
+}
+
+/// The `NodePort` of the first Service's port.
+const fn node_port(port: u16) -> u16 {
+    if port == IPERF { NODE_PORT + 1 } else { NODE_PORT }
+}
+
+/// For nftables, as `nft` reads it.
+pub fn nftables(pods: [Ipv4Addr; 2], others: u16) -> String {
     let (mut chains, mut ips) = (String::new(), Vec::new());
-    let mut service = |name: &str, vip: Ipv4Addr, pod: Ipv4Addr| {
+    for (name, vip, pod) in services(pods, others) {
         for (protocol, port, kind) in ports() {
             let _ = write!(
                 chains,
@@ -34,16 +51,9 @@ pub fn of(pods: [Ipv4Addr; 2], others: u16) -> String {
             );
             ips.push(format!("{vip} . {protocol} . {port} : goto service-{name}-{kind}"));
         }
-    };
-    service("s0", VIPS[0], pods[0]);
-    service("s1", VIPS[1], pods[1]);
-    for number in 0..others {
-        let [high, low] = number.to_be_bytes();
-        service(&format!("other{number}"), Ipv4Addr::new(10, 97, high, low), pods[0]);
     }
     let node_ports = ports().map(|(protocol, port, kind)| {
-        let number = NODE_PORT + u16::from(port == IPERF);
-        format!("{protocol} . {number} : goto external-s0-{kind}")
+        format!("{protocol} . {} : goto external-s0-{kind}", node_port(port))
     });
     format!(
         "table ip kube-proxy {{
@@ -74,5 +84,63 @@ pub fn of(pods: [Ipv4Addr; 2], others: u16) -> String {
 ",
         ips.join(", "),
         node_ports.join(", "),
+    )
+}
+
+/// For iptables, as `iptables-restore` reads it.
+pub fn iptables(pods: [Ipv4Addr; 2], others: u16) -> String {
+    let (mut chains, mut rules, mut leads) = (String::new(), String::new(), String::new());
+    for (name, vip, pod) in services(pods, others) {
+        for (protocol, port, kind) in ports() {
+            let id = format!("{name}-{kind}");
+            let _ = writeln!(
+                chains,
+                ":KUBE-SVC-{id} - [0:0]\n:KUBE-SEP-{id} - [0:0]\n:KUBE-EXT-{id} - [0:0]"
+            );
+            let to = format!(
+                "-d {vip}/32 -p {protocol} -m comment --comment \"default/{id} cluster IP\" -m {protocol} --dport {port}"
+            );
+            let _ = writeln!(leads, "-A KUBE-SERVICES {to} -j KUBE-SVC-{id}");
+            let _ = writeln!(
+                rules,
+                "-A KUBE-SVC-{id} ! -s 10.244.0.0/16 {to} -j KUBE-MARK-MASQ
+-A KUBE-SVC-{id} -m comment --comment \"default/{id} -> {pod}:{port}\" -j KUBE-SEP-{id}
+-A KUBE-SEP-{id} -s {pod}/32 -m comment --comment \"default/{id}\" -j KUBE-MARK-MASQ
+-A KUBE-SEP-{id} -p {protocol} -m comment --comment \"default/{id}\" -m {protocol} -j DNAT --to-destination {pod}:{port}
+-A KUBE-EXT-{id} -j KUBE-MARK-MASQ
+-A KUBE-EXT-{id} -j KUBE-SVC-{id}"
+            );
+        }
+    }
+    let node_ports = ports().map(|(protocol, port, kind)| {
+        let number = node_port(port);
+        format!(
+            "-A KUBE-NODEPORTS -p {protocol} -m {protocol} --dport {number} -j KUBE-EXT-s0-{kind}\n"
+        )
+    });
+    format!(
+        "*filter
+:KUBE-FORWARD - [0:0]
+-A FORWARD -j KUBE-FORWARD
+-A KUBE-FORWARD -m conntrack --ctstate INVALID -j DROP
+-A KUBE-FORWARD -m mark --mark 0x4000/0x4000 -j ACCEPT
+-A KUBE-FORWARD -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT
+COMMIT
+*nat
+:KUBE-SERVICES - [0:0]
+:KUBE-NODEPORTS - [0:0]
+:KUBE-POSTROUTING - [0:0]
+:KUBE-MARK-MASQ - [0:0]
+{chains}-A PREROUTING -j KUBE-SERVICES
+-A OUTPUT -j KUBE-SERVICES
+-A POSTROUTING -j KUBE-POSTROUTING
+-A KUBE-MARK-MASQ -j MARK --set-xmark 0x4000/0x4000
+-A KUBE-POSTROUTING -m mark ! --mark 0x4000/0x4000 -j RETURN
+-A KUBE-POSTROUTING -j MARK --set-xmark 0x4000/0x0
+-A KUBE-POSTROUTING -j MASQUERADE --random-fully
+{leads}-A KUBE-SERVICES ! -d 127.0.0.0/8 -m addrtype --dst-type LOCAL -j KUBE-NODEPORTS
+{}{rules}COMMIT
+",
+        node_ports.concat(),
     )
 }

@@ -210,9 +210,9 @@ enum ShortCuts {
 enum TableSize {
     /// A thousand Service ports, 16,000 live flows of each family: 20 MB
     Small,
-    /// 30,000 Service ports of ten endpoints, 130,000 live flows of each family: 177 MB
+    /// 30,000 Service ports of ten endpoints, 130,000 live flows of each family: 180 MB
     Default,
-    /// 100,000 Service ports of ten endpoints, 500,000 live flows of each family: 398 MB
+    /// 100,000 Service ports of ten endpoints, 500,000 live flows of each family: 401 MB
     Large,
 }
 

@@ -1,9 +1,9 @@
 //! The pinned maps, by name and shape, as `proxy_common::tables` lays them out.
 
 use proxy_common::tables::{
-    AffinityKey, AffinityValue, Arrivals, Backend, Config, EmbryoValue, Exit, ExitKey, FlowKey,
-    FlowValue, FragmentKey, FragmentValue, Interest, Name, PeerKey, PeerValue, Ports, ServiceKey,
-    ServiceValue, Slots, SourceRange, Traffic, Verified, Way, Work,
+    AffinityKey, AffinityValue, Arrivals, Asked, Backend, Config, EmbryoValue, Exit, ExitKey,
+    FlowKey, FlowValue, FragmentKey, FragmentValue, Interest, Name, PeerKey, PeerValue, Ports,
+    ServiceKey, ServiceValue, Slots, SourceRange, Traffic, Verified, Way, Work,
 };
 use proxy_common::{Family, V4, V6};
 
@@ -33,6 +33,7 @@ macro_rules! family {
             shape::<FlowKey<$family>, EmbryoValue<$family>>(concat!("embryos_", $suffix)),
             shape::<FragmentKey<$family>, FragmentValue>(concat!("fragments_", $suffix)),
             shape::<PeerKey<$family>, PeerValue<$family>>(concat!("peers_", $suffix)),
+            shape::<u32, Asked<$family>>(concat!("asked_", $suffix)),
             shape::<AffinityKey<$family>, AffinityValue>(concat!("affinity_", $suffix)),
             shape::<SourceRange<$family>, u32>(concat!("ranges_", $suffix)),
             shape::<u32, Work<$family>>(concat!("scratch_", $suffix)),

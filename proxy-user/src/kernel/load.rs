@@ -1,7 +1,10 @@
 //! Loads the programs, on the maps that are pinned or on fresh ones.
 
 use std::fs;
+use std::num::NonZero;
 use std::path::Path;
+use std::sync::Mutex;
+use std::thread;
 
 use anyhow::{Context, Result, bail, ensure};
 use aya::maps::{Array, Map, MapData, MapInfo};
@@ -78,10 +81,28 @@ pub fn load(options: &Options, maps: &Path) -> Result<Ebpf> {
     let is_for_few = |name: &str| {
         tails::is_of_tunnels(name) || tc::is_for_neighbours(name) || xdp::is_relay(name)
     };
-    for (name, program) in ebpf.programs_mut().filter(|(name, _)| !is_for_few(name)) {
-        load_program(program).map_err(shortened).with_context(|| format!("program {name}"))?;
-    }
+    load_programs(ebpf.programs_mut().filter(|(name, _)| !is_for_few(name)))?;
     Ok(ebpf)
+}
+
+/// Has the kernel take programs, on some processors at once: to verify them is most of what a start takes.
+fn load_programs<'a>(
+    programs: impl Iterator<Item = (&'a str, &'a mut Program)> + Send,
+) -> Result<()> {
+    const MOST: usize = 4;
+    let threads = thread::available_parallelism().map_or(1, NonZero::get).min(MOST);
+    let queue = Mutex::new(programs);
+    let load_some = || {
+        let next = || queue.lock().expect("no panic while locked").next();
+        while let Some((name, program)) = next() {
+            load_program(program).map_err(shortened).with_context(|| format!("program {name}"))?;
+        }
+        Ok(())
+    };
+    thread::scope(|scope| {
+        let threads: Vec<_> = (0..threads).map(|_| scope.spawn(load_some)).collect();
+        threads.into_iter().try_for_each(|thread| thread.join().expect("no panic while loading"))
+    })
 }
 
 fn load_program(program: &mut Program) -> Result<(), aya::programs::ProgramError> {

@@ -1,5 +1,6 @@
 //! Agents as processes on a node of a [`super::world::World`].
 
+use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
 use std::os::fd::AsFd;
@@ -132,6 +133,34 @@ impl Agent {
         let rest = status.lines().find_map(|text| text.strip_prefix(line)?.strip_prefix(':'));
         let number = rest.and_then(|rest| rest.trim().strip_suffix(" kB"));
         1024 * number.and_then(|number| number.parse::<u64>().ok()).expect("a number of kB")
+    }
+
+    /// The processor time that it has taken so far.
+    pub fn processor_time(&self) -> Duration {
+        let path = format!("/proc/{}/stat", self.child.id());
+        let stat = std::fs::read_to_string(path).expect("it runs");
+        let (_, rest) = stat.rsplit_once(')').expect("its name is in brackets");
+        // Fields 14 and 15, in hundredths of a second.
+        let ticks =
+            rest.split(' ').skip(12).take(2).map(|text| text.parse::<u64>().expect("a number"));
+        Duration::from_millis(10 * ticks.sum::<u64>())
+    }
+
+    /// What the kernel says that its BPF tables take, in bytes.
+    pub fn table_memory(&self) -> u64 {
+        let folder = format!("/proc/{}/fdinfo", self.child.id());
+        let files = std::fs::read_dir(folder).expect("it runs").filter_map(Result::ok);
+        let tables: BTreeMap<u64, u64> = files
+            .filter_map(|file| {
+                let text = std::fs::read_to_string(file.path()).ok()?;
+                let field = |name: &str| {
+                    let rest = text.lines().find_map(|line| line.strip_prefix(name));
+                    rest.and_then(|rest| rest.trim().parse().ok())
+                };
+                Some((field("map_id:")?, field("memlock:")?))
+            })
+            .collect();
+        tables.values().sum()
     }
 
     /// Waits until the agent is in step with the cluster.

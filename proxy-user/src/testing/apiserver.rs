@@ -104,6 +104,8 @@ impl ApiServer {
     async fn serve(self, listener: TcpListener) {
         let listener = tokio::net::TcpListener::from_std(listener).expect("a listener");
         while let Ok((connection, _)) = listener.accept().await {
+            // As Go's servers have it: otherwise an event waits for the answer to the one before.
+            connection.set_nodelay(true).expect("a fresh socket");
             let server = self.clone();
             tokio::spawn(async move {
                 let answer = service_fn(|request| {

@@ -1,10 +1,10 @@
 //! Requests of a node's own process:
-//! `portal-probe tcp|udp|connected-udp|only-connected-udp|steady-udp|renewed-udp|held-tcp ADDRESS [TIMES]`.
+//! `portal-probe tcp|udp|connected-udp|only-connected-udp|steady-udp|renewed-udp|held-tcp|crowded ADDRESS [TIMES]`.
 //!
 //! With only-connected-udp it asks nothing, and prints the peer. With steady-udp it sends a datagram for each line that it reads, all from one socket, and prints the
 //! server's name, or `-` if nobody answers in a moment. With renewed-udp that socket is connected, and another one takes its place
 //! when a call fails, but not when nothing comes. With held-tcp it opens so many connections to a server that echoes, asks by each for each line, and
-//! prints how many are answered. Otherwise:
+//! prints how many are answered. With crowded it connects by TCP and UDP, sends a datagram by so many sockets more, and prints both peers. Otherwise:
 //!
 //! Prints a line for each: the server's name, the client as the server sees it, and the peer as the
 //! socket does. At the first failure it prints its kind on standard error and ends.
@@ -34,6 +34,7 @@ fn main() -> ExitCode {
         "steady-udp" => steady(to),
         "renewed-udp" => renewed(to),
         "held-tcp" => held(to, times),
+        "crowded" => crowded(to, times),
         _ => return probe_often(protocol, to, times),
     };
     result.map_or_else(|error| fail(&error), |()| ExitCode::SUCCESS)
@@ -111,9 +112,20 @@ fn held(to: SocketAddr, count: u32) -> io::Result<()> {
     Ok(())
 }
 
+fn crowded(to: SocketAddr, count: u32) -> io::Result<()> {
+    let stream = TcpStream::connect(to)?;
+    let socket = udp_socket_here(to.is_ipv6(), 0)?;
+    socket.connect(to)?;
+    for _ in 0..count {
+        udp_socket_here(to.is_ipv6(), 0)?.send_to(b"x", to)?;
+    }
+    println!("{} {}", stream.peer_addr()?, socket.peer_addr()?);
+    Ok(())
+}
+
 fn usage() -> ExitCode {
     eprintln!(
-        "usage: portal-probe tcp|udp|connected-udp|only-connected-udp|steady-udp|renewed-udp|held-tcp ADDRESS [TIMES]"
+        "usage: portal-probe tcp|udp|connected-udp|only-connected-udp|steady-udp|renewed-udp|held-tcp|crowded ADDRESS [TIMES]"
     );
     ExitCode::from(2)
 }
