@@ -15,6 +15,8 @@ const TOOLS: [(&str, &str); 3] = [
     ("iperf3", "usr/bin/iperf3"),
     ("iptables", "usr/sbin/xtables-nft-multi"),
 ];
+/// The columns of a quick bench.
+const QUICK: [&str; 5] = ["Portal tc", "Portal sockets", "nftables", "iptables", "other Portal"];
 /// What every system has of its own, which must fit its loader.
 const SYSTEM: [&str; 3] = ["libc6", "libgcc-s1", "gcc-12-base"];
 
@@ -24,7 +26,7 @@ pub struct Args {
     #[command(subcommand)]
     what: Option<What>,
 
-    /// Fewer and shorter rounds: some minutes
+    /// Fewer and shorter rounds, without the columns of idle programs and of XDP: some minutes
     #[arg(long)]
     quick: bool,
 
@@ -129,8 +131,12 @@ fn worlds(args: &Args) -> Result<()> {
     if let Some(only) = &args.only {
         bench.args(["--only", only]);
     }
-    if !args.columns.is_empty() {
-        bench.args(["--columns", &args.columns.join(",")]);
+    let columns = match &*args.columns {
+        [] if args.quick => QUICK.join(","),
+        columns => columns.join(","),
+    };
+    if !columns.is_empty() {
+        bench.args(["--columns", &columns]);
     }
     if let Some(other) = &args.other {
         bench.arg("--other").arg(other);
