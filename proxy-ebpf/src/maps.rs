@@ -129,8 +129,7 @@ macro_rules! tables {
         #[btf_map(name = $asked_name)]
         static $asked: SkStorage<Asked<$family>> = SkStorage::new();
         #[btf_map(name = $verified_name)]
-        static $verified: LruHashMap<<$family as Family>::Addr, Verified, CLIENTS> =
-            LruHashMap::new();
+        static $verified: LruHashMap<FlowKey<$family>, Verified, CLIENTS> = LruHashMap::new();
         #[btf_map(name = $exhausted_name)]
         static $exhausted: HashMap<u32, u64, EXHAUSTED, ON_DEMAND> = HashMap::new();
         #[btf_map(name = $scratch_name)]
@@ -153,7 +152,7 @@ macro_rules! tables {
             #[inline(always)]
             pub fn asked(&self, ctx: &SockAddrContext) -> Option<Asked<$family>> {
                 // SAFETY: the context has a socket, of which the helper gives what is kept, or null. It is written by the same
-                // socket's calls only; what two of them at once mix up is of no backend, and is not taken.
+                // socket's calls only: one beside another may be shown the VIP of before.
                 unsafe { $asked.get_ptr_mut(ctx).as_ref() }.copied()
             }
 
@@ -332,7 +331,12 @@ macro_rules! tables {
             }
 
             #[inline(always)]
-            fn arrivals(&self, now: u32) -> u32 {
+            fn arrivals(&self) -> Arrivals {
+                ARRIVALS.get(0).copied().unwrap_or(Arrivals { tick: 0, count: 0 })
+            }
+
+            #[inline(always)]
+            fn count_arrival(&self, now: u32) -> u32 {
                 let Some(arrivals) = ARRIVALS.get_ptr_mut(0) else { return 0 };
                 // SAFETY: the element is this CPU's own, where programs at XDP run one after the other.
                 unsafe {
@@ -342,14 +346,14 @@ macro_rules! tables {
             }
 
             #[inline(always)]
-            fn verified(&self, client: &<$family as Family>::Addr) -> Option<u32> {
+            fn verified(&self, key: &FlowKey<$family>) -> Option<u32> {
                 // SAFETY: copied at once; an element that is reused meanwhile is of one who has shown the same.
-                unsafe { $verified.get(client) }.map(|verified| verified.since)
+                unsafe { $verified.get(key) }.map(|verified| verified.since)
             }
 
             #[inline(always)]
-            fn verify(&self, client: &<$family as Family>::Addr, now: u32) {
-                let _ = $verified.insert(client, &Verified { since: now }, u64::from(BPF_ANY));
+            fn verify(&self, key: &FlowKey<$family>, now: u32) {
+                let _ = $verified.insert(key, &Verified { since: now }, u64::from(BPF_ANY));
             }
 
             #[inline(always)]

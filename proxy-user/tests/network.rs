@@ -9,6 +9,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use aya::maps::MapInfo;
 use portal::testing::client::{Connection, exchange, tcp, tcp_from_port, udp, udp_socket};
 use portal::testing::cluster::{Cluster, PORT, VIPS, at};
 use portal::testing::namespace::Namespace;
@@ -315,17 +316,19 @@ impl Drop for Stopper<'_> {
     }
 }
 
-/// What a socket connected to goes with it, and is not forgotten for others: here there are more of them than the table has room for.
+/// What a socket connected to goes with it, and is not forgotten for others: here there are twice as many as the table has room for.
 #[test]
 fn sockets_know_what_they_connected_to_whatever_others_send() {
-    const SENDERS: u32 = 20_000;
     let portal = Path::new(env!("CARGO_BIN_EXE_portal"));
     let cluster = Cluster::start(Cni::Bridge, portal, &["--table-size=small"]);
     let pod = cluster.server(1, "web");
     cluster.expose("web", &VIPS, &[&pod]);
+    let table = Path::new(BPFFS).join("portal/maps/peers_v4");
+    let room = || MapInfo::from_pin(&table).unwrap().max_entries();
+    let senders = 2 * cluster.world.nodes[0].mounts.run(room);
     for vip in VIPS {
         cluster.wait_backends(vip, 1);
-        let peers = cluster.probe_often(0, "crowded", at(vip), SENDERS).unwrap();
+        let peers = cluster.probe_often(0, "crowded", at(vip), senders).unwrap();
         assert_eq!(peers, format!("{0} {0}", at(vip)));
     }
 }

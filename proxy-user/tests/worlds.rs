@@ -555,24 +555,22 @@ fn in_a_flood_clients_show_that_they_are_there() {
     let count = |outcome| stage.cluster.outcomes(0, outcome);
     let [v4, v6] = [stage.doors[2], stage.doors[3]];
     let SocketAddr::V4(to) = v4 else { panic!("IPv4 first") };
-    for (asked, door) in (1..).zip([v4, v6]) {
+    // Of each connection's client it is asked anew.
+    for door in [v4, v6] {
+        let before = count("verified");
         eventually("he is asked, and served", || {
             forged::flood(&stage.outsider, to, 100);
             let mut connection = tcp(&stage.outsider, door).unwrap();
             assert_eq!(connection.echo(b"x").unwrap(), b"x");
-            (count("verified") >= asked).then_some(())
+            (count("verified") > before).then_some(())
         });
     }
     let [opened, challenged] = ["opened", "challenged"].map(count);
-    forged::flood(&stage.outsider, to, 2_000);
-    eventually("they are asked", || (count("challenged") > challenged + 1_900).then_some(()));
+    eventually("they are asked", || {
+        forged::flood(&stage.outsider, to, 200);
+        (count("challenged") > challenged + 2_000).then_some(())
+    });
     assert!(count("opened") < opened + 100, "one a second on each CPU");
-    // Of the others nobody was there to answer, and he is known by now.
-    let challenged = count("challenged");
-    for door in [v4, v6] {
-        assert!(tcp(&stage.outsider, door).is_ok());
-    }
-    assert_eq!([count("challenged"), count("verified")], [challenged, 2]);
 }
 
 /// A link that has an XDP program already, or is none of a NIC, is served by tc, and the agent says so by name.

@@ -1,11 +1,11 @@
-//! Who has shown that his address is his own, and how many ask at once.
+//! Which clients have shown that their address is their own, and how many ask at once.
 
 use crate::map_type;
 
 map_type! {
-    /// A client who has answered a challenge.
+    /// A connection whose client has answered a challenge.
     pub struct Verified {
-        /// When, in ticks.
+        /// When he has, in ticks.
         pub since: u32,
     }
 }

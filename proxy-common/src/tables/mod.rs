@@ -20,8 +20,8 @@
 //! | `exhausted_v4/6` | hash | backend number → flows that got no source port (`u64`) | datapath | agent |
 //! | `traffic` | array | service id → [`Traffic`] | datapath, agent | agent, command line |
 //! | `relays` | hash | index of a link with `portal_relay` that sends to others and takes from them → 1 (`u32`) | agent | datapath |
-//! | `verified_v4/6` | LRU hash | client's address → [`Verified`] | `portal_relay` | `portal_relay` |
-//! | `arrivals` | per-CPU array | 0 → [`Arrivals`] | `portal_relay` | `portal_relay` |
+//! | `verified_v4/6` | LRU hash | [`FlowKey`] → [`Verified`] | `portal_relay` | `portal_relay` |
+//! | `arrivals` | per-CPU array | 0 → [`Arrivals`] | `portal_relay` | datapath |
 //! | `tails` | program array | story → program | agent | datapath |
 //! | `fragments_v4/6` | LRU hash | [`FragmentKey`] → [`FragmentValue`] | datapath | datapath |
 //! | `peers_v4/6` | LRU hash | [`PeerKey`] → [`PeerValue`] | socket hooks | socket hooks, agent |

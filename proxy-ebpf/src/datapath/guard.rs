@@ -1,14 +1,17 @@
 //! Before the host stack: what tc would drop is dropped, and in a flood of new connections clients are asked to show that their
 //! address is their own before anything is kept of them.
 //!
-//! A SYN is answered by one that acknowledges a number that nobody has sent. Who did not ask ignores that, or is not there at
-//! all; who did resets by that very number (RFC 9293, 3.10.7.3), and then asks again: Linux within milliseconds, others
-//! when their timer says so. The number is a keyed hash of the four addresses and the time, so that until then there is nothing
-//! to be kept. Unlike behind a SYN cookie, the connection itself is the backend's from its first segment on (docs/decisions/0030).
+//! A SYN is answered by one that acknowledges a number that nobody has sent. Who asked resets by that very number (RFC 9293,
+//! 3.10.7.3), and asks again: Linux within milliseconds, others when their timer says so. Then this one connection is let in. Who
+//! is not there does not answer; who is there and did not ask resets too, and nobody asks again in his name but who forged it once
+//! before. The number is a keyed hash of addresses, ports and the time, so that until then there is nothing to be kept. Unlike behind a SYN
+//! cookie, the connection itself is the backend's from its first segment on (docs/decisions/0030).
 
 use bytemuck::Zeroable;
 use proxy_common::siphash::siphash;
-use proxy_common::tables::{FlowKey, ServiceKey, ServiceValue, Side, SourceRange, expired};
+use proxy_common::tables::{
+    Arrivals, FlowKey, Packet, ServiceKey, ServiceValue, Side, SourceRange, expired,
+};
 use proxy_common::{Address, Family, Outcome, proto};
 
 use super::choose::{self, Asker, Failure};
@@ -17,8 +20,8 @@ use crate::packet::{Frame, Plain, Wire, tcp};
 
 /// How long an answer may take is between one and two times so many ticks, as a power of two.
 const ROUND_TRIP: u32 = 2;
-/// For how many ticks a client who has answered is not asked again.
-const TRUST: u32 = 600;
+/// For how many ticks a connection is let in whose client has answered: until he asks again.
+const TRUST: u32 = 8;
 
 /// What becomes of a packet of no live flow that comes in by an uplink; `None` if it passes.
 #[inline(always)]
@@ -38,7 +41,7 @@ pub fn reject<F: Wire, P: Frame, T: Tables<F>>(
         verify(frame, tables, key)?
     } else if let Some(outcome) = refused(tables, &service, key) {
         outcome
-    } else if plain.is(proto::TCP) && is_flood(tables, limit, &key.src) {
+    } else if plain.is(proto::TCP) && is_flood(tables, limit, key) && !is_to_many(frame) {
         Outcome::Challenged
     } else {
         return None;
@@ -78,13 +81,30 @@ fn refused<F: Family, T: Tables<F>>(
 
 /// Whether more clients ask at once than are let in unasked, and this one has not answered yet.
 #[inline(always)]
-fn is_flood<F: Family, T: Tables<F>>(tables: &T, limit: u32, client: &F::Addr) -> bool {
+fn is_flood<F: Family, T: Tables<F>>(tables: &T, limit: u32, key: &FlowKey<F>) -> bool {
     if limit == 0 {
         return false;
     }
     let now = tables.now();
-    tables.arrivals(now) > limit
-        && tables.verified(client).is_none_or(|since| expired(since, TRUST, now))
+    tables.count_arrival(now) > limit
+        && tables.verified(key).is_none_or(|since| expired(since, TRUST, now))
+}
+
+/// Whether a frame is for many hosts, so that the answer would come from an address that is none.
+#[inline(always)]
+fn is_to_many<P: Frame>(frame: &P) -> bool {
+    frame.load::<[u8; 2]>(0).is_none_or(|[first, _]| first & 1 != 0)
+}
+
+/// At tc: whether a SYN comes in a flood and has a shape that is not looked at before the host stack, as forgers can give it.
+#[inline(always)]
+pub fn evades<F: Wire, P: Frame, T: Tables<F>>(frame: &mut P, tables: &T, packet: &Packet) -> bool {
+    let limit = tables.setting(|s| &s.guard.limit);
+    if limit == 0 || packet.proto != proto::TCP || !tcp::opens(packet.flags) {
+        return false;
+    }
+    let Arrivals { tick, count } = tables.arrivals();
+    tick == tables.now() && count > limit && F::plain(frame, Side::Ingress).is_none()
 }
 
 /// Whether there is a flow that the packet may belong to, in either direction: the second line's are known by the other.
@@ -111,7 +131,7 @@ fn verify<F: Wire, P: Frame, T: Tables<F>>(
     if number != challenge_number(tables, key, window.wrapping_sub((window ^ number) & 1)) {
         return None;
     }
-    tables.verify(&key.src, now);
+    tables.verify(key, now);
     Some(Outcome::Verified)
 }
 

@@ -36,8 +36,8 @@ pub mod story;
 
 use proxy_common::settings::Settings;
 use proxy_common::tables::{
-    AffinityKey, AffinityValue, Algorithm, Backend, Choice, EmbryoRecord, EmbryoValue, ExitKey,
-    FlowKey, FlowRecord, FlowValue, FragmentKey, FragmentValue, Kinds, PeerKey, PeerValue,
+    AffinityKey, AffinityValue, Algorithm, Arrivals, Backend, Choice, EmbryoRecord, EmbryoValue,
+    ExitKey, FlowKey, FlowRecord, FlowValue, FragmentKey, FragmentValue, Kinds, PeerKey, PeerValue,
     ServiceKey, ServiceValue, Side, SourceRange, Way, Work,
 };
 use proxy_common::{Family, Outcome, Port};
@@ -274,12 +274,14 @@ pub trait Tables<F: Family> {
     fn is_in_range(&self, key: &SourceRange<F>) -> bool;
     /// Whether an address is in the pods' range.
     fn is_pod(&self, address: &F::Addr) -> bool;
-    /// How many TCP flows have begun in this tick, this one among them, as this CPU has seen them.
-    fn arrivals(&self, now: u32) -> u32;
-    /// Since when a client's address is known to be its own.
-    fn verified(&self, client: &F::Addr) -> Option<u32>;
-    /// Notes that a client's address is its own.
-    fn verify(&self, client: &F::Addr, now: u32);
+    /// How many TCP flows have begun, as this CPU has seen them before the host stack.
+    fn arrivals(&self) -> Arrivals;
+    /// Counts one more. How many there are in this tick then.
+    fn count_arrival(&self, now: u32) -> u32;
+    /// When the client of a connection has answered a challenge.
+    fn verified(&self, key: &FlowKey<F>) -> Option<u32>;
+    /// Notes that he has.
+    fn verify(&self, key: &FlowKey<F>, now: u32);
     /// The node's address that takes the place of another one's which leaves by a link.
     fn exit(&self, key: &ExitKey<F>) -> Option<F::Addr>;
 

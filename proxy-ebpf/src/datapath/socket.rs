@@ -167,27 +167,45 @@ fn remember<F: Family, T: Tables<F>>(tables: &T, cookie: [u32; 2], asked: &Asked
     }
 }
 
+/// What a socket is shown an address for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Shown {
+    /// getpeername: what it is connected to.
+    Peer,
+    /// recvmsg: whom a datagram comes from.
+    Source,
+}
+
 /// recvmsg or getpeername: shows the VIP where the socket asked for one.
 #[inline(always)]
-pub fn restore<F: Family, S: Socket<F>, T: Tables<F>>(socket: &mut S, tables: &T) -> Outcome {
+pub fn restore<F: Family, S: Socket<F>, T: Tables<F>>(
+    socket: &mut S,
+    tables: &T,
+    shown: Shown,
+) -> Outcome {
     let (backend, port) = socket.address();
     if !tables.is_server(&backend, port) {
         return Outcome::NotService;
     }
-    if let Some(asked) = socket.asked()
-        && (asked.backend, asked.backend_port) == (backend, port)
-    {
-        socket.set_address(asked.vip, asked.port);
-        return Outcome::SocketRestored;
-    }
+    // A peer is what was connected to; a datagram's source may be what was asked since, by another VIP.
+    let kept =
+        socket.asked().filter(|asked| (asked.backend, asked.backend_port) == (backend, port));
+    let kept = kept.map(|asked| (asked.vip, asked.port));
+    let found = match (shown, kept) {
+        (Shown::Peer, Some(kept)) => Some(kept),
+        _ => noted(socket, tables).or(kept),
+    };
+    let Some((vip, port)) = found else { return Outcome::NotService };
+    socket.set_address(vip, port);
+    Outcome::SocketRestored
+}
+
+/// What is noted of a socket and the backend that it is shown.
+#[inline(always)]
+fn noted<F: Family, S: Socket<F>, T: Tables<F>>(socket: &S, tables: &T) -> Option<(F::Addr, Port)> {
+    let (backend, port) = socket.address();
     let key = PeerKey { cookie: halves(socket.cookie()), backend, port, pad: [0; 2] };
-    match tables.peer(&key) {
-        Some(PeerValue { vip, port, .. }) => {
-            socket.set_address(vip, port);
-            Outcome::SocketRestored
-        }
-        None => Outcome::NotService,
-    }
+    tables.peer(&key).map(|value| (value.vip, value.port))
 }
 
 #[inline(always)]

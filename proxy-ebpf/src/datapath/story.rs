@@ -15,8 +15,8 @@ use proxy_common::tables::{
 
 use super::choose::Failure;
 use super::{
-    Client, Leg, Next, Service, Story, Tables, Verdict, catch, direct, fast, leave, live, open,
-    pending, place, rewrite,
+    Client, Leg, Next, Service, Story, Tables, Verdict, catch, direct, fast, guard, leave, live,
+    open, pending, place, rewrite,
 };
 use crate::packet::{Frame, Wire, fragment_key, has_ports, parse, tcp};
 
@@ -107,7 +107,11 @@ fn decide<F: Wire>(work: &mut Work<F>, decision: Decision) -> Next {
 
 /// A flow that begins at ingress: its backend is chosen.
 #[inline(always)]
-pub fn arrive<F: Wire, P: Frame, T: Tables<F>>(frame: &P, tables: &T, work: &mut Work<F>) -> Next {
+pub fn arrive<F: Wire, P: Frame, T: Tables<F>>(
+    frame: &mut P,
+    tables: &T,
+    work: &mut Work<F>,
+) -> Next {
     let client = if work.from == Story::FromPod as u32 { Client::Pod } else { Client::Outside };
     let Work { key, other, memory, packet, .. } = work;
     let Some(mark) = tables.service(&ServiceKey::mark(key.dst)) else {
@@ -126,6 +130,9 @@ pub fn arrive<F: Wire, P: Frame, T: Tables<F>>(frame: &P, tables: &T, work: &mut
         return Outcome::NotService.into();
     }
     match open::open(frame, tables, packet, (key, other), memory, (&mark, client)) {
+        Ok(_) if client == Client::Outside && guard::evades(frame, tables, packet) => {
+            Outcome::Silent.into()
+        }
         Ok(opening) => ask(tables, work, opening),
         Err(Failure::NotService) if client == Client::Outside && returns(frame, &mark, key) => {
             Failure::Refused.into()

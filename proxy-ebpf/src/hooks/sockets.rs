@@ -11,7 +11,7 @@ use bytemuck::Zeroable;
 use proxy_common::tables::{Asked, FlowKey, Side};
 use proxy_common::{Addr4, Addr6, Family, Outcome, Port, V4, V6, proto};
 use proxy_ebpf::datapath::Tables;
-use proxy_ebpf::datapath::socket::{Act, Socket, restore, send};
+use proxy_ebpf::datapath::socket::{Act, Shown, Socket, restore, send};
 
 use super::host;
 use crate::counters;
@@ -42,13 +42,13 @@ hooks! {
     /// An IPv6 UDP socket sends to an address.
     portal_sendmsg6(sendmsg6): send6;
     /// An IPv4 UDP socket is told a datagram's source.
-    portal_recvmsg4(recvmsg4): restore4;
+    portal_recvmsg4(recvmsg4): source4;
     /// An IPv6 UDP socket is told a datagram's source.
-    portal_recvmsg6(recvmsg6): restore6;
+    portal_recvmsg6(recvmsg6): source6;
     /// An IPv4 socket asks for its peer.
-    portal_getpeer4(getpeername4): restore4;
+    portal_getpeer4(getpeername4): peer4;
     /// An IPv6 socket asks for its peer.
-    portal_getpeer6(getpeername6): restore6;
+    portal_getpeer6(getpeername6): peer6;
 }
 
 #[inline(always)]
@@ -81,16 +81,31 @@ fn sent6(ctx: *mut bpf_sock_addr, act: Act) -> i32 {
 }
 
 #[inline(always)]
-fn restore4(ctx: *mut bpf_sock_addr) -> i32 {
-    restored(restore(&mut Ipv4 { ctx }, &Tables4))
+fn source4(ctx: *mut bpf_sock_addr) -> i32 {
+    restored(restore(&mut Ipv4 { ctx }, &Tables4, Shown::Source))
 }
 
 #[inline(always)]
-fn restore6(ctx: *mut bpf_sock_addr) -> i32 {
+fn source6(ctx: *mut bpf_sock_addr) -> i32 {
+    restored6(ctx, Shown::Source)
+}
+
+#[inline(always)]
+fn peer4(ctx: *mut bpf_sock_addr) -> i32 {
+    restored(restore(&mut Ipv4 { ctx }, &Tables4, Shown::Peer))
+}
+
+#[inline(always)]
+fn peer6(ctx: *mut bpf_sock_addr) -> i32 {
+    restored6(ctx, Shown::Peer)
+}
+
+#[inline(always)]
+fn restored6(ctx: *mut bpf_sock_addr, shown: Shown) -> i32 {
     restored(if is_mapped(ctx) {
-        restore(&mut Mapped { ctx }, &Tables4)
+        restore(&mut Mapped { ctx }, &Tables4, shown)
     } else {
-        restore(&mut Ipv6 { ctx }, &Tables6)
+        restore(&mut Ipv6 { ctx }, &Tables6, shown)
     })
 }
 

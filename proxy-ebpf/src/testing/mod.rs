@@ -57,8 +57,8 @@ pub struct Host<F: Family> {
     pub pods: Option<(IpAddr, u8)>,
     /// How many TCP flows have begun, and in which tick.
     pub arrivals: Cell<Arrivals>,
-    /// Clients who have answered a challenge, and when.
-    pub verified: RefCell<BTreeMap<F::Addr, u32>>,
+    /// Connections whose clients have answered a challenge, and when.
+    pub verified: RefCell<BTreeMap<Vec<u8>, u32>>,
     /// The node's address on its link, for what is masqueraded there.
     pub exit: Option<IpAddr>,
     /// How many records the table of answered flows holds.

@@ -6,8 +6,8 @@ use std::net::IpAddr;
 use bytemuck::Pod;
 use proxy_common::settings::Settings;
 use proxy_common::tables::{
-    AffinityKey, AffinityValue, Backend, EmbryoRecord, EmbryoValue, ExitKey, FlowKey, FlowRecord,
-    FlowValue, FragmentKey, FragmentValue, Kind, Kinds, PeerKey, PeerValue, ServiceKey,
+    AffinityKey, AffinityValue, Arrivals, Backend, EmbryoRecord, EmbryoValue, ExitKey, FlowKey,
+    FlowRecord, FlowValue, FragmentKey, FragmentValue, Kind, Kinds, PeerKey, PeerValue, ServiceKey,
     SourceRange, Way,
 };
 use proxy_common::testing::{LINK, Records};
@@ -132,17 +132,21 @@ impl<F: HostFamily> Tables<F> for Host<F> {
         self.pods.is_some_and(|(range, bits)| is_within((*address).into(), range, bits))
     }
 
-    fn arrivals(&self, now: u32) -> u32 {
+    fn arrivals(&self) -> Arrivals {
+        self.arrivals.get()
+    }
+
+    fn count_arrival(&self, now: u32) -> u32 {
         self.arrivals.set(self.arrivals.get().one_more(now));
         self.arrivals.get().count
     }
 
-    fn verified(&self, client: &F::Addr) -> Option<u32> {
-        self.verified.borrow().get(client).copied()
+    fn verified(&self, key: &FlowKey<F>) -> Option<u32> {
+        self.verified.borrow().get(&bytes(key)).copied()
     }
 
-    fn verify(&self, client: &F::Addr, now: u32) {
-        self.verified.borrow_mut().insert(*client, now);
+    fn verify(&self, key: &FlowKey<F>, now: u32) {
+        self.verified.borrow_mut().insert(bytes(key), now);
     }
 
     fn exit(&self, key: &ExitKey<F>) -> Option<F::Addr> {

@@ -137,15 +137,19 @@ fn in_a_flood_who_answers_is_let_in<F: HostFamily>() {
     this.host.now.set(this.host.now.get() + 4);
     assert_eq!(this.at_xdp(&challenge.answered(this.client, this.vip)), Some(Outcome::Verified));
     assert_eq!(this.at_xdp(&this.segment(SYN)), None);
-    // For a while, from any port; and then no more.
-    let again = SocketAddr::new(this.client.ip(), 50_000);
-    let syn = Packet::tcp(Ingress, again, this.vip, SYN);
-    for (ticks, outcome) in [(0, None), (600, None), (1, Some(Outcome::Challenged))] {
+    // Another connection is asked again, and so is this one later.
+    let other = SocketAddr::new(this.client.ip(), 50_000);
+    let syn = Packet::tcp(Ingress, other, this.vip, SYN);
+    for _ in 0..LIMIT {
+        let _ = this.at_xdp(&syn);
+    }
+    assert_eq!(this.at_xdp(&syn), Some(Outcome::Challenged));
+    for (ticks, outcome) in [(8, None), (1, Some(Outcome::Challenged))] {
         this.host.now.set(this.host.now.get() + ticks);
         for _ in 0..LIMIT {
             let _ = this.at_xdp(&syn);
         }
-        assert_eq!(this.at_xdp(&syn), outcome);
+        assert_eq!(this.at_xdp(&this.segment(SYN)), outcome);
     }
 }
 
@@ -196,6 +200,37 @@ fn what_has_begun_is_not_challenged<F: HostFamily>() {
 #[test]
 fn what_has_begun_is_not_challenged_of_both_families() {
     over_both([what_has_begun_is_not_challenged::<V4>, what_has_begun_is_not_challenged::<V6>]);
+}
+
+/// In a shape that is not looked at before the host stack, and so can't be challenged.
+fn no_shape_evades<F: HostFamily>() {
+    let this = Door::<F>::flooded();
+    let syn = |port| {
+        let client = SocketAddr::new(this.client.ip(), port);
+        Packet::tcp(Ingress, client, this.vip, SYN)
+    };
+    let odd = |port| [syn(port).with_options(), Packet { hops: 1, ..syn(port + 100) }];
+    let at_tc = |packet: &Packet| this.host.see(Hook::Uplink, &packet.frame()).0;
+    assert_eq!(odd(1).map(|packet| at_tc(&packet)), [Outcome::Opened; 2], "as many as may");
+    this.challenge();
+    assert_eq!(odd(2).map(|packet| at_tc(&packet)), [Outcome::Silent; 2]);
+    assert_ne!(at_tc(&odd(1)[0]), Outcome::Silent, "sent again, of a flow that is known");
+    this.host.now.set(this.host.now.get() + 1);
+    assert_eq!(odd(3).map(|packet| at_tc(&packet)), [Outcome::Opened; 2], "the flood is over");
+}
+
+#[test]
+fn no_shape_evades_of_both_families() {
+    over_both([no_shape_evades::<V4>, no_shape_evades::<V6>]);
+}
+
+/// A frame for many hosts is answered by none of them.
+#[test]
+fn what_is_sent_to_many_is_not_challenged() {
+    let this = Door::<V4>::flooded();
+    let mut frame = this.segment(SYN).frame();
+    frame[0] |= 1;
+    assert_eq!(this.host.at_xdp(&frame), None);
 }
 
 /// Where the number happens to be the one that would be taken for an acknowledgement.

@@ -8,9 +8,9 @@ use std::thread;
 use proxy_common::settings::{Settings, ticks};
 use proxy_common::tables::Side::{Egress, Ingress};
 use proxy_common::tables::{
-    AffinityKey, AffinityValue, Algorithm, Backend, EmbryoRecord, EmbryoValue, ExitKey, FlowKey,
-    FlowRecord, FlowValue, FragmentKey, FragmentValue, Kinds, PeerKey, PeerValue, ServiceKey,
-    SourceRange, Way, Work,
+    AffinityKey, AffinityValue, Algorithm, Arrivals, Backend, EmbryoRecord, EmbryoValue, ExitKey,
+    FlowKey, FlowRecord, FlowValue, FragmentKey, FragmentValue, Kinds, PeerKey, PeerValue,
+    ServiceKey, SourceRange, Way, Work,
 };
 use proxy_common::testing::{Hook, NODE, Packet, Service, ends};
 use proxy_common::{Addr4, Outcome, Port, V4, proto};
@@ -143,9 +143,10 @@ impl Tables<V4> for Cpu<'_> {
         count_traffic(service: u32, packets: u32, bytes: u32);
         next_port(destination: u32) -> u32;
         exhausted(backend: u32);
-        arrivals(now: u32) -> u32;
-        verified(client: &Addr4) -> Option<u32>;
-        verify(client: &Addr4, now: u32);
+        arrivals() -> Arrivals;
+        count_arrival(now: u32) -> u32;
+        verified(key: &FlowKey<V4>) -> Option<u32>;
+        verify(key: &FlowKey<V4>, now: u32);
         fragment(key: &FragmentKey<V4>) -> Option<FragmentValue>;
         remember_fragment(key: &FragmentKey<V4>, value: FragmentValue);
         peer(key: &PeerKey<V4>) -> Option<PeerValue<V4>>;

@@ -7,7 +7,7 @@ use proxy_common::settings::Settings;
 use proxy_common::tables::{Algorithm, ServiceValue, Side};
 use proxy_common::testing::{Hook, NODE, Packet, Service};
 use proxy_common::{Outcome, V4, V6, proto};
-use proxy_ebpf::datapath::socket::{Act, restore, send};
+use proxy_ebpf::datapath::socket::{Act, Shown, restore, send};
 use proxy_ebpf::testing::{Call, Host, HostFamily};
 
 fn ends(v6: bool) -> [SocketAddr; 4] {
@@ -35,15 +35,18 @@ fn a_socket_is_led_to_a_backend_and_shown_the_vip<F: HostFamily>(
         assert_eq!(again.to(), call.to());
         // Another socket that speaks to the pod itself is not told of the VIP.
         let mut stranger = Call { cookie: cookie + 1000, ..call.clone() };
-        assert_eq!(restore(&mut stranger, &host), Outcome::NotService);
-        assert_eq!(restore(&mut call, &host), Outcome::SocketRestored);
+        assert_eq!(restore(&mut stranger, &host, Shown::Source), Outcome::NotService);
+        assert_eq!(restore(&mut call, &host, Shown::Source), Outcome::SocketRestored);
         assert_eq!(call.to(), vip);
         // What is sent to the backend by a socket that was led there changes nothing; but if it connects there.
         let backend = again.to();
         send(&mut again.clone(), &host, Act::Send);
-        assert_eq!(restore(&mut again.clone(), &host), Outcome::SocketRestored);
+        assert_eq!(restore(&mut again.clone(), &host, Shown::Source), Outcome::SocketRestored);
         send(&mut again, &host, Act::Connect);
-        assert_eq!((restore(&mut again, &host), again.to()), (Outcome::NotService, backend));
+        assert_eq!(
+            (restore(&mut again, &host, Shown::Source), again.to()),
+            (Outcome::NotService, backend)
+        );
     }
     assert_eq!(reached, [one, two].into());
     let mut direct = Call::<F>::new(other, 1);
@@ -66,11 +69,32 @@ fn what_a_socket_asked_for_is_noted_once<F: HostFamily>([vip, one, ..]: [SocketA
         }
         assert_eq!(u64::from(host.noted.get()), noted, "{protocol}, {act:?}");
         assert_eq!(call.asked.is_some(), act == Act::Connect);
-        assert_eq!((restore(&mut call, &host), call.to()), (Outcome::SocketRestored, vip));
+        for shown in [Shown::Source, Shown::Peer] {
+            call.address = Call::<F>::new(one, 0).address;
+            assert_eq!(restore(&mut call, &host, shown), Outcome::SocketRestored);
+            assert_eq!(call.to(), vip);
+        }
         // It connects to the endpoint itself.
         call.address = Call::<F>::new(one, 0).address;
         assert_eq!(send(&mut call, &host, Act::Connect), Outcome::NotService);
-        assert_eq!((restore(&mut call, &host), call.to()), (Outcome::NotService, one));
+        for shown in [Shown::Source, Shown::Peer] {
+            assert_eq!((restore(&mut call, &host, shown), call.to()), (Outcome::NotService, one));
+        }
+    }
+}
+
+/// One that was connected, and then sends to another VIP of the same pod, hears from that one.
+fn a_datagrams_source_is_what_was_asked_last<F: HostFamily>([vip, one, _, other]: [SocketAddr; 4]) {
+    let mut host = Host::<F>::new();
+    host.serve(&[vip, other].map(|vip| Service::new(vip, proto::UDP, &[one])));
+    let mut call = Call::<F>::new(vip, 1);
+    send(&mut call, &host, Act::Connect);
+    call.address = Call::<F>::new(other, 0).address;
+    send(&mut call, &host, Act::Send);
+    for (shown, expected) in [(Shown::Source, other), (Shown::Peer, vip)] {
+        call.address = Call::<F>::new(one, 0).address;
+        assert_eq!(restore(&mut call, &host, shown), Outcome::SocketRestored);
+        assert_eq!(call.to(), expected, "{shown:?}");
     }
 }
 
@@ -172,6 +196,8 @@ fn both_families() {
     a_socket_is_led_to_a_backend_and_shown_the_vip::<V6>(ends(true));
     what_a_socket_asked_for_is_noted_once::<V4>(ends(false));
     what_a_socket_asked_for_is_noted_once::<V6>(ends(true));
+    a_datagrams_source_is_what_was_asked_last::<V4>(ends(false));
+    a_datagrams_source_is_what_was_asked_last::<V6>(ends(true));
     what_nobody_serves_is_refused::<V4>(ends(false));
     what_nobody_serves_is_refused::<V6>(ends(true));
     only_sockets_of_the_wanted_namespace_are_led::<V4>(ends(false));

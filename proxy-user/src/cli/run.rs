@@ -108,8 +108,9 @@ pub struct Args {
     xdp: XdpMode,
 
     /// Against floods of new connections, on uplinks with XDP: above how many of them a second, as one CPU sees them, clients are
-    /// asked to show that their address is their own before anything is kept of them; 0: never
-    #[arg(long, value_name = "NUMBER", default_value_t = 100_000)]
+    /// asked to show that their address is their own before anything is kept of them; 0: never. Clients behind a firewall that
+    /// follows connections can't show it, and are not served while the flood lasts
+    #[arg(long, value_name = "NUMBER", default_value_t = 0)]
     syn_guard: u32,
 
     /// Whether flows from outside to pods elsewhere may take a short cut past the host stack, where that would do nothing but

@@ -40,7 +40,7 @@ macro_rules! family {
             shape::<u32, u32>(concat!("loads_", $suffix)),
             shape::<ExitKey<$family>, Exit<$family>>(concat!("exits_", $suffix)),
             shape::<u32, u64>(concat!("exhausted_", $suffix)),
-            shape::<<$family as Family>::Addr, Verified>(concat!("verified_", $suffix)),
+            shape::<FlowKey<$family>, Verified>(concat!("verified_", $suffix)),
         ]
     };
 }

@@ -150,7 +150,7 @@ impl Sizes {
         // Elements of both families, with the kernel's header of 48 bytes, and 16 for each bucket.
         let lru = bytes(embryos, 120 + 168 + 2 * 16)
             + bytes(others, 80 + 96 + 72 + 104 + 4 * 16)
-            + bytes(others / 4, 64 + 72 + 2 * 16);
+            + bytes(others / 4, 72 + 96 + 2 * 16);
         let buckets = bytes(flows, 2 * 16) + bytes(tables.services, 3 * 16);
         (arrays + lru + buckets) / 1_000_000
     }
@@ -171,6 +171,8 @@ pub struct Datapath {
     options: Options,
     maps: PathBuf,
     max_flows: usize,
+    /// How many SYNs had been challenged a second ago.
+    challenged_before: u64,
     /// When the last sweep began, in ticks.
     swept_at: u32,
     /// Held while this agent runs.
@@ -201,7 +203,7 @@ impl Datapath {
         let mut links = PinnedLinks::new(links_folder(&options.bpffs_root))?;
         let mut writer = Writer::open(&maps)?;
         let wishes = Wishes::open(&maps)?;
-        let relays = Relays::open(options.xdp, &maps)?;
+        let relays = Relays::open(options.xdp, options.syn_guard != 0, &maps)?;
         let tc = tc::resolve(options.tc, &options.bpffs_root, &ebpf)?;
         let tails = Tails::install(&mut ebpf, &links_folder(&options.bpffs_root))?;
         let planner = recover(&mut writer)?;
@@ -229,6 +231,7 @@ impl Datapath {
                 options,
                 maps,
                 max_flows,
+                challenged_before: 0,
                 swept_at: 0,
                 _lock: lock,
             },
@@ -336,7 +339,19 @@ impl Datapath {
 
     /// Looks after the links with XDP; to be called each second.
     pub fn watch_relays(&mut self) {
-        self.relays.watch(&mut self.links);
+        let challenged = self.challenged();
+        let is_flooded = challenged != self.challenged_before;
+        self.challenged_before = challenged;
+        self.relays.watch(&mut self.links, is_flooded);
+    }
+
+    /// How many SYNs were answered by a challenge.
+    fn challenged(&self) -> u64 {
+        if self.options.syn_guard == 0 {
+            return 0;
+        }
+        let outcomes = read::outcomes(&self.options.bpffs_root).unwrap_or_default();
+        outcomes.get(&Outcome::Challenged).copied().unwrap_or_default()
     }
 
     /// How many uplinks have XDP, and how many were to have it and are left to tc.

@@ -46,6 +46,8 @@ pub fn is_relay(program: &str) -> bool {
 /// The links with XDP.
 pub struct Relays {
     mode: XdpMode,
+    /// Whether it is to hold off floods, too.
+    guards: bool,
     map: HashMap<MapData, u32, u32>,
     /// Uplinks that are left to tc, by index, and why.
     left: BTreeMap<u32, String>,
@@ -76,9 +78,10 @@ impl Drops {
 
 impl Relays {
     /// Opens the map of those that an earlier agent has attached to.
-    pub fn open(mode: XdpMode, maps: &Path) -> Result<Self> {
+    pub fn open(mode: XdpMode, guards: bool, maps: &Path) -> Result<Self> {
         Ok(Self {
             mode,
+            guards,
             map: HashMap::try_from(Map::HashMap(open(maps, "relays")?))?,
             left: BTreeMap::new(),
             drops: BTreeMap::new(),
@@ -113,11 +116,12 @@ impl Relays {
 
     /// Leaves to tc what drops what XDP sends by it, for good: a driver may say that it has XDP and not send, as a veth link whose other
     /// end does not take part.
-    pub fn watch(&mut self, pins: &mut PinnedLinks) {
+    /// Not what is lost in a flood, when challenges are more than any link takes.
+    pub fn watch(&mut self, pins: &mut PinnedLinks, is_flooded: bool) {
         let mut fresh = Vec::new();
         for (ifindex, drops) in self.drops.iter_mut().filter(|(_, drops)| !drops.are_too_many()) {
             let Ok(Some(count)) = dropped_by(*ifindex) else { continue };
-            *drops = drops.seen(count);
+            *drops = if is_flooded { Drops { count, ..*drops } } else { drops.seen(count) };
             fresh.extend(drops.are_too_many().then_some(*ifindex));
         }
         for ifindex in fresh {
@@ -139,7 +143,8 @@ impl Relays {
     fn leave(&mut self, ifindex: u32, left: &Left) {
         let name = nix::net::if_::if_indextoname(ifindex);
         let name = name.map_or_else(|_| ifindex.to_string(), |n| n.to_string_lossy().into_owned());
-        let text = format!("link {name} is served by tc and not by XDP: {left}");
+        let lacks = if self.guards { ", without --syn-guard" } else { "" };
+        let text = format!("link {name} is served by tc and not by XDP{lacks}: {left}");
         if self.left.get(&ifindex) != Some(&text) {
             tracing::info!("{text}");
         }
