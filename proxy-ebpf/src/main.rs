@@ -19,6 +19,8 @@ mod hooks;
 #[cfg(any(target_arch = "bpf", feature = "lint"))]
 mod maps;
 #[cfg(any(target_arch = "bpf", feature = "lint"))]
+mod shared;
+#[cfg(any(target_arch = "bpf", feature = "lint"))]
 mod tails;
 #[cfg(target_arch = "bpf")]
 mod terms;

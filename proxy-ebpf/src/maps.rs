@@ -1,38 +1,28 @@
-//! The maps, and the datapath's [`Tables`] over them. The only statics of the datapath.
+//! The maps of each family, and the datapath's [`Tables`] over them and those of [`shared`].
 //!
 //! Names and layouts are the contract of `proxy_common::tables`; sizes are defaults that the agent
 //! may override when it loads the object.
 
 use core::ptr::NonNull;
 
-use aya_ebpf::Global;
-use aya_ebpf::bindings::{
-    BPF_ANY, BPF_EXIST, BPF_F_MMAPABLE, BPF_F_NO_PREALLOC, BPF_NOEXIST, BPF_RB_NO_WAKEUP,
-};
-use aya_ebpf::btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, RingBuf, SkStorage};
-use aya_ebpf::helpers::{
-    bpf_get_prandom_u32, bpf_get_smp_processor_id, bpf_jiffies64, bpf_ktime_get_ns,
-};
+use aya_ebpf::bindings::{BPF_ANY, BPF_EXIST, BPF_NOEXIST};
+use aya_ebpf::btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, SkStorage};
 use aya_ebpf::macros::btf_map;
 use aya_ebpf::maps::lpm_trie::Key;
 use aya_ebpf::programs::SockAddrContext;
-use proxy_common::settings::{Settings, TICK_SHIFT};
+use proxy_common::settings::Settings;
 use proxy_common::tables::{
-    AffinityKey, AffinityValue, Arrivals, Asked, Backend, Config, EmbryoRecord, EmbryoValue, Exit,
+    AffinityKey, AffinityValue, Arrivals, Asked, Backend, EmbryoRecord, EmbryoValue, Exit,
     ExitData, ExitKey, FlowKey, FlowRecord, FlowValue, FragmentKey, FragmentValue, Interest, Kind,
-    Kinds, Name, PeerKey, PeerValue, Ports, RangeData, ServiceKey, ServiceValue, Slots,
-    SourceRange, Spot, Traffic, Verified, Way, Work,
+    Kinds, PeerKey, PeerValue, RangeData, ServiceKey, ServiceValue, SourceRange, Spot, Verified,
+    Way, Work,
 };
 use proxy_common::{Family, Outcome, Port, V4, V6};
 use proxy_ebpf::datapath::{Refused, Service, Tables};
 
-use crate::counters::{add, bump, count};
+use crate::counters::{bump, count};
+use crate::shared::{self, MAPPED, ON_DEMAND, SERVICES};
 
-const ON_DEMAND: usize = BPF_F_NO_PREALLOC as usize;
-const MAPPED: usize = BPF_F_MMAPABLE as usize;
-
-const SERVICES: usize = 131_072;
-const SLOTS: usize = 4_194_304;
 const BACKENDS: usize = 327_680;
 const WAYS: usize = 16_384;
 const FLOWS: usize = 524_288;
@@ -42,46 +32,8 @@ const PEERS: usize = 65_536;
 const AFFINITIES: usize = 65_536;
 const RANGES: usize = 65_536;
 const EXITS: usize = 4_096;
-/// Uplinks with XDP.
-const LINKS: usize = 256;
 const CLIENTS: usize = 65_536;
-const PORT_TURNS: usize = 4_096;
 const EXHAUSTED: usize = 1_024;
-/// In bytes: some thousand wishes between two looks of the agent, which is a second.
-const WISHES_SIZE: usize = 1 << 17;
-
-/// The agent's settings, frozen at load.
-#[unsafe(no_mangle)]
-static SETTINGS: Global<Settings> = Global::new(Settings::DEFAULT);
-
-#[btf_map(name = "config")]
-static CONFIG: Array<Config, 1> = Array::new();
-#[btf_map(name = "names")]
-static NAMES: HashMap<u32, Name, SERVICES, ON_DEMAND> = HashMap::new();
-#[btf_map(name = "slots")]
-static SLOT_NUMBERS: Array<Slots, { SLOTS / 2 }, MAPPED> = Array::new();
-
-#[btf_map(name = "turns")]
-static TURNS: Array<u32, SERVICES> = Array::new();
-#[btf_map(name = "ports")]
-static PORTS: Array<Ports, { Ports::COUNT }, MAPPED> = Array::new();
-#[btf_map(name = "port_turns")]
-static PORT_TURN: PerCpuArray<u32, PORT_TURNS> = PerCpuArray::new();
-#[btf_map(name = "traffic")]
-static TRAFFIC: Array<Traffic, SERVICES, MAPPED> = Array::new();
-/// Keys of both families: their lengths tell them apart.
-#[btf_map(name = "wishes")]
-static WISHES: RingBuf<u64, WISHES_SIZE> = RingBuf::new();
-#[btf_map(name = "relays")]
-static RELAYS: HashMap<u32, u32, LINKS, ON_DEMAND> = HashMap::new();
-#[btf_map(name = "arrivals")]
-static ARRIVALS: PerCpuArray<Arrivals, 1> = PerCpuArray::new();
-
-/// Whether a link takes part in sending from link to link before the host stack.
-#[inline(always)]
-pub fn relays(link: u32) -> bool {
-    RELAYS.get_ptr(link).is_some()
-}
 
 /// What one family needs of the kernel's maps.
 macro_rules! tables {
@@ -173,35 +125,22 @@ macro_rules! tables {
         impl Tables<$family> for $tables {
             #[inline(always)]
             fn setting<T: Copy>(&self, field: impl Fn(&Settings) -> &T) -> T {
-                let settings = (&raw const SETTINGS).cast::<Settings>();
-                // SAFETY: `Global` is a transparent wrapper, and the loader filled it with a value of
-                // this Pod type. Volatile, or the compiler would fold the initial value.
-                unsafe { core::ptr::from_ref(field(&*settings)).read_volatile() }
+                shared::setting(field)
             }
 
             #[inline(always)]
             fn now(&self) -> u32 {
-                let clock = Tables::<$family>::setting(self, |s| &s.clock);
-                let time = if clock.jiffy != 0 {
-                    // SAFETY: the helper only reads a counter.
-                    clock.time(unsafe { bpf_jiffies64() })
-                } else {
-                    // SAFETY: the helper only reads a clock.
-                    unsafe { bpf_ktime_get_ns() }
-                };
-                (time >> TICK_SHIFT) as u32
+                shared::now()
             }
 
             #[inline(always)]
             fn microseconds(&self) -> u32 {
-                // SAFETY: the helper only reads a clock.
-                (unsafe { bpf_ktime_get_ns() } / 1_000) as u32
+                shared::microseconds()
             }
 
             #[inline(always)]
             fn random(&self) -> u32 {
-                // SAFETY: the helper only makes a number.
-                unsafe { bpf_get_prandom_u32() }
+                shared::random()
             }
 
             #[inline(always)]
@@ -236,8 +175,7 @@ macro_rules! tables {
 
             #[inline(always)]
             fn slot(&self, index: u32) -> Option<u32> {
-                let [even, odd] = SLOT_NUMBERS.get(index / 2)?.numbers;
-                Some(if index % 2 == 0 { even } else { odd })
+                shared::slot(index)
             }
 
             #[inline(always)]
@@ -266,22 +204,12 @@ macro_rules! tables {
 
             #[inline(always)]
             fn take_port(&self, port: Port) {
-                let (element, half) = Ports::place(port);
-                if let Some(ports) = PORTS.get_ptr_mut(element) {
-                    // SAFETY: all that is ever written there is the same word. Other CPUs read it: it is written once.
-                    unsafe {
-                        let taken = &raw mut (*ports).taken[half];
-                        if taken.read_volatile() == 0 {
-                            taken.write_volatile(1);
-                        }
-                    }
-                }
+                shared::take_port(port)
             }
 
             #[inline(always)]
             fn is_port(&self, port: Port) -> bool {
-                let (element, half) = Ports::place(port);
-                PORTS.get(element).is_some_and(|ports| ports.taken[half] | ports.served[half] != 0)
+                shared::is_port(port)
             }
 
             #[inline(always)]
@@ -299,9 +227,7 @@ macro_rules! tables {
 
             #[inline(always)]
             fn turn(&self, service: u32) -> u32 {
-                TURNS
-                    .get_ptr_mut(service)
-                    .map_or(0, |turns| bump(turns, |turn| turn.wrapping_add(1)))
+                shared::turn(service)
             }
 
             #[inline(always)]
@@ -332,17 +258,12 @@ macro_rules! tables {
 
             #[inline(always)]
             fn arrivals(&self) -> Arrivals {
-                ARRIVALS.get(0).copied().unwrap_or(Arrivals { tick: 0, count: 0 })
+                shared::arrivals()
             }
 
             #[inline(always)]
             fn count_arrival(&self, now: u32) -> u32 {
-                let Some(arrivals) = ARRIVALS.get_ptr_mut(0) else { return 0 };
-                // SAFETY: the element is this CPU's own, where programs at XDP run one after the other.
-                unsafe {
-                    *arrivals = (*arrivals).one_more(now);
-                    (*arrivals).count
-                }
+                shared::count_arrival(now)
             }
 
             #[inline(always)]
@@ -394,8 +315,7 @@ macro_rules! tables {
 
             #[inline(always)]
             fn wish(&self, key: &FlowKey<$family>) {
-                // One that finds no room is made again later. The agent looks by itself: it need not be woken.
-                let _ = WISHES.output_untyped::<FlowKey<$family>>(key, u64::from(BPF_RB_NO_WAKEUP));
+                shared::wish(key);
             }
 
             #[inline(always)]
@@ -424,24 +344,12 @@ macro_rules! tables {
 
             #[inline(always)]
             fn count_traffic(&self, service: u32, packets: u32, bytes: u32) {
-                if let Some(traffic) = TRAFFIC.get_ptr_mut(service) {
-                    // SAFETY: both are within an element of an array map, which is never freed.
-                    unsafe {
-                        add(&raw mut (*traffic).packets, packets.into());
-                        add(&raw mut (*traffic).bytes, bytes.into());
-                    }
-                }
+                shared::count_traffic(service, packets, bytes)
             }
 
             #[inline(always)]
             fn next_port(&self, destination: u32) -> u32 {
-                // Every CPU has turns of its own: two at once would look at the same place.
-                let turn = PORT_TURN
-                    .get_ptr_mut(destination % PORT_TURNS as u32)
-                    .map_or(0, |turns| bump(turns, |turn| turn.wrapping_add(1)));
-                // SAFETY: the helper has no preconditions.
-                let cpu = unsafe { bpf_get_smp_processor_id() };
-                turn.wrapping_mul(self.setting(|s| &s.cpus)).wrapping_add(cpu)
+                shared::next_port(destination)
             }
 
             #[inline(always)]

@@ -12,6 +12,7 @@ use std::time::Duration;
 use aya::maps::{HashMap, Map, MapData};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use portal::testing::cluster::{Cluster, VIPS};
+use portal::testing::forged::Forger;
 use portal::testing::namespace::Namespace;
 use portal::testing::neighbour::{Conduct, Neighbour, Order};
 use portal::testing::objects::{self, NODE_PORT, Port, node_ports};
@@ -23,7 +24,6 @@ use portal::testing::{eventually, within};
 use proxy_common::V4;
 use proxy_common::tables::{EmbryoValue, FlowKey, FlowValue, Side};
 use proxy_common::testing::Packet;
-use socket2::{Domain, Protocol, Socket, Type};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 const HELD: usize = 5_000;
@@ -223,40 +223,22 @@ impl Held {
     }
 }
 
-/// A socket that sends IPv4 packets with any source.
-fn raw(namespace: &Namespace) -> Socket {
-    namespace.run(|| {
-        let socket = Socket::new(Domain::IPV4, Type::RAW, Some(Protocol::from(libc::IPPROTO_RAW)));
-        socket.expect("raw sockets need root")
-    })
-}
-
-fn send(socket: &Socket, packet: &Packet) {
-    let to = SocketAddr::new(packet.dst.ip(), 0);
-    while let Err(error) = socket.send_to(&packet.frame()[14..], &to.into()) {
-        assert_eq!(error.raw_os_error(), Some(libc::ENOBUFS), "{error}");
-    }
-}
-
 /// SYNs of clients that there are not, each sent twice.
 fn flood_of_syns(from: &Namespace, to: SocketAddr) {
-    let socket = raw(from);
+    let forger = Forger::new(from);
     for number in 0..SYNS {
-        let [_, a, b, c] = number.to_be_bytes();
-        let source = SocketAddr::from(([198, 18 + a, b, c], 40_000));
-        let syn = Packet::tcp(Side::Ingress, source, to, 2);
-        send(&socket, &syn);
-        send(&socket, &syn);
+        forger.syn(number, to);
+        forger.syn(number, to);
     }
 }
 
 /// Questions of one datagram, each from a port of its own, which are answered.
 fn flood_of_datagrams(from: &Pod, to: SocketAddr) {
-    let socket = raw(&from.namespace);
+    let forger = Forger::new(&from.namespace);
     for number in 0..DATAGRAMS {
         let port = u16::try_from(1024 + number % 64_000).unwrap();
         let source = SocketAddr::new(from.v4.into(), port);
-        send(&socket, &Packet::udp(Side::Ingress, source, to).with_payload(b"?"));
+        forger.send(&Packet::udp(Side::Ingress, source, to).with_payload(b"?"));
     }
 }
 

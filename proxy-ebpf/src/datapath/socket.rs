@@ -73,12 +73,7 @@ pub fn send<F: Family, S: Socket<F>, T: Tables<F>>(
         return Outcome::NotService;
     }
     let Some(mark) = tables.service(&ServiceKey::mark(address)) else {
-        // Not when it sends: the kernel does so with the endpoint's address for a connected IPv6 socket that was led to an
-        // IPv4 one.
-        if act == Act::Connect && tables.is_server(&address, port) {
-            forget(socket, tables);
-        }
-        return Outcome::NotService;
+        return pass(socket, tables, act);
     };
     // Every namespace has a loopback of its own.
     if mark.has(ServiceValue::LOOPBACK) && !is_node {
@@ -86,7 +81,8 @@ pub fn send<F: Family, S: Socket<F>, T: Tables<F>>(
     }
     let service = match choose::frontend(tables, &mark, address, port, socket.protocol()) {
         Ok(service) => service,
-        Err(Failure::NotService) => return Outcome::NotService,
+        // An endpoint may be at the node's own address.
+        Err(Failure::NotService) => return pass(socket, tables, act),
         // A server's answer, to the VIP that stands in for its client.
         Err(_)
             if act == Act::Send && catch::stands_in(tables, (address, port), socket.protocol()) =>
@@ -105,7 +101,18 @@ pub fn send<F: Family, S: Socket<F>, T: Tables<F>>(
     }
 }
 
-/// The socket connects to an endpoint by its own address: what comes from there is not the answer to what it asked by a VIP before.
+/// The address is no Service's. Who connects to an endpoint by its own address is not shown a VIP for it any more. Not who sends: the
+/// kernel does so with the endpoint's address for a connected IPv6 socket that was led to an IPv4 one.
+#[inline(always)]
+fn pass<F: Family, S: Socket<F>, T: Tables<F>>(socket: &mut S, tables: &T, act: Act) -> Outcome {
+    let (address, port) = socket.address();
+    if act == Act::Connect && tables.is_server(&address, port) {
+        forget(socket, tables);
+    }
+    Outcome::NotService
+}
+
+/// What comes from the endpoint that the socket is about to connect to is not the answer to what it asked by a VIP before.
 #[inline(always)]
 fn forget<F: Family, S: Socket<F>, T: Tables<F>>(socket: &mut S, tables: &T) {
     let (backend, port) = socket.address();

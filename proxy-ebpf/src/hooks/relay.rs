@@ -14,7 +14,8 @@ use super::host;
 use super::raw::Raw;
 use super::traffic::gateway;
 use crate::counters;
-use crate::maps::{self, Tables4, Tables6};
+use crate::maps::{Tables4, Tables6};
+use crate::shared::relays;
 
 /// Packets of flows that take a short cut, on their way from uplink to uplink, and those that are not let in.
 #[xdp]
@@ -54,7 +55,7 @@ fn lead<F: Family, T: Tables<F>>(
     (from, to): (&F::Addr, &F::Addr),
 ) -> Option<Neighbours> {
     let own = frame.link();
-    if leg.link != own && !(maps::relays(own) && maps::relays(leg.link)) {
+    if leg.link != own && !(relays(own) && relays(leg.link)) {
         return None;
     }
     let hop = if leg.way == 0 { F::Addr::zeroed() } else { gateway(tables, leg.way) };

@@ -54,8 +54,13 @@ fn a_socket_is_led_to_a_backend_and_shown_the_vip<F: HostFamily>(
     assert_eq!(direct.to(), other);
 }
 
-/// A connection's socket has that with it; a table has what others asked for, each once.
+/// A connection's socket has that with it; a table has what others asked for, each once. The endpoint may be at the node's own address.
 fn what_a_socket_asked_for_is_noted_once<F: HostFamily>([vip, one, ..]: [SocketAddr; 4]) {
+    let of_node = SocketAddr::new(NODE[usize::from(vip.is_ipv6())], one.port());
+    [one, of_node].into_iter().for_each(|endpoint| is_noted_once::<F>(vip, endpoint));
+}
+
+fn is_noted_once<F: HostFamily>(vip: SocketAddr, one: SocketAddr) {
     let mut host = Host::<F>::new();
     host.serve(&[proto::TCP, proto::UDP].map(|number| Service::new(vip, number, &[one])));
     for (protocol, act, noted) in

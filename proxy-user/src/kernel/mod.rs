@@ -171,8 +171,6 @@ pub struct Datapath {
     options: Options,
     maps: PathBuf,
     max_flows: usize,
-    /// How many SYNs had been challenged a second ago.
-    challenged_before: u64,
     /// When the last sweep began, in ticks.
     swept_at: u32,
     /// Held while this agent runs.
@@ -231,7 +229,6 @@ impl Datapath {
                 options,
                 maps,
                 max_flows,
-                challenged_before: 0,
                 swept_at: 0,
                 _lock: lock,
             },
@@ -339,19 +336,7 @@ impl Datapath {
 
     /// Looks after the links with XDP; to be called each second.
     pub fn watch_relays(&mut self) {
-        let challenged = self.challenged();
-        let is_flooded = challenged != self.challenged_before;
-        self.challenged_before = challenged;
-        self.relays.watch(&mut self.links, is_flooded);
-    }
-
-    /// How many SYNs were answered by a challenge.
-    fn challenged(&self) -> u64 {
-        if self.options.syn_guard == 0 {
-            return 0;
-        }
-        let outcomes = read::outcomes(&self.options.bpffs_root).unwrap_or_default();
-        outcomes.get(&Outcome::Challenged).copied().unwrap_or_default()
+        self.relays.watch(&mut self.links, &self.options.bpffs_root);
     }
 
     /// How many uplinks have XDP, and how many were to have it and are left to tc.

@@ -9,6 +9,7 @@ use anyhow::{Context, Result};
 use aya::Ebpf;
 use aya::maps::{HashMap, Map, MapData};
 use aya::programs::Xdp;
+use proxy_common::Outcome;
 use rtnetlink::packet_core::{NLM_F_ACK, NLM_F_DUMP};
 use rtnetlink::packet_route::RouteNetlinkMessage;
 use rtnetlink::packet_route::link::{InfoKind, LinkAttribute, LinkInfo, LinkMessage};
@@ -17,6 +18,7 @@ use rtnetlink::sys::protocols::NETLINK_ROUTE;
 use super::ask::Asker;
 use super::links::PinnedLinks;
 use super::load::shortened;
+use super::read;
 use super::sys::{AttachPoint, Manner};
 use super::writer::open;
 
@@ -48,6 +50,8 @@ pub struct Relays {
     mode: XdpMode,
     /// Whether it is to hold off floods, too.
     guards: bool,
+    /// How many SYNs had been challenged at the last look.
+    challenged: u64,
     map: HashMap<MapData, u32, u32>,
     /// Uplinks that are left to tc, by index, and why.
     left: BTreeMap<u32, String>,
@@ -65,8 +69,11 @@ struct Drops {
 }
 
 impl Drops {
-    /// With one look more.
-    const fn seen(self, count: u64) -> Self {
+    /// With one look more. In a flood it tells nothing: there are more challenges than any link takes.
+    const fn seen(self, count: u64, is_flooded: bool) -> Self {
+        if is_flooded {
+            return Self { count, ..self };
+        }
         Self { count, rises: self.rises << 1 | (count > self.count) as u32 }
     }
 
@@ -82,6 +89,7 @@ impl Relays {
         Ok(Self {
             mode,
             guards,
+            challenged: 0,
             map: HashMap::try_from(Map::HashMap(open(maps, "relays")?))?,
             left: BTreeMap::new(),
             drops: BTreeMap::new(),
@@ -116,18 +124,28 @@ impl Relays {
 
     /// Leaves to tc what drops what XDP sends by it, for good: a driver may say that it has XDP and not send, as a veth link whose other
     /// end does not take part.
-    /// Not what is lost in a flood, when challenges are more than any link takes.
-    pub fn watch(&mut self, pins: &mut PinnedLinks, is_flooded: bool) {
+    pub fn watch(&mut self, pins: &mut PinnedLinks, root: &Path) {
+        let is_flooded = self.is_flooded(root);
         let mut fresh = Vec::new();
         for (ifindex, drops) in self.drops.iter_mut().filter(|(_, drops)| !drops.are_too_many()) {
             let Ok(Some(count)) = dropped_by(*ifindex) else { continue };
-            *drops = if is_flooded { Drops { count, ..*drops } } else { drops.seen(count) };
+            *drops = drops.seen(count, is_flooded);
             fresh.extend(drops.are_too_many().then_some(*ifindex));
         }
         for ifindex in fresh {
             self.take_off(pins, ifindex);
             self.leave(ifindex, &Left::Drops);
         }
+    }
+
+    /// Whether clients were challenged since the last look. `root` is the folder of all pins.
+    fn is_flooded(&mut self, root: &Path) -> bool {
+        if !self.guards {
+            return false;
+        }
+        let outcomes = read::outcomes(root).unwrap_or_default();
+        let challenged = outcomes.get(&Outcome::Challenged).copied().unwrap_or_default();
+        std::mem::replace(&mut self.challenged, challenged) != challenged
     }
 
     /// Notes whether it takes part in sending from link to link. Of drivers that is not known before it fails, and then unseen: some have XDP and
@@ -326,11 +344,13 @@ mod tests {
     #[test]
     fn a_link_that_keeps_dropping_is_left() {
         let after =
-            |counts: &[u64]| counts.iter().fold(Drops::default(), |d, count| d.seen(*count));
+            |counts: &[u64]| counts.iter().fold(Drops::default(), |d, count| d.seen(*count, false));
         let now_and_then = [[1; 20], [2; 20], [3; 20], [4; 20]].concat();
         assert!(!after(&now_and_then).are_too_many());
         assert!(after(&[0, 1, 2, 3]).are_too_many());
         assert!(after(&[0, 1, 1, 2, 2, 2, 3]).are_too_many(), "in bursts");
+        let flooded = (0..40).fold(Drops::default(), |drops, count| drops.seen(count, true));
+        assert!(!flooded.seen(39, false).are_too_many(), "what a flood has dropped");
     }
 
     #[test]
