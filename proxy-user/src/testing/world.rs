@@ -357,7 +357,8 @@ impl Node {
 
     /// Whether an agent has attached to a pod's link.
     pub fn is_attached(&self, pod: &Pod) -> bool {
-        self.pins("links").contains(&format!("tc-{}-egress", pod.ifindex))
+        // The last of its programs.
+        self.pins("links").contains(&format!("tc-{}-ingress", pod.ifindex))
     }
 }
 
